@@ -1,0 +1,174 @@
+//! What a checkpoint's JSON files mean, as the runtime's [`Config`].
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use openvla::prompt::{self, Prompt};
+use openvla::tokenizer::{TokenType, Vocabulary};
+use openvla::{ActionSpace, Config, General, Normalize, Preprocess, Resize, Statistics};
+
+use crate::names::Layout;
+use crate::plan::Encoding;
+use crate::source::{HfConfig, HfLlama, HfPreprocessor, ResizeSize, Source};
+use crate::tokenizer;
+
+/// Pillow's number for bicubic.
+const BICUBIC: u32 = 3;
+/// How SentencePiece writes a space: the piece that ends every prompt.
+const SPACE: &str = "▁";
+
+/// Reads the metadata of a checkpoint whose tensors were laid out.
+///
+/// # Errors
+/// What this version would run differently from the reference, by name.
+pub fn describe(source: &Source, layout: &Layout, encoding: Encoding) -> Result<Config> {
+    let hf = &source.config;
+    check_model(hf)?;
+    let vocabulary = tokenizer::read(&source.dir, layout.llama.n_vocab)?;
+    let preprocess = preprocess(&source.preprocessor, layout)
+        .with_context(|| format!("{}/preprocessor_config.json", source.dir.display()))?;
+    let end = hf.text_config.vocab_size.checked_sub(hf.pad_to_multiple_of);
+    let config = Config {
+        general: general(source, layout, encoding),
+        preprocess,
+        patch_size: layout.patch_size,
+        towers: layout.towers.clone(),
+        projector: layout.projector.clone(),
+        llama: layout.llama.clone(),
+        prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
+        vocabulary,
+        actions: ActionSpace { end: end.unwrap_or(0), n_bin: hf.n_action_bins },
+        statistics: Statistics::parse(source.statistics.clone())?,
+    };
+    config.check()?;
+    ensure!(
+        config.n_patch() == layout.n_patch,
+        "images of {} have {} patches, the towers' position tables {}",
+        config.preprocess.size,
+        config.n_patch(),
+        layout.n_patch
+    );
+    Ok(config)
+}
+
+fn check_model(hf: &HfConfig) -> Result<()> {
+    let HfLlama { model_type, hidden_act, rope_scaling, attention_bias, .. } = &hf.text_config;
+    ensure!(
+        hf.model_type == "openvla",
+        "config.json is of a `{}` model; `openvla` is needed",
+        hf.model_type
+    );
+    ensure!(model_type == "llama", "its language model is `{model_type}`; `llama` is needed");
+    ensure!(hidden_act == "silu", "its activation is `{hidden_act}`; `silu` is needed");
+    ensure!(rope_scaling.is_none(), "it scales rotary positions, which this version does not");
+    ensure!(!attention_bias, "its attention has biases, which this version does not run");
+    ensure!(!hf.text_config.tie_word_embeddings, "its head is its embedding; two are needed");
+    let activation = hf.timm_override_act_layers.iter().flatten().next();
+    if let Some(activation) = activation {
+        bail!("a tower's activation is `{activation}`; only exact GELU is run");
+    }
+    Ok(())
+}
+
+/// ref: `vla-scripts/deploy.py` `get_openvla_prompt`, which asks the path for "v01"; the backbone
+/// is what the prompts differ by.
+fn template(hf: &HfConfig) -> Result<&'static str> {
+    match hf.llm_backbone_id.as_str() {
+        "llama2-7b-pure" => Ok(prompt::OPENVLA),
+        id if id.starts_with("vicuna") => Ok(prompt::V01),
+        id => bail!("no prompt is known for the backbone `{id}`; llama2-7b-pure and vicuna are"),
+    }
+}
+
+/// The id the reference appends to prompts, by its piece: 29871 in Llama-2's vocabulary.
+fn suffix(vocabulary: &Vocabulary) -> Result<u32> {
+    let is_space =
+        |(piece, kind): (&String, &TokenType)| piece == SPACE && *kind == TokenType::Normal;
+    let id = vocabulary.tokens.iter().zip(&vocabulary.types).position(is_space);
+    let id = id.with_context(|| format!("the vocabulary lacks {SPACE:?}, which ends prompts"))?;
+    Ok(u32::try_from(id)?)
+}
+
+fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
+    let (resize, crop, normalize) =
+        (&hf.tvf_resize_params, &hf.tvf_crop_params, &hf.tvf_normalize_params);
+    let n = layout.towers.len();
+    let found = [resize.len(), crop.len(), normalize.len()];
+    ensure!(found == [n; 3], "{found:?} towers are described, the model has {n}");
+    ensure!(resize.iter().all(|r| *r == resize[0]), "the towers resize differently");
+    ensure!(crop.iter().all(|c| *c == crop[0]), "the towers crop differently");
+    let [height, width] = crop[0].output_size;
+    ensure!(height == width && height > 0, "images of {width}x{height} are not square");
+    let interpolation = resize[0].interpolation;
+    ensure!(interpolation == BICUBIC, "interpolation {interpolation}; bicubic (3) is needed");
+    ensure!(resize[0].max_size.is_none(), "max_size is set, which this version does not run");
+    let resize = match (resize[0].size, hf.tvf_do_letterbox) {
+        (ResizeSize::Exact(size), false) if size == [height, width] => Resize::Naive,
+        (ResizeSize::Short(size), false) if size == height => Resize::Crop,
+        (ResizeSize::Short(size), true) if size == height => {
+            let fill = hf.tvf_letterbox_fill.context("tvf_letterbox_fill is missing")?;
+            Resize::Letterbox { fill }
+        }
+        other => bail!("resizing to {other:?} and cropping to {height} do not fit together"),
+    };
+    let towers = normalize.iter().map(|p| Normalize { mean: p.mean, std: p.std }).collect();
+    Ok(Preprocess { size: height, resize, towers })
+}
+
+/// ref: `docs/gguf.md`, "GGUF Naming Convention"
+fn general(source: &Source, layout: &Layout, encoding: Encoding) -> General {
+    let n_param: usize = source.tensors.values().map(|e| e.shape.iter().product::<usize>()).sum();
+    let size_label = match n_param {
+        n @ 1_000_000_000.. => format!("{}B", n / 1_000_000_000),
+        n @ 1_000_000.. => format!("{}M", n / 1_000_000),
+        n => format!("{}K", n.div_ceil(1000)),
+    };
+    let single = layout.towers.len() == 1;
+    let version = if single { "v0.1" } else { "v1.0" }.to_owned();
+    let finetune = finetune(&source.dir);
+    let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+    General {
+        name: format!("OpenVLA {size_label}{tuned} {version}"),
+        basename: "OpenVLA".to_owned(),
+        license: (source.config.llm_backbone_id.starts_with("llama2")
+            || source.config.llm_backbone_id.starts_with("vicuna"))
+        .then(|| "llama2".to_owned()),
+        size_label,
+        finetune,
+        version,
+        file_type: encoding.file_type,
+    }
+}
+
+/// What a folder's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was tuned
+/// for `libero-spatial`.
+fn finetune(dir: &Path) -> Option<String> {
+    let dir = dir.canonicalize().ok()?;
+    let name = dir.file_name()?.to_string_lossy();
+    let name: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
+    let rest = known.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
+    let words: Vec<&str> = rest.split('-').filter(|word| !word.is_empty()).collect();
+    (!words.is_empty()).then(|| words.join("-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_names_what_a_model_was_tuned_for() {
+        let root = tempfile::tempdir().unwrap();
+        for (folder, wanted) in [
+            ("openvla-7b", None),
+            ("openvla-v01-7b", None),
+            ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
+            ("my_robot--run.3", Some("my-robot-run-3")),
+        ] {
+            let dir = root.path().join(folder);
+            std::fs::create_dir(&dir).unwrap();
+            assert_eq!(finetune(&dir).as_deref(), wanted, "{folder}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Hugging Face checkpoints of OpenVLA to one self-contained GGUF file.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | [`source`] | the folder: JSON files, shards, tensors, as found |
+//! | [`names`] | the table: which tensors become which, and how |
+//! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
+//! | [`plan`] | which type each tensor gets |
+//! | [`write`] | read, sort, pad, convert, write |
+//! | [`tokenizer`] | tokenizer files to a vocabulary |
+//!
+//! Data flows from top to bottom; nothing is written before everything was checked.
+
+pub mod describe;
+pub mod names;
+pub mod plan;
+pub mod source;
+pub mod tokenizer;
+pub mod write;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use indicatif::ProgressBar;
+use openvla::Config;
+use openvla_kernels::Header;
+
+use crate::names::{Layout, Shapes};
+use crate::plan::{Encoding, Planned};
+use crate::source::Source;
+
+/// A checkpoint that was read and checked, and what its file will hold.
+pub struct Conversion {
+    source: Source,
+    /// Tensors that the model never reads are named in it.
+    pub layout: Layout,
+    /// The file's metadata.
+    pub config: Config,
+    /// The file's tensors.
+    pub plan: Vec<Planned>,
+}
+
+impl Conversion {
+    /// Reads a checkpoint folder and plans its file.
+    ///
+    /// # Errors
+    /// Whatever is missing, damaged, or of another model, by name.
+    pub fn new(checkpoint: &Path, encoding: Encoding) -> Result<Self> {
+        let source = Source::open(checkpoint)?;
+        let shapes: Shapes =
+            source.tensors.iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect();
+        let layout = names::layout(&source.config, &shapes)
+            .with_context(|| format!("{} cannot be converted", checkpoint.display()))?;
+        let config = describe::describe(&source, &layout, encoding)?;
+        let plan = plan::plan(&layout, encoding);
+        Ok(Self { source, layout, config, plan })
+    }
+
+    /// A name by ggml's scheme: `OpenVLA-7B-v1.0-IQ4_NL.gguf`.
+    pub fn file_name(&self, encoding: Encoding) -> PathBuf {
+        let general = &self.config.general;
+        let finetune = general.finetune.as_ref().map(|name| format!("-{name}")).unwrap_or_default();
+        let (base, size, version) = (&general.basename, &general.size_label, &general.version);
+        format!("{base}-{size}{finetune}-{version}-{}.gguf", encoding.name).into()
+    }
+
+    /// Bytes of all tensors in the file.
+    pub fn data_bytes(&self) -> u64 {
+        self.plan.iter().map(|planned| (planned.row_bytes() * planned.n_row()) as u64).sum()
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// What cannot be read, converted or written. The file is then as it was before.
+    pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
+        let mut header = Header::default();
+        self.config.write(&mut header);
+        for planned in &self.plan {
+            header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
+        }
+        write::write(&self.source, &header, &self.plan, out, progress)
+    }
+}

@@ -1,0 +1,345 @@
+//! The table: which tensors of a checkpoint become which of the file, and how.
+//!
+//! Sizes come from the checkpoint's own shapes wherever `config.json` does not state them, and
+//! every shape is held against the others.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use openvla::{LlamaConfig, TowerConfig};
+use openvla_kernels::Shape;
+
+use crate::source::HfConfig;
+
+/// Shapes by tensor name, in PyTorch's order.
+pub type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// What a tensor is for, which decides its type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Norms, biases, positions, patch embeddings: small, and added or multiplied in f32.
+    Plain,
+    /// A tower's matrices.
+    Vision,
+    /// The projector's matrices.
+    Projector,
+    /// The table of token embeddings.
+    Embedding,
+    /// The Llama's matrices.
+    Llama,
+    /// The matrix that gives logits.
+    Head,
+}
+
+/// One tensor of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its name in the file.
+    pub name: String,
+    /// ggml's order. Longer than its sources where they are padded with zeros.
+    pub shape: Shape,
+    /// What it is for.
+    pub role: Role,
+    /// The checkpoint's tensors whose rows follow each other.
+    pub sources: Vec<String>,
+    /// For q and k: heads whose rows change from Hugging Face's pairs to llama.cpp's.
+    pub rope_heads: Option<usize>,
+}
+
+/// A checkpoint, sorted into parts.
+pub struct Layout {
+    /// The file's tensors, in its order.
+    pub parts: Vec<Part>,
+    /// Tensors that the model never reads.
+    pub unused: Vec<String>,
+    /// The towers, in the order of their channels.
+    pub towers: Vec<TowerConfig>,
+    /// Pixels along a patch.
+    pub patch_size: usize,
+    /// Of the position table: patches along the image's side, squared.
+    pub n_patch: usize,
+    /// Widths from the joined towers to the Llama.
+    pub projector: Vec<usize>,
+    /// The language model.
+    pub llama: LlamaConfig,
+}
+
+/// What timm knows by a model's name and tensors do not tell.
+struct Timm {
+    id: &'static str,
+    name: &'static str,
+    n_head: usize,
+}
+
+const TIMM: [Timm; 2] = [
+    Timm { id: "vit_large_patch14_reg4_dinov2.lvd142m", name: "dinov2", n_head: 16 },
+    Timm { id: "vit_so400m_patch14_siglip_224", name: "siglip", n_head: 16 },
+];
+
+/// Where the first and the second tower of a checkpoint are.
+const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
+
+/// ref: timm 0.9.10 `VisionTransformer`: `norm_layer = partial(nn.LayerNorm, eps=1e-6)`
+const LAYER_NORM_EPS: f32 = 1e-6;
+
+/// Block formats hold whole blocks of 32; SigLIP's MLP of 4304 needs 16 more columns of zeros.
+/// Exact: GELU(0) = 0, and what it is multiplied by is 0 too.
+const BLOCK: usize = 32;
+
+/// Sorts a checkpoint's tensors. Every one is accounted for, or it is an error.
+pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
+    let mut table = Table { left: shapes.clone(), parts: Vec::new(), unused: Vec::new() };
+    let n_tower = config.timm_model_ids.len();
+    ensure!((1..=2).contains(&n_tower), "timm_model_ids names {n_tower} towers; 1 or 2 can be");
+    let mut towers = Vec::new();
+    let mut grids = Vec::new();
+    for (id, prefix) in config.timm_model_ids.iter().zip(TOWERS) {
+        let (tower, grid) = table.tower(id, prefix)?;
+        towers.push(tower);
+        grids.push(grid);
+    }
+    ensure!(grids.iter().all(|g| *g == grids[0]), "the towers cut images differently: {grids:?}");
+    let (patch_size, n_patch) = grids[0];
+    let n_in = towers.iter().map(|tower| tower.dim).sum();
+    let projector = table.projector(n_in, n_tower + 1)?;
+    let llama = table.llama(config)?;
+    table.drop_matching(|name| name.ends_with(".rotary_emb.inv_freq"));
+    if let Some(name) = table.left.keys().next() {
+        bail!("the tensor {name} belongs to no part of OpenVLA; is this another model?");
+    }
+    let Table { parts, unused, .. } = table;
+    Ok(Layout { parts, unused, towers, patch_size, n_patch, projector, llama })
+}
+
+/// Moves tensors from what is left to parts.
+struct Table {
+    left: Shapes,
+    parts: Vec<Part>,
+    unused: Vec<String>,
+}
+
+impl Table {
+    fn shape(&self, name: &str) -> Result<&[usize]> {
+        self.left
+            .get(name)
+            .map(Vec::as_slice)
+            .with_context(|| format!("the checkpoint lacks the tensor {name}"))
+    }
+
+    /// Takes a tensor that must have `shape`, in PyTorch's order.
+    fn take(&mut self, name: &str, shape: &[usize]) -> Result<()> {
+        let found = self.shape(name)?;
+        ensure!(found == shape, "the tensor {name} has shape {found:?}, {shape:?} is needed");
+        self.left.remove(name);
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, shape: &[usize], role: Role, sources: &[String]) {
+        let (shape, sources) = (openvla_kernels::shape(shape), sources.to_vec());
+        self.parts.push(Part { name, shape, role, sources, rope_heads: None });
+    }
+
+    /// A vector, padded with zeros to `n`.
+    fn vector(&mut self, to: &str, from: &str, found: usize, n: usize) -> Result<()> {
+        self.take(from, &[found])?;
+        self.add(to.into(), &[n], Role::Plain, &[from.into()]);
+        Ok(())
+    }
+
+    /// A linear layer's matrix `[n_out, n_in]`, padded with zeros to `padded`, and its bias.
+    fn linear(
+        &mut self,
+        to: &str,
+        from: &str,
+        role: Role,
+        [n_in, n_out]: [usize; 2],
+        padded: [usize; 2],
+    ) -> Result<()> {
+        let weight = format!("{from}.weight");
+        self.take(&weight, &[n_out, n_in])?;
+        self.add(format!("{to}.weight"), &padded, role, &[weight]);
+        self.vector(&format!("{to}.bias"), &format!("{from}.bias"), n_out, padded[1])
+    }
+
+    fn norm(&mut self, to: &str, from: &str, dim: usize) -> Result<()> {
+        for part in ["weight", "bias"] {
+            self.vector(&format!("{to}.{part}"), &format!("{from}.{part}"), dim, dim)?;
+        }
+        Ok(())
+    }
+
+    fn drop_matching(&mut self, unused: impl Fn(&str) -> bool) {
+        let (out, left) = std::mem::take(&mut self.left).into_iter().partition(|(n, _)| unused(n));
+        self.left = left;
+        self.unused.extend(Shapes::into_keys(out));
+    }
+
+    /// One tower; gives its patch size and number of patches too.
+    fn tower(&mut self, id: &str, from: &str) -> Result<(TowerConfig, (usize, usize))> {
+        let timm = TIMM.iter().find(|timm| timm.id == id).with_context(|| {
+            let known = TIMM.map(|timm| timm.id).join(", ");
+            format!("the vision tower {id:?} is unknown; this version runs {known}")
+        })?;
+        let kernel = format!("{from}.patch_embed.proj.weight");
+        let &[dim, 3, patch, _] = self.shape(&kernel)? else {
+            bail!("{kernel} has shape {:?}; [dim, 3, patch, patch] is needed", self.shape(&kernel)?)
+        };
+        self.take(&kernel, &[dim, 3, patch, patch])?;
+        let to = timm.name;
+        let embed = format!("{to}.patch_embd");
+        self.add(format!("{embed}.weight"), &[patch, patch, 3, dim], Role::Plain, &[kernel]);
+        self.vector(&format!("{embed}.bias"), &format!("{from}.patch_embed.proj.bias"), dim, dim)?;
+        let position = format!("{from}.pos_embed");
+        let n_patch = self.shape(&position)?.get(1).copied().unwrap_or(0);
+        self.take(&position, &[1, n_patch, dim])?;
+        let name = format!("{to}.position_embd.weight");
+        self.add(name, &[dim, n_patch], Role::Plain, &[position]);
+        let n_prefix = self.prefix(to, from, dim)?;
+        let n_layer = self.run_depth(from)?;
+        let fc1 = format!("{from}.blocks.0.mlp.fc1.weight");
+        let n_ff = self.shape(&fc1)?.first().copied().unwrap_or(0);
+        let layer_scale = self.left.contains_key(&format!("{from}.blocks.0.ls1.scale_factor"));
+        let tower = TowerConfig {
+            name: to.to_owned(),
+            dim,
+            n_layer,
+            n_head: timm.n_head,
+            n_ff: n_ff.next_multiple_of(BLOCK),
+            eps: LAYER_NORM_EPS,
+            n_prefix,
+            layer_scale,
+        };
+        for i in 0..n_layer {
+            self.block(&tower, from, i, n_ff)?;
+        }
+        // The features come from the second-to-last block, without the final norm and the pooling.
+        let last = format!("{from}.blocks.{n_layer}.");
+        let (norm, pool) = (format!("{from}.norm."), format!("{from}.attn_pool."));
+        self.drop_matching(|name| [&last, &norm, &pool].iter().any(|p| name.starts_with(*p)));
+        Ok((tower, (patch, n_patch)))
+    }
+
+    /// Class and register tokens become one table, in the order they are put before the patches.
+    fn prefix(&mut self, to: &str, from: &str, dim: usize) -> Result<usize> {
+        let (class, register) = (format!("{from}.cls_token"), format!("{from}.reg_token"));
+        if !self.left.contains_key(&class) {
+            return Ok(0);
+        }
+        self.take(&class, &[1, 1, dim])?;
+        let n = self.shape(&register)?.get(1).copied().unwrap_or(0);
+        self.take(&register, &[1, n, dim])?;
+        let name = format!("{to}.prefix_embd.weight");
+        self.add(name, &[dim, 1 + n], Role::Plain, &[class, register]);
+        Ok(1 + n)
+    }
+
+    /// Blocks that run: all but the last.
+    fn run_depth(&self, from: &str) -> Result<usize> {
+        let blocks = format!("{from}.blocks.");
+        let numbers = self.left.keys().filter_map(|name| name.strip_prefix(&blocks));
+        let last = numbers.filter_map(|rest| rest.split('.').next()?.parse::<usize>().ok()).max();
+        match last {
+            Some(last @ 1..) => Ok(last),
+            _ => bail!("{from} has {} blocks; two are the least", last.map_or(0, |n| n + 1)),
+        }
+    }
+
+    fn block(&mut self, t: &TowerConfig, from: &str, i: usize, n_ff: usize) -> Result<()> {
+        let dim = t.dim;
+        let to = |part: &str| format!("{}.blk.{i}.{part}", t.name);
+        let from = |part: &str| format!("{from}.blocks.{i}.{part}");
+        let linear = |table: &mut Self, name: &str, source: &str, size, padded| {
+            table.linear(&to(name), &from(source), Role::Vision, size, padded)
+        };
+        self.norm(&to("ln1"), &from("norm1"), dim)?;
+        linear(self, "attn_qkv", "attn.qkv", [dim, 3 * dim], [dim, 3 * dim])?;
+        linear(self, "attn_out", "attn.proj", [dim, dim], [dim, dim])?;
+        self.norm(&to("ln2"), &from("norm2"), dim)?;
+        linear(self, "ffn_up", "mlp.fc1", [dim, n_ff], [dim, t.n_ff])?;
+        linear(self, "ffn_down", "mlp.fc2", [n_ff, dim], [t.n_ff, dim])?;
+        if t.layer_scale {
+            self.vector(&to("ls1.weight"), &from("ls1.scale_factor"), dim, dim)?;
+            self.vector(&to("ls2.weight"), &from("ls2.scale_factor"), dim, dim)?;
+        }
+        Ok(())
+    }
+
+    /// Two layers over one tower, three over two; gives the widths.
+    fn projector(&mut self, n_in: usize, n_layer: usize) -> Result<Vec<usize>> {
+        let mut widths = vec![n_in];
+        for i in 1..=n_layer {
+            let name = format!("projector.fc{i}");
+            let n_in = widths[i - 1];
+            let n_out = self.shape(&format!("{name}.weight"))?.first().copied().unwrap_or(0);
+            self.linear(&name, &name, Role::Projector, [n_in, n_out], [n_in, n_out])?;
+            widths.push(n_out);
+        }
+        Ok(widths)
+    }
+
+    fn llama(&mut self, config: &HfConfig) -> Result<LlamaConfig> {
+        let hf = &config.text_config;
+        let n_head_kv = hf.num_key_value_heads.unwrap_or(hf.num_attention_heads);
+        let (n_head, dim) = (hf.num_attention_heads, hf.hidden_size);
+        let fit = n_head > 0 && n_head_kv > 0 && dim.is_multiple_of(2 * n_head);
+        ensure!(fit, "text_config: {n_head} and {n_head_kv} heads do not fit {dim} channels");
+        let c = LlamaConfig {
+            dim,
+            n_layer: hf.num_hidden_layers,
+            n_head,
+            n_head_kv,
+            n_ff: hf.intermediate_size,
+            n_vocab: hf.vocab_size as usize,
+            n_ctx: hf.max_position_embeddings,
+            eps: hf.rms_norm_eps,
+            rope_base: hf.rope_theta,
+        };
+        let model = |part: &str| format!("language_model.model.{part}.weight");
+        self.matrix("token_embd", &model("embed_tokens"), Role::Embedding, [dim, c.n_vocab])?;
+        for i in 0..c.n_layer {
+            self.layer(&c, i)?;
+        }
+        self.vector("output_norm.weight", &model("norm"), dim, dim)?;
+        let head = "language_model.lm_head.weight";
+        self.matrix("output", head, Role::Head, [dim, c.n_vocab])?;
+        Ok(c)
+    }
+
+    /// q, k, v and gate, up stand side by side in the file, so that a reader may join them.
+    fn layer(&mut self, c: &LlamaConfig, i: usize) -> Result<()> {
+        let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
+        let to = |part: &str| format!("blk.{i}.{part}");
+        let from = |part: &str| format!("language_model.model.layers.{i}.{part}.weight");
+        let matrix = |table: &mut Self, name: &str, source: &str, size| {
+            table.matrix(&to(name), &from(source), Role::Llama, size)
+        };
+        matrix(self, "attn_q", "self_attn.q_proj", [dim, dim])?;
+        self.turn(c.n_head);
+        matrix(self, "attn_k", "self_attn.k_proj", [dim, kv])?;
+        self.turn(c.n_head_kv);
+        matrix(self, "attn_v", "self_attn.v_proj", [dim, kv])?;
+        matrix(self, "attn_output", "self_attn.o_proj", [dim, dim])?;
+        matrix(self, "ffn_gate", "mlp.gate_proj", [dim, c.n_ff])?;
+        matrix(self, "ffn_up", "mlp.up_proj", [dim, c.n_ff])?;
+        matrix(self, "ffn_down", "mlp.down_proj", [c.n_ff, dim])?;
+        self.vector(&to("attn_norm.weight"), &from("input_layernorm"), dim, dim)?;
+        self.vector(&to("ffn_norm.weight"), &from("post_attention_layernorm"), dim, dim)
+    }
+
+    fn matrix(
+        &mut self,
+        to: &str,
+        from: &str,
+        role: Role,
+        [n_in, n_out]: [usize; 2],
+    ) -> Result<()> {
+        self.take(from, &[n_out, n_in])?;
+        self.add(format!("{to}.weight"), &[n_in, n_out], role, &[from.into()]);
+        Ok(())
+    }
+
+    /// Marks the part added last as one whose heads turn.
+    fn turn(&mut self, n_head: usize) {
+        self.parts.last_mut().expect("one was added").rope_heads = Some(n_head);
+    }
+}

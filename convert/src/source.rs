@@ -1,0 +1,291 @@
+//! A Hugging Face checkpoint folder as found on disk, checked once.
+//!
+//! Tensors are found through every shard's own header; the index is only held against them. Data
+//! is mapped tensor by tensor, so that memory stays small at any model size.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use openvla_kernels::Mapped;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+/// `config.json`, of which what OpenVLA's code reads. Absent fields of the Llama have
+/// `LlamaConfig`'s defaults: the published file states four of them.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct HfConfig {
+    pub model_type: String,
+    pub llm_backbone_id: String,
+    pub timm_model_ids: Vec<String>,
+    #[serde(default)]
+    pub timm_override_act_layers: Vec<Option<String>>,
+    pub text_config: HfLlama,
+    #[serde(default = "defaults::n_action_bins")]
+    pub n_action_bins: u32,
+    #[serde(default = "defaults::pad_to_multiple_of")]
+    pub pad_to_multiple_of: u32,
+    #[serde(default)]
+    pub norm_stats: Option<serde_json::Value>,
+}
+
+/// `config.json`'s `text_config`. ref: transformers 4.40.1 `LlamaConfig.__init__`
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct HfLlama {
+    pub model_type: String,
+    pub vocab_size: u32,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: Option<usize>,
+    pub hidden_act: String,
+    pub max_position_embeddings: usize,
+    /// 1e-6, not the 1e-5 of Llama-2's own config, which the published model does not carry.
+    pub rms_norm_eps: f32,
+    pub rope_theta: f32,
+    pub rope_scaling: Option<serde_json::Value>,
+    pub attention_bias: bool,
+    pub tie_word_embeddings: bool,
+}
+
+impl Default for HfLlama {
+    fn default() -> Self {
+        Self {
+            model_type: "llama".into(),
+            vocab_size: 32_000,
+            hidden_size: 4096,
+            intermediate_size: 11_008,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: None,
+            hidden_act: "silu".into(),
+            max_position_embeddings: 2048,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            attention_bias: false,
+            tie_word_embeddings: false,
+        }
+    }
+}
+
+mod defaults {
+    pub fn n_action_bins() -> u32 {
+        256
+    }
+    pub fn pad_to_multiple_of() -> u32 {
+        64
+    }
+}
+
+/// `preprocessor_config.json`. Its `tvf_*` values are the truth: the reference computes them anew
+/// from `means` and `stds` and then overwrites them with these.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct HfPreprocessor {
+    pub tvf_resize_params: Vec<ResizeParams>,
+    pub tvf_crop_params: Vec<CropParams>,
+    pub tvf_normalize_params: Vec<NormalizeParams>,
+    #[serde(default)]
+    pub tvf_do_letterbox: bool,
+    #[serde(default)]
+    pub tvf_letterbox_fill: Option<[u8; 3]>,
+}
+
+/// One tower's `torchvision.transforms.Resize`.
+#[derive(Debug, Deserialize, PartialEq)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct ResizeParams {
+    pub size: ResizeSize,
+    pub interpolation: u32,
+    #[serde(default)]
+    pub max_size: Option<u32>,
+}
+
+/// One number is the short side; two are height and width.
+#[derive(Debug, Deserialize, PartialEq, Clone, Copy)]
+#[serde(untagged)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub enum ResizeSize {
+    Short(u32),
+    Exact([u32; 2]),
+}
+
+/// One tower's `torchvision.transforms.CenterCrop`.
+#[derive(Debug, Deserialize, PartialEq)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct CropParams {
+    pub output_size: [u32; 2],
+}
+
+/// One tower's `torchvision.transforms.Normalize`.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the file's own")]
+pub struct NormalizeParams {
+    pub mean: [f32; 3],
+    pub std: [f32; 3],
+}
+
+/// Where a tensor's bytes are.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Index into [`Source::shards`].
+    shard: usize,
+    /// bf16, f16 or f32.
+    pub dtype: Dtype,
+    /// PyTorch's order, slowest first.
+    pub shape: Vec<usize>,
+    offset: u64,
+    length: usize,
+}
+
+/// A checkpoint folder: what its JSON files say, and where its tensors are.
+pub struct Source {
+    /// The folder.
+    pub dir: PathBuf,
+    /// `config.json`
+    pub config: HfConfig,
+    /// `preprocessor_config.json`
+    pub preprocessor: HfPreprocessor,
+    /// The text of `dataset_statistics.json`, or of the config's `norm_stats` without it.
+    pub statistics: String,
+    /// Every tensor of every shard.
+    pub tensors: BTreeMap<String, Entry>,
+    shards: Vec<(PathBuf, File)>,
+}
+
+/// The largest safetensors header that is read: what the format's own library allows.
+const MAX_HEADER: u64 = 100_000_000;
+
+impl Source {
+    /// Reads a folder's JSON files and its shards' headers.
+    pub fn open(dir: &Path) -> Result<Self> {
+        ensure!(dir.is_dir(), "{} is not a folder with an OpenVLA checkpoint", dir.display());
+        refuse_oft(dir)?;
+        let config: HfConfig = read_json(&dir.join("config.json"))?;
+        let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
+        let statistics = read_statistics(dir, &config)?;
+        let mut source = Self {
+            dir: dir.to_owned(),
+            config,
+            preprocessor,
+            statistics,
+            tensors: BTreeMap::new(),
+            shards: Vec::new(),
+        };
+        source.read_shards()?;
+        Ok(source)
+    }
+
+    /// The bytes of a tensor, mapped until dropped.
+    pub fn map(&self, entry: &Entry) -> Result<Mapped> {
+        let (path, file) = &self.shards[entry.shard];
+        Mapped::range(file, entry.offset, entry.length)
+            .with_context(|| format!("cannot map {}", path.display()))
+    }
+
+    fn read_shards(&mut self) -> Result<()> {
+        let index = self.dir.join("model.safetensors.index.json");
+        if !index.exists() {
+            return self.read_shard("model.safetensors");
+        }
+        let Index { weight_map } = read_json(&index)?;
+        let shards: BTreeSet<_> = weight_map.values().cloned().collect();
+        for shard in &shards {
+            let plain = Path::new(shard).file_name().is_some_and(|name| name == shard.as_str());
+            ensure!(plain, "{} names the shard {shard:?}, no plain file name", index.display());
+            self.read_shard(shard)?;
+        }
+        for (name, shard) in &weight_map {
+            ensure!(
+                self.tensors.contains_key(name),
+                "{} says that {shard} holds the tensor {name}, which is in no shard; \
+                 download that shard again",
+                index.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn read_shard(&mut self, name: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        let file = File::open(&path).with_context(|| {
+            format!("cannot open {}; is the checkpoint complete?", path.display())
+        })?;
+        let length = file.metadata()?.len();
+        let at = |what: &str| format!("{} {what}", path.display());
+        let cut_off = || at("is cut off or not a safetensors file; download it again");
+        ensure!(length >= 8, cut_off());
+        let header = u64::from_le_bytes(*Mapped::range(&file, 0, 8)?.first_chunk().expect("8"));
+        ensure!(header <= MAX_HEADER.min(length - 8), cut_off());
+        let mapped = Mapped::range(&file, 0, usize::try_from(length)?)?;
+        let (_, metadata) = SafeTensors::read_metadata(&mapped).with_context(cut_off)?;
+        for (tensor, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let entry = Entry {
+                shard: self.shards.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                offset: 8 + header + start as u64,
+                length: end - start,
+            };
+            let twice = self.tensors.insert(tensor.clone(), entry).is_some();
+            ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
+        }
+        self.shards.push((path, file));
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Reads a JSON file. One that lacks what is needed, or is no JSON, is named.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} cannot be used", path.display()))
+}
+
+/// A fine-tuned checkpoint still carries its base model's statistics in `config.json`, so the file
+/// beside it wins: the wrong ones move a robot wrongly without a word.
+fn read_statistics(dir: &Path, config: &HfConfig) -> Result<String> {
+    let path = dir.join("dataset_statistics.json");
+    if path.exists() {
+        return std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}", path.display()));
+    }
+    match &config.norm_stats {
+        Some(stats) => Ok(stats.to_string()),
+        None => bail!(
+            "{} has no dataset_statistics.json, and its config.json no norm_stats; without them \
+             tokens cannot become motions. finetune.py leaves the file in its run folder",
+            dir.display()
+        ),
+    }
+}
+
+/// An OpenVLA-OFT checkpoint has OpenVLA's own config and tensors, plus a head of its own, without
+/// which its motions are wrong.
+fn refuse_oft(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        let oft = ["action_head--", "proprio_projector--", "noisy_action_projector--"];
+        ensure!(
+            !oft.iter().any(|prefix| name.starts_with(prefix)),
+            "{} holds {name}: it is an OpenVLA-OFT checkpoint, whose parallel decoding and action \
+             head this version does not run",
+            dir.display()
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! Runs a plan: reads a tensor, sorts and pads its rows, converts them on all cores, writes them.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use half::{bf16, f16};
+use indicatif::ProgressBar;
+use openvla_kernels::{ALIGNMENT, Header, Mapped};
+use safetensors::Dtype;
+
+use crate::names::Part;
+use crate::plan::Planned;
+use crate::source::{Entry, Source};
+
+/// Writes the file beside its place and moves it there when it is whole.
+pub fn write(
+    source: &Source,
+    header: &Header,
+    plan: &[Planned],
+    out: &Path,
+    progress: &ProgressBar,
+) -> Result<()> {
+    let folder = match out.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let failed = || format!("cannot write {}", out.display());
+    ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
+    let temporary = tempfile::Builder::new()
+        .prefix(".openvla-")
+        .suffix(".gguf.part")
+        .permissions(permissions())
+        .tempfile_in(folder)
+        .with_context(|| format!("cannot write into {}", folder.display()))?;
+    let mut file = std::io::BufWriter::new(temporary);
+    file.write_all(&header.encode()).with_context(failed)?;
+    for planned in plan {
+        let bytes = convert(source, planned)
+            .with_context(|| format!("cannot convert {}", planned.part.sources.join(" + ")))?;
+        file.write_all(&bytes).with_context(failed)?;
+        let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
+        file.write_all(&[0; ALIGNMENT][..padding]).with_context(failed)?;
+        progress.inc(bytes.len() as u64);
+    }
+    let temporary = file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
+    temporary.as_file().sync_all().with_context(failed)?;
+    temporary.persist(out).map_err(|e| e.error).with_context(failed)?;
+    Ok(())
+}
+
+/// A model is no secret: as any new file, not as a temporary one.
+fn permissions() -> std::fs::Permissions {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::Permissions::from_mode(0o644)
+}
+
+/// The bytes of one tensor of the file.
+fn convert(source: &Source, planned: &Planned) -> Result<Vec<u8>> {
+    let rows = Rows::open(source, &planned.part)?;
+    let (row_bytes, n_row) = (planned.row_bytes(), planned.n_row());
+    let mut bytes = vec![0; row_bytes * n_row];
+    let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
+    let per_thread = n_row.div_ceil(n_thread);
+    let finite = std::thread::scope(|scope| {
+        let chunks = bytes.chunks_mut(per_thread * row_bytes).enumerate();
+        let work = chunks.map(|(i, out)| {
+            let rows = &rows;
+            scope.spawn(move || rows.encode(planned, i * per_thread, out))
+        });
+        let work: Vec<_> = work.collect();
+        work.into_iter().map(|w| w.join().expect("converting does not panic")).all(|ok| ok)
+    });
+    ensure!(finite, "it holds NaN or infinity; the checkpoint is damaged");
+    Ok(bytes)
+}
+
+/// The rows of a part in the file's order, whatever they are made of.
+struct Rows<'a> {
+    part: &'a Part,
+    /// Mapped bytes, type and number of rows of each source.
+    sources: Vec<(Mapped, Dtype, usize)>,
+    /// Numbers in a source's row; the rest of a file's row is zero.
+    row: usize,
+}
+
+/// Rows converted at a time: small enough for the cache, large enough to amortise a call.
+const ROWS_AT_A_TIME: usize = 16;
+
+impl<'a> Rows<'a> {
+    fn open(source: &Source, part: &'a Part) -> Result<Self> {
+        let mut row = 0;
+        let mut sources = Vec::new();
+        for name in &part.sources {
+            let entry: &Entry = &source.tensors[name];
+            row = *entry.shape.last().context("it has no dimensions")?;
+            let n = entry.shape.iter().product::<usize>() / row.max(1);
+            ensure!(
+                matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
+                "it is {:?}; BF16, F16 and F32 are read",
+                entry.dtype
+            );
+            sources.push((source.map(entry)?, entry.dtype, n));
+        }
+        Ok(Self { part, sources, row })
+    }
+
+    /// Fills `out` with rows from `first` on. False if a number is not finite.
+    fn encode(&self, planned: &Planned, first: usize, out: &mut [u8]) -> bool {
+        let (length, row_bytes) = (self.part.shape[0], planned.row_bytes());
+        let mut numbers = vec![0.0; ROWS_AT_A_TIME * length];
+        let mut finite = true;
+        for (i, out) in out.chunks_mut(ROWS_AT_A_TIME * row_bytes).enumerate() {
+            let n = out.len() / row_bytes;
+            let numbers = &mut numbers[..n * length];
+            for (j, row) in numbers.chunks_exact_mut(length).enumerate() {
+                self.read(self.origin(first + i * ROWS_AT_A_TIME + j), row);
+                finite &= row.iter().all(|x| x.is_finite());
+            }
+            planned.dtype.encode(numbers, length, out);
+        }
+        finite
+    }
+
+    /// Which row of the sources becomes row `i` of the file. llama.cpp turns channels
+    /// `(2j, 2j + 1)` of a head together, Hugging Face `(j, j + head_dim/2)`.
+    fn origin(&self, i: usize) -> usize {
+        let Some(n_head) = self.part.rope_heads else { return i };
+        let head_dim = self.part.shape[1] / n_head;
+        let (head, at) = (i / head_dim, i % head_dim);
+        head * head_dim + at / 2 + at % 2 * (head_dim / 2)
+    }
+
+    /// Row `i` of the sources, then zeros; beyond them, zeros.
+    fn read(&self, mut i: usize, out: &mut [f32]) {
+        out.fill(0.0);
+        for (bytes, dtype, n) in &self.sources {
+            if i < *n {
+                let out = &mut out[..self.row];
+                let size = dtype.bitsize() / 8;
+                let row = &bytes[i * self.row * size..][..self.row * size];
+                match dtype {
+                    Dtype::BF16 => decode(row, out, |b| bf16::from_le_bytes(b).to_f32()),
+                    Dtype::F16 => decode(row, out, |b| f16::from_le_bytes(b).to_f32()),
+                    _ => decode(row, out, f32::from_le_bytes),
+                }
+                return;
+            }
+            i -= n;
+        }
+    }
+}
+
+fn decode<const N: usize>(bytes: &[u8], out: &mut [f32], number: fn([u8; N]) -> f32) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *out = number(*bytes);
+    }
+}

@@ -1,0 +1,170 @@
+//! Element types, and rows of numbers converted into and out of them by ggml's own routines.
+
+use std::fmt;
+
+use llama_cpp_sys_2 as sys;
+
+/// How the elements of a tensor are stored. Names and numbers are ggml's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs, non_camel_case_types)]
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+    /// 8.5 bits: blocks of 32, one f16 scale.
+    Q8_0,
+    /// 4.5 bits: blocks of 32, one f16 scale, 16 even steps.
+    Q4_0,
+    /// 4.5 bits: blocks of 32, one f16 scale, 16 steps that are denser around zero.
+    IQ4_NL,
+    /// Token ids and positions.
+    I32,
+    /// Row numbers for [`crate::Tensor::set_rows`].
+    I64,
+}
+
+impl DType {
+    /// Every type a file may hold.
+    pub const ALL: [Self; 8] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::IQ4_NL,
+        Self::I32,
+        Self::I64,
+    ];
+
+    /// ggml's number for the type, as in a GGUF tensor header.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::F32 => sys::GGML_TYPE_F32,
+            Self::F16 => sys::GGML_TYPE_F16,
+            Self::BF16 => sys::GGML_TYPE_BF16,
+            Self::Q8_0 => sys::GGML_TYPE_Q8_0,
+            Self::Q4_0 => sys::GGML_TYPE_Q4_0,
+            Self::IQ4_NL => sys::GGML_TYPE_IQ4_NL,
+            Self::I32 => sys::GGML_TYPE_I32,
+            Self::I64 => sys::GGML_TYPE_I64,
+        }
+    }
+
+    /// The type with that number, if this crate knows it.
+    pub fn from_number(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.number() == number)
+    }
+
+    /// Elements per block: 1 for plain types. A row is a whole number of blocks.
+    pub fn block(self) -> usize {
+        // SAFETY: reads ggml's constant table; `number` is always one of its entries.
+        unsafe { sys::ggml_blck_size(self.number()) as usize }
+    }
+
+    /// Bytes per block.
+    pub fn block_bytes(self) -> usize {
+        // SAFETY: reads ggml's constant table; `number` is always one of its entries.
+        unsafe { sys::ggml_type_size(self.number()) }
+    }
+
+    /// Bytes of a row, or `None` if `length` is not a whole number of blocks or overflows.
+    pub fn row_bytes(self, length: usize) -> Option<usize> {
+        let whole = length.is_multiple_of(self.block());
+        whole.then_some(length / self.block())?.checked_mul(self.block_bytes())
+    }
+
+    /// Converts whole rows of `row` numbers each into `out`.
+    ///
+    /// # Panics
+    /// If the sizes do not fit together, or for an integer type.
+    pub fn encode(self, rows: &[f32], row: usize, out: &mut [u8]) {
+        assert!(!matches!(self, Self::I32 | Self::I64), "{self} rows are not made of numbers");
+        assert!(row > 0 && rows.len().is_multiple_of(row), "{} is not whole rows", rows.len());
+        let n = rows.len() / row;
+        let bytes = self.row_bytes(row).expect("a row is a whole number of blocks");
+        assert_eq!(out.len(), n * bytes, "{n} rows of {row} {self} need {} bytes", n * bytes);
+        let to = out.as_mut_ptr().cast();
+        // SAFETY: `rows` holds n·row numbers and `out` exactly the bytes ggml writes for them; none
+        // of our types needs an importance matrix, so it may be null.
+        let wrote = unsafe {
+            sys::ggml_quantize_chunk(
+                self.number(),
+                rows.as_ptr(),
+                to,
+                0,
+                n as i64,
+                row as i64,
+                std::ptr::null(),
+            )
+        };
+        assert_eq!(wrote, out.len(), "ggml wrote another number of bytes than its table says");
+    }
+
+    /// The numbers that `bytes` stand for.
+    ///
+    /// # Panics
+    /// If `bytes` is not a whole number of blocks, or for an integer type.
+    pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        assert!(!matches!(self, Self::I32 | Self::I64), "{self} rows are not made of numbers");
+        assert!(bytes.len().is_multiple_of(self.block_bytes()), "not a whole number of blocks");
+        let n = bytes.len() / self.block_bytes() * self.block();
+        if self == Self::F32 {
+            return bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        }
+        let mut out = vec![0.0; n];
+        // SAFETY: the traits are a constant table, and every float type but F32 has `to_float`.
+        let to_float = unsafe { (*sys::ggml_get_type_traits(self.number())).to_float };
+        let to_float = to_float.expect("ggml converts each of our types");
+        // SAFETY: ggml reads whole blocks for n elements, which `bytes` holds, and writes n floats.
+        // Its blocks are packed structs of bytes and 16-bit halves, which x86-64 and AArch64
+        // load from any address.
+        unsafe { to_float(bytes.as_ptr().cast(), out.as_mut_ptr(), n as i64) };
+        out
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wave(n: usize) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.37).sin() * (1.0 + (i % 7) as f32)).collect()
+    }
+
+    #[test]
+    fn rows_survive_the_round_trip_as_well_as_their_type_allows() {
+        for (dtype, relative) in [
+            (DType::F32, 0.0),
+            (DType::F16, 1e-3),
+            (DType::BF16, 8e-3),
+            (DType::Q8_0, 1e-2),
+            (DType::Q4_0, 2e-1),
+            (DType::IQ4_NL, 2e-1),
+        ] {
+            let rows = wave(4 * 64);
+            let mut bytes = vec![0; 4 * dtype.row_bytes(64).unwrap()];
+            dtype.encode(&rows, 64, &mut bytes);
+            let back = dtype.decode(&bytes);
+            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|v| v * v).sum::<f32>().sqrt();
+            let error = square(&mut rows.iter().zip(&back).map(|(a, b)| a - b));
+            assert!(error <= relative * square(&mut rows.iter().copied()), "{dtype}: {error}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_ggmls_and_rows_are_whole_blocks() {
+        for dtype in DType::ALL {
+            assert_eq!(DType::from_number(dtype.number()), Some(dtype));
+        }
+        assert_eq!(DType::from_number(4), None, "removed from ggml");
+        assert_eq!(DType::Q8_0.row_bytes(4304), None);
+        assert_eq!(DType::Q8_0.row_bytes(4320), Some(135 * 34));
+        assert_eq!(DType::F32.row_bytes(usize::MAX), None);
+    }
+}

@@ -1,0 +1,195 @@
+//! One stage's computation: built once with fixed shapes, allocated once, run many times.
+
+use std::cell::RefCell;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use llama_cpp_sys_2 as sys;
+
+use crate::memory::{Home, Place};
+use crate::{Backend, Error, Result, State, Tensor, Weight};
+
+/// A computation that is ready to run. What it reads and writes are [`State`]s.
+pub struct Graph {
+    raw: NonNull<sys::ggml_cgraph>,
+    context: NonNull<sys::ggml_context>,
+    allocator: NonNull<sys::ggml_gallocr>,
+    backend: Arc<Backend>,
+    /// Weights and states that nodes point to.
+    _homes: Vec<Arc<Home>>,
+}
+
+// SAFETY: a graph is its own memory plus homes, which may be shared; running it takes `&mut self`
+// and the backend's lock.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Builds a graph of at most `max_nodes` operations and allocates what lies between them.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the backend lacks an operation, [`Error::Memory`] if it has no room.
+    ///
+    /// # Panics
+    /// If `build` makes more nodes, or an operation whose shapes do not fit.
+    pub fn build(
+        backend: &Arc<Backend>,
+        max_nodes: usize,
+        build: impl FnOnce(&Builder),
+    ) -> Result<Self> {
+        let builder = Builder::new(backend, max_nodes);
+        build(&builder);
+        let Builder { raw, context, homes, .. } = builder;
+        // SAFETY: the buffer type of a live backend is never freed.
+        let allocator = unsafe {
+            sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend.raw()))
+        };
+        let allocator = NonNull::new(allocator).expect("ggml allocates a small struct");
+        let (backend, _homes) = (backend.clone(), homes.into_inner());
+        let graph = Self { raw, context, allocator, backend, _homes };
+        graph.check_support()?;
+        let _idle = graph.backend.lock();
+        // SAFETY: graph and allocator are live, and nothing runs on the backend meanwhile.
+        if unsafe { sys::ggml_gallocr_alloc_graph(graph.allocator.as_ptr(), graph.raw.as_ptr()) } {
+            drop(_idle);
+            return Ok(graph);
+        }
+        let (device, what) = (graph.backend.name().to_owned(), "a computation".to_owned());
+        Err(Error::Memory { device, what, bytes: graph.bytes() })
+    }
+
+    /// Runs the graph and waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn compute(&mut self) -> Result<()> {
+        let _idle = self.backend.lock();
+        // SAFETY: the graph is allocated on this backend, its shapes were asserted node by node,
+        // and nothing else runs there.
+        let status =
+            unsafe { sys::ggml_backend_graph_compute(self.backend.raw(), self.raw.as_ptr()) };
+        if status == sys::GGML_STATUS_SUCCESS {
+            return Ok(());
+        }
+        let why = format!("computing a graph failed with ggml's status {status}");
+        Err(Error::Device { device: self.backend.name().to_owned(), why })
+    }
+
+    /// Bytes that lie between its operations, on the device.
+    pub fn bytes(&self) -> usize {
+        // SAFETY: the allocator is live and has one buffer type.
+        unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator.as_ptr(), 0) }
+    }
+
+    /// ggml aborts when a backend meets an operation it lacks, so ask before.
+    fn check_support(&self) -> Result<()> {
+        // SAFETY: the graph is live, and every index is below its count.
+        let nodes = unsafe {
+            let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
+            (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect::<Vec<_>>()
+        };
+        for node in nodes {
+            // SAFETY: backend and node are live.
+            if unsafe { sys::ggml_backend_supports_op(self.backend.raw(), node) } {
+                continue;
+            }
+            // SAFETY: the node is live; its description is a C string of ggml's constant tables.
+            let op = unsafe { std::ffi::CStr::from_ptr(sys::ggml_op_desc(node)) };
+            let why = format!("cannot compute {} for these shapes", op.to_string_lossy());
+            return Err(Error::Device { device: self.backend.name().to_owned(), why });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: both are live, and tensors of other homes are not freed with the context.
+        unsafe {
+            sys::ggml_gallocr_free(self.allocator.as_ptr());
+            sys::ggml_free(self.context.as_ptr());
+        }
+    }
+}
+
+/// A graph under construction. Its [`Tensor`]s borrow it.
+pub struct Builder {
+    raw: NonNull<sys::ggml_cgraph>,
+    pub(crate) context: NonNull<sys::ggml_context>,
+    backend: Arc<Backend>,
+    homes: RefCell<Vec<Arc<Home>>>,
+    nodes_left: std::cell::Cell<usize>,
+}
+
+impl Builder {
+    fn new(backend: &Arc<Backend>, max_nodes: usize) -> Self {
+        // SAFETY: both compute sizes from constants.
+        let (tensor, graph) = unsafe {
+            (sys::ggml_tensor_overhead(), sys::ggml_graph_overhead_custom(max_nodes, false))
+        };
+        let params = sys::ggml_init_params {
+            mem_size: max_nodes * tensor + graph,
+            mem_buffer: std::ptr::null_mut(),
+            no_alloc: true,
+        };
+        // SAFETY: the parameters ask ggml to allocate the memory itself.
+        let context = NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for nodes");
+        // SAFETY: the context has room for one graph of that size.
+        let raw = unsafe { sys::ggml_new_graph_custom(context.as_ptr(), max_nodes, false) };
+        Self {
+            raw: NonNull::new(raw).expect("the context has room for its graph"),
+            context,
+            backend: backend.clone(),
+            homes: RefCell::default(),
+            nodes_left: std::cell::Cell::new(max_nodes),
+        }
+    }
+
+    /// A weight as a graph's operand.
+    pub fn weight(&self, weight: &Weight) -> Tensor<'_> {
+        self.leaf(&weight.0)
+    }
+
+    /// A state as a graph's operand: what it holds when the node that reads it runs.
+    pub fn state(&self, state: &State) -> Tensor<'_> {
+        self.leaf(&state.0)
+    }
+
+    /// Copies `x` into the whole of `state`, converting to its type.
+    ///
+    /// # Panics
+    /// If their shapes differ.
+    pub fn store(&self, x: Tensor<'_>, state: &State) {
+        assert_eq!(x.shape(), state.shape(), "store: shapes differ");
+        let to = self.state(state);
+        // SAFETY: both tensors are live and of one shape.
+        let node = unsafe { sys::ggml_cpy(self.context.as_ptr(), x.raw.as_ptr(), to.raw.as_ptr()) };
+        self.run(self.node(node));
+    }
+
+    /// Makes `x` part of what runs, after everything that was made so before it.
+    pub(crate) fn run(&self, x: Tensor<'_>) {
+        // SAFETY: the graph has room for as many nodes as the context, which counts them.
+        unsafe { sys::ggml_build_forward_expand(self.raw.as_ptr(), x.raw.as_ptr()) }
+    }
+
+    /// A node that ggml just made in this context.
+    ///
+    /// # Panics
+    /// If the graph is full: before ggml, which would abort, notices.
+    pub(crate) fn node(&self, raw: *mut sys::ggml_tensor) -> Tensor<'_> {
+        let left = self.nodes_left.get();
+        assert!(left > 1, "the graph is larger than its builder was told");
+        self.nodes_left.set(left - 1);
+        Tensor { builder: self, raw: NonNull::new(raw).expect("ggml made a node") }
+    }
+
+    fn leaf(&self, place: &Place) -> Tensor<'_> {
+        let same = Arc::ptr_eq(&place.home.backend, &self.backend);
+        assert!(same, "a graph's weights and states are on its own backend");
+        let mut homes = self.homes.borrow_mut();
+        if !homes.iter().any(|home| Arc::ptr_eq(home, &place.home)) {
+            homes.push(place.home.clone());
+        }
+        Tensor { builder: self, raw: place.raw }
+    }
+}

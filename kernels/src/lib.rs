@@ -1,0 +1,52 @@
+//! Safe Rust over [ggml](https://github.com/ggml-org/ggml) for one purpose: running OpenVLA.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
+//! | [`DType`] | element types, and quantising rows into them |
+//! | [`Backend`] | a device that owns memory and computes |
+//! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
+//! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
+//! | [`Mapped`] | files and parts of files as byte slices |
+//!
+//! Shapes are ggml's everywhere: fastest dimension first, four numbers, ones at the end.
+//!
+//! # What makes it safe
+//!
+//! ggml checks its arguments by aborting the process. So every method here asserts ggml's
+//! conditions first, in Rust, and no value from a file reaches ggml before [`Gguf`] has checked it
+//! against the file's length. Memory is kept alive by reference counts: a graph holds on to
+//! the weights and states it names, those to their buffer, the buffer to its file and its backend.
+//! A backend runs one thing at a time, behind a lock, so handles may be used from any thread.
+
+mod backend;
+mod dtype;
+mod error;
+mod gguf;
+mod graph;
+mod mapped;
+mod memory;
+mod tensor;
+
+pub use backend::Backend;
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use gguf::{ALIGNMENT, Array, Gguf, Header, TensorInfo, Value};
+pub use graph::{Builder, Graph};
+pub use mapped::Mapped;
+pub use memory::{State, Weight, Weights};
+pub use tensor::Tensor;
+
+/// Sizes of a tensor, fastest dimension first, ones at the end.
+pub type Shape = [usize; 4];
+
+/// `dims` with ones at the end.
+///
+/// # Panics
+/// If there are more than four.
+pub fn shape(dims: &[usize]) -> Shape {
+    assert!(dims.len() <= 4, "ggml tensors have at most four dimensions, not {dims:?}");
+    let mut shape = [1; 4];
+    shape[..dims.len()].copy_from_slice(dims);
+    shape
+}

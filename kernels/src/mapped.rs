@@ -1,0 +1,57 @@
+//! Files, and parts of files, as byte slices.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::{Advice, Mmap, MmapOptions};
+
+use crate::{Error, Result};
+
+/// A read-only memory map. Dropping it gives its pages back.
+#[derive(Debug)]
+pub struct Mapped(Mmap);
+
+impl Mapped {
+    /// Maps a whole file.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if it cannot be opened, is a folder, or cannot be mapped.
+    pub fn open(path: &Path) -> Result<Self> {
+        let read = |source| Error::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(read)?;
+        let metadata = file.metadata().map_err(read)?;
+        if !metadata.is_file() {
+            return Err(read(std::io::Error::other("it is not a regular file")));
+        }
+        let length = usize::try_from(metadata.len())
+            .map_err(|_| read(std::io::ErrorKind::FileTooLarge.into()))?;
+        Self::range(&file, 0, length).map_err(read)
+    }
+
+    /// Maps `length` bytes from `offset`, which must lie inside the file.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if they do not, or what the system says.
+    pub fn range(file: &File, offset: u64, length: usize) -> std::io::Result<Self> {
+        let end = offset.checked_add(length as u64);
+        if end.is_none_or(|end| file.metadata().is_ok_and(|m| m.len() < end)) {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: the range lies inside the file, checked above, and the map is read-only. That
+        // nobody shortens or rewrites the file meanwhile is the one thing no check can promise;
+        // it is what every program that maps its model asks of its user.
+        let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file)? };
+        // Advice only: where a system refuses it, reading is slower and otherwise the same.
+        let _ = map.advise(Advice::WillNeed);
+        Ok(Self(map))
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}

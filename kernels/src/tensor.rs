@@ -1,0 +1,305 @@
+//! The operations OpenVLA needs, one short method each. Shapes are asserted before ggml sees them.
+
+use std::ptr::NonNull;
+
+use llama_cpp_sys_2 as sys;
+
+use crate::{Builder, DType, Shape, shape};
+
+/// A node of a graph. `Copy`, so that model code reads like the formula.
+#[derive(Clone, Copy)]
+pub struct Tensor<'g> {
+    pub(crate) builder: &'g Builder,
+    pub(crate) raw: NonNull<sys::ggml_tensor>,
+}
+
+/// Sum. The right side repeats over the left, as a bias over rows.
+impl<'g> std::ops::Add for Tensor<'g> {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        self.broadcasts(other, "add");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, f32, of one graph, and `other` repeats over `self`.
+        self.builder.node(unsafe { sys::ggml_add(context, raw, other.raw.as_ptr()) })
+    }
+}
+
+/// Product, element by element. The right side repeats over the left, as a scale over rows.
+impl<'g> std::ops::Mul for Tensor<'g> {
+    type Output = Self;
+
+    fn mul(self, other: Self) -> Self {
+        self.broadcasts(other, "mul");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, f32, of one graph, and `other` repeats over `self`.
+        self.builder.node(unsafe { sys::ggml_mul(context, raw, other.raw.as_ptr()) })
+    }
+}
+
+impl<'g> Tensor<'g> {
+    /// Sizes, fastest first.
+    pub fn shape(self) -> Shape {
+        // SAFETY: the tensor lives as long as its builder's context or the homes it keeps.
+        unsafe { self.raw.as_ref() }.ne.map(|n| usize::try_from(n).expect("sizes are positive"))
+    }
+
+    /// Bytes from one element to the next, per dimension.
+    fn strides(self) -> Shape {
+        // SAFETY: as in `shape`.
+        unsafe { self.raw.as_ref() }.nb
+    }
+
+    fn dtype(self) -> DType {
+        // SAFETY: as in `shape`.
+        let number = unsafe { self.raw.as_ref() }.type_;
+        DType::from_number(number).expect("graphs are made of our types")
+    }
+
+    fn is_contiguous(self) -> bool {
+        // SAFETY: as in `shape`.
+        unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
+    }
+
+    fn is_f32(self) -> bool {
+        self.dtype() == DType::F32
+    }
+
+    /// The arguments every constructor of ggml starts with.
+    fn args(self) -> (*mut sys::ggml_context, *mut sys::ggml_tensor) {
+        (self.builder.context.as_ptr(), self.raw.as_ptr())
+    }
+
+    fn same_graph(self, other: Tensor<'_>) {
+        assert!(std::ptr::eq(self.builder, other.builder), "operands of two graphs");
+    }
+
+    /// Matrix product: `[k, m] · [k, n] → [m, n]`. `self` is the weight, `x` the activations.
+    /// Further dimensions of `self` repeat over those of `x`.
+    pub fn mul_mat(self, x: Tensor<'g>) -> Tensor<'g> {
+        let (a, b) = (self.shape(), x.shape());
+        self.same_graph(x);
+        assert_eq!(a[0], b[0], "mul_mat: inner sizes differ, {a:?} · {b:?}");
+        let repeats = b[2].is_multiple_of(a[2]) && b[3].is_multiple_of(a[3]);
+        assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
+        assert!(self.is_contiguous() && x.is_contiguous(), "mul_mat: operands have gaps");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
+        self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) })
+    }
+
+    fn broadcasts(self, other: Tensor<'_>, op: &str) {
+        let (a, b) = (self.shape(), other.shape());
+        self.same_graph(other);
+        let repeats = a.iter().zip(&b).all(|(a, b)| a.is_multiple_of(*b));
+        assert!(repeats, "{op}: {b:?} does not repeat over {a:?}");
+        assert!(self.is_f32() && other.is_f32(), "{op}: operands are not f32");
+        assert!(other.strides()[0] == 4 && self.strides()[0] == 4, "{op}: rows have gaps");
+    }
+
+    /// LayerNorm of each row, without its affine part.
+    pub fn norm(self, eps: f32) -> Tensor<'g> {
+        self.rows("norm");
+        let (context, raw) = self.args();
+        // SAFETY: live and f32 with contiguous rows.
+        self.builder.node(unsafe { sys::ggml_norm(context, raw, eps) })
+    }
+
+    /// RMSNorm of each row, without its scale.
+    pub fn rms_norm(self, eps: f32) -> Tensor<'g> {
+        self.rows("rms_norm");
+        let (context, raw) = self.args();
+        // SAFETY: live and f32 with contiguous rows.
+        self.builder.node(unsafe { sys::ggml_rms_norm(context, raw, eps) })
+    }
+
+    /// GELU in its exact form, through erf.
+    pub fn gelu_erf(self) -> Tensor<'g> {
+        self.rows("gelu_erf");
+        assert!(self.is_contiguous(), "gelu_erf: operand has gaps");
+        let (context, raw) = self.args();
+        // SAFETY: live, f32 and contiguous.
+        self.builder.node(unsafe { sys::ggml_gelu_erf(context, raw) })
+    }
+
+    /// `silu(self) * up`.
+    pub fn swiglu(self, up: Tensor<'g>) -> Tensor<'g> {
+        self.same_graph(up);
+        assert_eq!(self.shape(), up.shape(), "swiglu: shapes differ");
+        assert!(self.is_f32() && up.is_f32(), "swiglu: operands are not f32");
+        assert!(self.is_contiguous() && up.is_contiguous(), "swiglu: operands have gaps");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, f32, contiguous and of one shape.
+        self.builder.node(unsafe { sys::ggml_swiglu_split(context, raw, up.raw.as_ptr()) })
+    }
+
+    fn rows(self, op: &str) {
+        assert!(self.is_f32() && self.strides()[0] == 4, "{op}: rows are not contiguous f32");
+    }
+
+    /// The same elements, in the same order, under other sizes.
+    pub fn reshape(self, dims: &[usize]) -> Tensor<'g> {
+        let new = shape(dims);
+        let count = |s: Shape| s.iter().product::<usize>();
+        assert_eq!(count(self.shape()), count(new), "reshape: {:?} to {new:?}", self.shape());
+        assert!(self.is_contiguous(), "reshape: operand has gaps");
+        let (context, raw) = self.args();
+        let [a, b, c, d] = new.map(|n| n as i64);
+        // SAFETY: live, contiguous, and of the same number of elements.
+        self.builder.node(unsafe { sys::ggml_reshape_4d(context, raw, a, b, c, d) })
+    }
+
+    /// Moves dimension `i` to place `to[i]`. Nothing is copied.
+    pub fn permute(self, to: [usize; 4]) -> Tensor<'g> {
+        assert!((0..4).all(|axis| to.contains(&axis)), "permute: {to:?} is no permutation");
+        let (context, raw) = self.args();
+        let [a, b, c, d] = to.map(|axis| axis as i32);
+        // SAFETY: live, and a permutation of the four dimensions.
+        self.builder.node(unsafe { sys::ggml_permute(context, raw, a, b, c, d) })
+    }
+
+    /// `length` places of dimension `dim` from `start`. Nothing is copied.
+    pub fn slice(self, dim: usize, start: usize, length: usize) -> Tensor<'g> {
+        let mut new = self.shape();
+        let end = start.checked_add(length);
+        let inside = length > 0 && end.is_some_and(|end| end <= new[dim]);
+        assert!(inside, "slice: {length} from {start} of dimension {dim} of {new:?}");
+        assert!(dim > 0 || self.dtype().block() == 1, "slice: inside blocks");
+        new[dim] = length;
+        let strides = self.strides();
+        let (context, raw) = self.args();
+        let [a, b, c, d] = new.map(|n| n as i64);
+        let [_, row, plane, cube] = strides;
+        let offset = start * strides[dim];
+        // SAFETY: live, and the view lies inside the tensor's own extent.
+        self.builder
+            .node(unsafe { sys::ggml_view_4d(context, raw, a, b, c, d, row, plane, cube, offset) })
+    }
+
+    /// A copy without gaps, in the order of the dimensions.
+    pub fn contiguous(self) -> Tensor<'g> {
+        let (context, raw) = self.args();
+        // SAFETY: live.
+        self.builder.node(unsafe { sys::ggml_cont(context, raw) })
+    }
+
+    /// `self`, then `other`, along dimension `dim`.
+    pub fn concat(self, other: Tensor<'g>, dim: usize) -> Tensor<'g> {
+        self.same_graph(other);
+        let (a, b) = (self.shape(), other.shape());
+        let fit = (0..4).all(|i| i == dim || a[i] == b[i]) && dim < 4;
+        assert!(fit, "concat: {a:?} and {b:?} along {dim}");
+        assert!(self.is_f32() && other.is_f32(), "concat: operands are not f32");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, f32, and differ in `dim` at most.
+        self.builder.node(unsafe { sys::ggml_concat(context, raw, other.raw.as_ptr(), dim as i32) })
+    }
+
+    /// Rows of a table `[k, n_row]` by number: `ids [n]` of i32 gives `[k, n]` in f32.
+    /// The host must have written numbers below `n_row`: see [`crate::State::write`].
+    pub fn get_rows(self, ids: Tensor<'g>) -> Tensor<'g> {
+        self.same_graph(ids);
+        let [_, n, one, also_one] = ids.shape();
+        assert_eq!((n, one, also_one), (1, 1, 1), "get_rows: ids are not a vector");
+        assert_eq!(ids.dtype(), DType::I32, "get_rows: ids are not i32");
+        assert_eq!(self.shape()[2..], [1, 1], "get_rows: the table is not a matrix");
+        let (context, raw) = self.args();
+        // SAFETY: both are live, a matrix and a vector of i32. ggml asserts that ids are in range.
+        self.builder.node(unsafe { sys::ggml_get_rows(context, raw, ids.raw.as_ptr()) })
+    }
+
+    /// Writes `rows [k, n]` into this state `[k, n_row]`, converted to its type, at the places
+    /// `at [n]` of i64. Runs before anything that is added later.
+    pub fn set_rows(self, rows: Tensor<'g>, at: Tensor<'g>) {
+        self.same_graph(rows);
+        self.same_graph(at);
+        let (table, new) = (self.shape(), rows.shape());
+        assert_eq!((table[0], table[2..] == [1, 1]), (new[0], new[2..] == [1, 1]), "set_rows");
+        assert_eq!(at.shape(), [new[1], 1, 1, 1], "set_rows: one place per row");
+        assert_eq!(at.dtype(), DType::I64, "set_rows: places are not i64");
+        rows.rows("set_rows");
+        let (context, raw) = self.args();
+        let (rows, at) = (rows.raw.as_ptr(), at.raw.as_ptr());
+        // SAFETY: all are live and of sizes that fit. ggml asserts that places are in range.
+        let node = self.builder.node(unsafe { sys::ggml_set_rows(context, raw, rows, at) });
+        self.builder.run(node);
+    }
+
+    /// Rotary positions for `[head_dim, n_head, n]`: turns the channels `(2i, 2i + 1)` of each head
+    /// by `positions[row] · base^(-2i/head_dim)`. Neighbouring pairs are llama.cpp's layout of Llama,
+    /// which our files hold; Hugging Face pairs `(i, i + head_dim/2)`, so q and k rows are permuted
+    /// when a file is written.
+    pub fn rope(self, positions: Tensor<'g>, base: f32) -> Tensor<'g> {
+        self.same_graph(positions);
+        let [head_dim, _, n, one] = self.shape();
+        assert!(head_dim.is_multiple_of(2) && one == 1, "rope: {:?}", self.shape());
+        assert_eq!(positions.shape(), [n, 1, 1, 1], "rope: one position per row");
+        assert_eq!(positions.dtype(), DType::I32, "rope: positions are not i32");
+        self.rows("rope");
+        let (context, raw) = self.args();
+        let (dims, none, at) = (head_dim as i32, std::ptr::null_mut(), positions.raw.as_ptr());
+        let mode = sys::LLAMA_ROPE_TYPE_NORM;
+        // SAFETY: both are live with one position per row; no frequency factors, and the numbers
+        // after `base` switch YaRN's extrapolation off.
+        self.builder.node(unsafe {
+            sys::ggml_rope_ext(context, raw, at, none, dims, mode, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0)
+        })
+    }
+
+    /// Attention: queries `[head_dim, n, n_head]` (`self`), keys and values
+    /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 that is added to the scores, or none.
+    /// Gives `[head_dim, n_head, n]`. Rows must be contiguous, further strides may be any.
+    pub fn flash_attention(
+        self,
+        k: Tensor<'g>,
+        v: Tensor<'g>,
+        mask: Option<Tensor<'g>>,
+        scale: f32,
+    ) -> Tensor<'g> {
+        let ([d, n, n_head, one], kv) = (self.shape(), k.shape());
+        self.same_graph(k);
+        self.same_graph(v);
+        assert_eq!((kv, one), (v.shape(), 1), "attention: keys and values differ");
+        let fit = kv[0] == d && n_head.is_multiple_of(kv[2]) && kv[3] == 1;
+        assert!(fit, "attention: queries {:?}, keys {kv:?}", self.shape());
+        let packed = |x: Tensor<'_>| x.strides()[0] == x.dtype().block_bytes();
+        assert!(self.is_f32() && packed(self) && packed(k) && packed(v), "attention: gaps in rows");
+        assert_eq!(k.dtype(), v.dtype(), "attention: keys and values are of two types");
+        let mask = mask.map_or(std::ptr::null_mut(), |mask| {
+            self.same_graph(mask);
+            assert_eq!(mask.shape(), [kv[1], n, 1, 1], "attention: the mask's shape");
+            assert!(mask.dtype() == DType::F16 && mask.is_contiguous(), "attention: the mask");
+            mask.raw.as_ptr()
+        });
+        let (context, raw) = self.args();
+        let (k, v) = (k.raw.as_ptr(), v.raw.as_ptr());
+        // SAFETY: all are live, of one graph, and of shapes, types and strides that fit.
+        let node = unsafe {
+            let node = sys::ggml_flash_attn_ext(context, raw, k, v, mask, scale, 0.0, 0.0);
+            sys::ggml_flash_attn_ext_set_prec(node, sys::GGML_PREC_F32);
+            node
+        };
+        self.builder.node(node)
+    }
+
+    /// Cuts planes `[width, height, channels]` (`self`) into the patches that a convolution with
+    /// `kernel [side, side, channels, _]` and step `side` sees: `[side·side·channels, n_patch]`,
+    /// patches row by row, each ordered x, then y, then channel.
+    pub fn patches(self, kernel: Tensor<'g>) -> Tensor<'g> {
+        self.same_graph(kernel);
+        let ([width, height, channels, one], k) = (self.shape(), kernel.shape());
+        let side = k[0];
+        let fit = (k[1], k[2], one) == (side, channels, 1);
+        let whole = width.is_multiple_of(side) && height.is_multiple_of(side);
+        assert!(fit && whole, "patches: {k:?} does not divide {:?}", self.shape());
+        assert!(self.is_f32() && kernel.is_f32(), "patches: operands are not f32");
+        assert!(self.is_contiguous(), "patches: planes have gaps");
+        let (context, raw) = self.args();
+        let (kernel, step, f32) = (kernel.raw.as_ptr(), side as i32, sys::GGML_TYPE_F32);
+        // SAFETY: both are live, with the same number of channels, and windows fit the image.
+        let node = self.builder.node(unsafe {
+            sys::ggml_im2col(context, kernel, raw, step, step, 0, 0, 1, 1, true, f32)
+        });
+        node.reshape(&[side * side * channels, (width / side) * (height / side)])
+    }
+}

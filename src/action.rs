@@ -1,0 +1,222 @@
+//! Tokens to motions: bins, data-set statistics, un-normalising. All in f64, as the reference.
+//!
+//! ref: `OpenVLAForActionPrediction.predict_action`, `ActionTokenizer`
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::{Error, Result};
+
+/// Which ids mean motion, and how finely: the last `n_bin` ids before `end`, highest id first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ActionSpace {
+    /// One past the highest action id: 32000, the vocabulary without its padding rows.
+    pub end: u32,
+    /// Action ids: 256. There is one bin centre fewer, and the two lowest ids share the last.
+    pub n_bin: u32,
+}
+
+impl ActionSpace {
+    /// The action ids, lowest first: 31744..32000.
+    pub fn ids(self) -> std::ops::Range<u32> {
+        self.end - self.n_bin..self.end
+    }
+
+    /// The bin of any id: the reference clips ids that are no action ids, lower ones to the last
+    /// bin, higher ones to the first.
+    pub fn bin(self, id: u32) -> u32 {
+        self.end.saturating_sub(id).saturating_sub(1).min(self.n_bin - 2)
+    }
+
+    /// The centre of a bin, in -1..1: the mean of two of numpy's `linspace(-1, 1, n_bin)`.
+    pub fn centre(self, bin: u32) -> f64 {
+        let last = self.n_bin - 1;
+        let edge = |i: u32| match i == last {
+            true => 1.0,
+            false => f64::from(i) * (2.0 / f64::from(last)) - 1.0,
+        };
+        (edge(bin) + edge(bin + 1)) / 2.0
+    }
+}
+
+/// How one data set's motions were scaled to -1..1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dataset {
+    /// The motion that -1 stands for, per dimension, in the data set's units.
+    pub q01: Vec<f64>,
+    /// The motion that 1 stands for.
+    pub q99: Vec<f64>,
+    /// Which dimensions are scaled at all. The others, such as grippers, stay in -1..1.
+    pub mask: Vec<bool>,
+}
+
+impl Dataset {
+    /// Numbers in -1..1 to the data set's units.
+    pub fn unnormalise(&self, normalised: &[f64]) -> Vec<f64> {
+        let ranges = self.q01.iter().zip(&self.q99).zip(&self.mask);
+        let unnormalise = |(x, ((q01, q99), scaled)): (&f64, ((&f64, &f64), &bool))| match scaled {
+            true => 0.5 * (x + 1.0) * (q99 - q01) + q01,
+            false => *x,
+        };
+        normalised.iter().zip(ranges).map(unnormalise).collect()
+    }
+}
+
+/// The statistics of every data set a model was trained on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Statistics {
+    json: String,
+    datasets: BTreeMap<String, Dataset>,
+}
+
+/// More dimensions than any robot of the data sets by far; bounds the tokens of a motion.
+const MAX_DIMENSIONS: usize = 64;
+
+#[derive(Deserialize)]
+struct Entry {
+    action: Option<ActionEntry>,
+}
+
+#[derive(Deserialize)]
+struct ActionEntry {
+    q01: Vec<f64>,
+    q99: Vec<f64>,
+    mask: Option<Vec<bool>>,
+}
+
+impl Statistics {
+    /// Reads the text of a `dataset_statistics.json`, or of a config's `norm_stats`. What stands
+    /// beside the data sets (`source_split`, …) is kept in the text and otherwise left alone.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is not JSON, holds no data set, or one of unequal lengths.
+    pub fn parse(json: String) -> Result<Self> {
+        let wrong = |why: String| Error::Model { why: format!("its action statistics: {why}") };
+        let entries: BTreeMap<String, serde_json::Value> =
+            serde_json::from_str(&json).map_err(|e| wrong(e.to_string()))?;
+        let mut datasets = BTreeMap::new();
+        for (name, entry) in entries {
+            if entry.get("action").is_none() {
+                continue;
+            }
+            let entry: Entry =
+                serde_json::from_value(entry).map_err(|e| wrong(format!("`{name}`: {e}")))?;
+            let Some(ActionEntry { q01, q99, mask }) = entry.action else { continue };
+            let mask = mask.unwrap_or_else(|| vec![true; q01.len()]);
+            let n = q01.len();
+            if q99.len() != n || mask.len() != n || !(1..=MAX_DIMENSIONS).contains(&n) {
+                let found = format!("{n} q01, {} q99, {} mask", q99.len(), mask.len());
+                return Err(wrong(format!("`{name}` has {found}; equal numbers are needed")));
+            }
+            datasets.insert(name, Dataset { q01, q99, mask });
+        }
+        match datasets.is_empty() {
+            true => Err(wrong("there is no data set with `action.q01` and `action.q99`".into())),
+            false => Ok(Self { json, datasets }),
+        }
+    }
+
+    /// The text they were read from.
+    pub fn json(&self) -> &str {
+        &self.json
+    }
+
+    /// All data sets, by name.
+    pub fn datasets(&self) -> &BTreeMap<String, Dataset> {
+        &self.datasets
+    }
+
+    /// Dimensions of the longest motion.
+    pub fn longest(&self) -> usize {
+        self.datasets.values().map(|dataset| dataset.q01.len()).max().unwrap_or(0)
+    }
+
+    /// The data set to un-normalise with. Without a key, the only one there is. As in the
+    /// reference's LIBERO evaluation, `KEY_no_noops` is found under `KEY`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownStatistics`] or [`Error::AmbiguousStatistics`], with the names there are.
+    pub fn select(&self, key: Option<&str>) -> Result<(&str, &Dataset)> {
+        let known = || self.datasets.keys().cloned().collect();
+        let found = match key {
+            None if self.datasets.len() == 1 => self.datasets.iter().next(),
+            None => return Err(Error::AmbiguousStatistics { known: known() }),
+            Some(key) => self
+                .datasets
+                .get_key_value(key)
+                .or_else(|| self.datasets.get_key_value(&format!("{key}_no_noops"))),
+        };
+        let unknown = || Error::UnknownStatistics { key: key.unwrap_or("").into(), known: known() };
+        found.map(|(name, dataset)| (name.as_str(), dataset)).ok_or_else(unknown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPACE: ActionSpace = ActionSpace { end: 32_000, n_bin: 256 };
+
+    /// numpy, spelled out: 256 edges, their 255 means, and `clip(32000 - id - 1, 0, 254)`.
+    fn naive(id: i64) -> f64 {
+        let mut edges: Vec<f64> = (0..256).map(|i| f64::from(i) * (2.0 / 255.0) + -1.0).collect();
+        edges[255] = 1.0;
+        let centres: Vec<f64> = edges.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
+        centres[(32_000 - id - 1).clamp(0, 254) as usize]
+    }
+
+    #[test]
+    fn every_id_of_the_vocabulary_decodes_as_the_reference_does() {
+        for id in 0..32_064 {
+            assert_eq!(SPACE.centre(SPACE.bin(id)), naive(i64::from(id)), "id {id}");
+        }
+        assert_eq!(SPACE.bin(31_744), SPACE.bin(31_745), "256 ids share 255 centres");
+        assert!((SPACE.centre(SPACE.bin(31_999)) + 0.996_078_431_372_549).abs() < 1e-15);
+    }
+
+    fn statistics(json: &str) -> Result<Statistics> {
+        Statistics::parse(json.to_owned())
+    }
+
+    #[test]
+    fn masked_dimensions_scale_and_others_stay() {
+        let json = r#"{"d": {"action": {"q01": [-2, 0, 0], "q99": [2, 0, 1],
+                                        "mask": [true, true, false]}}, "source_split": "x"}"#;
+        let statistics = statistics(json).unwrap();
+        let (name, dataset) = statistics.select(None).unwrap();
+        assert_eq!(name, "d");
+        assert_eq!(dataset.unnormalise(&[0.5, 0.5, 0.5]), [1.0, 0.0, 0.5]);
+        assert_eq!(dataset.unnormalise(&[-1.0, 1.0, -0.996]), [-2.0, 0.0, -0.996]);
+    }
+
+    #[test]
+    fn a_missing_mask_scales_everything() {
+        let statistics = statistics(r#"{"d": {"action": {"q01": [0], "q99": [4]}}}"#).unwrap();
+        assert_eq!(statistics.select(Some("d")).unwrap().1.unnormalise(&[0.0]), [2.0]);
+    }
+
+    #[test]
+    fn names_are_found_with_and_without_their_suffix_and_never_guessed() {
+        let one = r#"{"action": {"q01": [0], "q99": [1]}}"#;
+        let two = statistics(&format!(r#"{{"a": {one}, "libero_10_no_noops": {one}}}"#)).unwrap();
+        assert_eq!(two.select(Some("libero_10")).unwrap().0, "libero_10_no_noops");
+        assert!(matches!(two.select(None), Err(Error::AmbiguousStatistics { .. })));
+        assert!(matches!(two.select(Some("A")), Err(Error::UnknownStatistics { .. })));
+    }
+
+    #[test]
+    fn unsound_statistics_are_refused() {
+        for json in [
+            "{}",
+            "[1]",
+            r#"{"d": {"action": {"q01": [0, 1], "q99": [1]}}}"#,
+            r#"{"d": {"action": {"q01": [], "q99": []}}}"#,
+            r#"{"d": {"action": {"q01": [NaN], "q99": [1]}}}"#,
+            r#"{"d": {"action": {"q01": [1e999], "q99": [1]}}}"#,
+            r#"{"d": {"action": {"q01": [0], "q99": [1], "mask": [true, true]}}}"#,
+        ] {
+            assert!(statistics(json).is_err(), "{json}");
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! What a model file says about itself: every GGUF key, read and written side by side.
+//!
+//! `read` is the only way to a [`Config`] of a file, and checks what graphs and arithmetic rely on,
+//! so nothing after it has to. `MODEL.md` documents the keys.
+
+use openvla_kernels::{Gguf, Header, Value};
+
+use crate::action::{ActionSpace, Statistics};
+use crate::preprocess::{Normalize, Preprocess, Resize};
+use crate::prompt::Prompt;
+use crate::tokenizer::{TokenType, Vocabulary};
+use crate::{Error, Result};
+
+/// Everything about a model except its tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// `general.*`: what people and tools read.
+    pub general: General,
+    /// Image to planes.
+    pub preprocess: Preprocess,
+    /// Pixels along a patch: 14.
+    pub patch_size: usize,
+    /// The vision towers, in the order of their channels; as many as `preprocess.towers`.
+    pub towers: Vec<TowerConfig>,
+    /// Widths of the projector from the joined towers to the Llama: 2176, 8704, 4096, 4096.
+    pub projector: Vec<usize>,
+    /// The language model.
+    pub llama: LlamaConfig,
+    /// Instruction to prompt.
+    pub prompt: Prompt,
+    /// Prompt to ids.
+    pub vocabulary: Vocabulary,
+    /// Ids to bins.
+    pub actions: ActionSpace,
+    /// Bins to motions.
+    pub statistics: Statistics,
+}
+
+/// `general.*`
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct General {
+    /// For people: "OpenVLA 7B".
+    pub name: String,
+    /// The first part of a file name: "OpenVLA".
+    pub basename: String,
+    /// Parameters: "7B", "349K".
+    pub size_label: String,
+    /// What it was tuned for, if anything: "LIBERO-Spatial".
+    pub finetune: Option<String>,
+    /// "v1.0"
+    pub version: String,
+    /// llama.cpp's `llama_ftype` number of the weights' type.
+    pub file_type: u32,
+    /// An SPDX name or "llama2".
+    pub license: Option<String>,
+}
+
+/// One vision tower.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TowerConfig {
+    /// "dinov2" or "siglip": prefix of its keys and tensors.
+    pub name: String,
+    /// Channels: 1024 and 1152.
+    pub dim: usize,
+    /// Blocks that run: 23 of DINOv2's 24, 26 of SigLIP's 27.
+    pub n_layer: usize,
+    /// Attention heads: 16.
+    pub n_head: usize,
+    /// Width of the MLP, zero-padded to whole blocks of 32: 4096, and 4320 for SigLIP's 4304.
+    pub n_ff: usize,
+    /// Of LayerNorm: 1e-6.
+    pub eps: f32,
+    /// Class and register tokens before the patches: 5 and 0.
+    pub n_prefix: usize,
+    /// Whether each branch has a learnt scale.
+    pub layer_scale: bool,
+}
+
+/// The Llama-2 decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LlamaConfig {
+    /// Channels: 4096.
+    pub dim: usize,
+    /// Layers: 32.
+    pub n_layer: usize,
+    /// Heads of queries: 32.
+    pub n_head: usize,
+    /// Heads of keys and values: 32.
+    pub n_head_kv: usize,
+    /// Width of the MLP: 11008.
+    pub n_ff: usize,
+    /// Rows of embedding and head: 32064.
+    pub n_vocab: usize,
+    /// Rows it was made for: 2048.
+    pub n_ctx: usize,
+    /// Of RMSNorm: 1e-6, unlike Llama-2's own 1e-5.
+    pub eps: f32,
+    /// Of the rotary positions: 10000.
+    pub rope_base: f32,
+}
+
+impl LlamaConfig {
+    /// Channels per head: 128.
+    pub fn head_dim(&self) -> usize {
+        self.dim / self.n_head
+    }
+}
+
+impl Config {
+    /// Patches of an image: 256.
+    pub fn n_patch(&self) -> usize {
+        (self.preprocess.size as usize / self.patch_size).pow(2)
+    }
+
+    /// Reads and checks a file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it is of another model or format version, or its sizes do not fit
+    /// together; [`Error::Kernels`] names a key that is missing or of another kind.
+    pub fn read(file: &Gguf) -> Result<Self> {
+        check_format(file)?;
+        let towers: Vec<String> = file.get(key::TOWERS)?;
+        let normalize =
+            towers.iter().map(|name| read_normalize(file, name)).collect::<Result<_>>()?;
+        let config = Self {
+            general: General::read(file)?,
+            preprocess: Preprocess {
+                size: size(file, key::IMAGE_SIZE)? as u32,
+                resize: read_resize(file)?,
+                towers: normalize,
+            },
+            patch_size: size(file, key::PATCH_SIZE)?,
+            towers: towers
+                .iter()
+                .map(|name| TowerConfig::read(file, name))
+                .collect::<Result<_>>()?,
+            projector: read_projector(file)?,
+            llama: LlamaConfig::read(file)?,
+            prompt: Prompt::new(file.get(key::TEMPLATE)?, file.get(key::SUFFIX)?)?,
+            vocabulary: read_vocabulary(file)?,
+            actions: ActionSpace {
+                end: file.get(key::ACTION_END)?,
+                n_bin: file.get(key::ACTION_BINS)?,
+            },
+            statistics: Statistics::parse(file.get(key::STATISTICS)?)?,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Adds all keys to the header of a file to be written.
+    pub fn write(&self, to: &mut Header) {
+        to.set(key::ARCHITECTURE, ARCHITECTURE.to_owned());
+        self.general.write(to);
+        to.set(key::FORMAT, FORMAT);
+        to.set(key::IMAGE_SIZE, self.preprocess.size);
+        write_resize(self.preprocess.resize, to);
+        to.set(key::PATCH_SIZE, self.patch_size as u32);
+        to.set(key::TOWERS, self.towers.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
+        for (tower, normalize) in self.towers.iter().zip(&self.preprocess.towers) {
+            tower.write(to);
+            to.set(&format!("openvla.{}.image_mean", tower.name), normalize.mean.to_vec());
+            to.set(&format!("openvla.{}.image_std", tower.name), normalize.std.to_vec());
+        }
+        to.set(key::PROJECTOR, self.projector.iter().map(|n| *n as i32).collect::<Vec<_>>());
+        self.llama.write(to);
+        to.set(key::TEMPLATE, self.prompt.template.clone());
+        to.set(key::SUFFIX, self.prompt.suffix);
+        write_vocabulary(&self.vocabulary, to);
+        to.set(key::ACTION_END, self.actions.end);
+        to.set(key::ACTION_BINS, self.actions.n_bin);
+        to.set(key::STATISTICS, self.statistics.json().to_owned());
+    }
+
+    /// What the parts must agree on. The converter calls this too, before it writes anything.
+    ///
+    /// # Errors
+    /// [`Error::Model`] says which two do not.
+    pub fn check(&self) -> Result<()> {
+        let demand = |holds: bool, why: String| match holds {
+            true => Ok(()),
+            false => Err(Error::Model { why }),
+        };
+        let (size, patch) = (self.preprocess.size as usize, self.patch_size);
+        demand(
+            size.is_multiple_of(patch),
+            format!("an image of {size} is no whole number of patches of {patch}"),
+        )?;
+        demand(!self.towers.is_empty(), "it has no vision tower".into())?;
+        let joined: usize = self.towers.iter().map(|t| t.dim).sum();
+        let ends = (self.projector.first(), self.projector.last());
+        demand(
+            self.projector.len() > 1 && ends == (Some(&joined), Some(&self.llama.dim)),
+            format!(
+                "its projector {:?} does not lead from the towers ({joined}) to the Llama ({})",
+                self.projector, self.llama.dim
+            ),
+        )?;
+        for t in &self.towers {
+            let fit = t.dim.is_multiple_of(t.n_head);
+            demand(fit, format!("{} heads do not divide {}'s {}", t.n_head, t.name, t.dim))?;
+        }
+        let l = &self.llama;
+        demand(
+            l.dim.is_multiple_of(l.n_head)
+                && l.n_head.is_multiple_of(l.n_head_kv)
+                && l.head_dim().is_multiple_of(2),
+            format!("{} and {} heads do not fit {} channels", l.n_head, l.n_head_kv, l.dim),
+        )?;
+        demand(
+            self.vocabulary.tokens.len() == l.n_vocab,
+            format!("{} tokens for {} embeddings", self.vocabulary.tokens.len(), l.n_vocab),
+        )?;
+        let ActionSpace { end, n_bin } = self.actions;
+        demand(
+            (3..=end).contains(&n_bin) && end as usize <= l.n_vocab,
+            format!("{n_bin} action ids below {end} in a vocabulary of {}", l.n_vocab),
+        )?;
+        let suffix = self.prompt.suffix;
+        demand(
+            (suffix as usize) < l.n_vocab && suffix != self.vocabulary.bos,
+            format!("its prompts end with token {suffix}, which cannot be"),
+        )
+    }
+}
+
+/// The keys that are no tower's own.
+mod key {
+    pub const ARCHITECTURE: &str = "general.architecture";
+    pub const NAME: &str = "general.name";
+    pub const BASENAME: &str = "general.basename";
+    pub const SIZE_LABEL: &str = "general.size_label";
+    pub const FINETUNE: &str = "general.finetune";
+    pub const VERSION: &str = "general.version";
+    pub const FILE_TYPE: &str = "general.file_type";
+    pub const QUANTIZATION_VERSION: &str = "general.quantization_version";
+    pub const LICENSE: &str = "general.license";
+    pub const FORMAT: &str = "openvla.format_version";
+    pub const IMAGE_SIZE: &str = "openvla.image.size";
+    pub const RESIZE: &str = "openvla.image.resize";
+    pub const LETTERBOX_FILL: &str = "openvla.image.letterbox_fill";
+    pub const TOWERS: &str = "openvla.vision.towers";
+    pub const PATCH_SIZE: &str = "openvla.vision.patch_size";
+    pub const PROJECTOR: &str = "openvla.projector.widths";
+    pub const DIM: &str = "openvla.embedding_length";
+    pub const N_LAYER: &str = "openvla.block_count";
+    pub const N_HEAD: &str = "openvla.attention.head_count";
+    pub const N_HEAD_KV: &str = "openvla.attention.head_count_kv";
+    pub const N_FF: &str = "openvla.feed_forward_length";
+    pub const N_VOCAB: &str = "openvla.vocab_size";
+    pub const N_CTX: &str = "openvla.context_length";
+    pub const EPS: &str = "openvla.attention.layer_norm_rms_epsilon";
+    pub const ROPE_BASE: &str = "openvla.rope.freq_base";
+    pub const TEMPLATE: &str = "openvla.prompt.template";
+    pub const SUFFIX: &str = "openvla.prompt.suffix_token_id";
+    pub const ACTION_END: &str = "openvla.action.token_end";
+    pub const ACTION_BINS: &str = "openvla.action.token_count";
+    pub const STATISTICS: &str = "openvla.statistics";
+    pub const TOKENIZER: &str = "tokenizer.ggml.model";
+    pub const TOKENS: &str = "tokenizer.ggml.tokens";
+    pub const SCORES: &str = "tokenizer.ggml.scores";
+    pub const TYPES: &str = "tokenizer.ggml.token_type";
+    pub const MERGES: &str = "tokenizer.ggml.merges";
+    pub const BOS: &str = "tokenizer.ggml.bos_token_id";
+    pub const EOS: &str = "tokenizer.ggml.eos_token_id";
+    pub const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
+    pub const PADDING: &str = "tokenizer.ggml.padding_token_id";
+}
+
+/// `general.architecture` of our files.
+pub const ARCHITECTURE: &str = "openvla";
+/// Changes when a reader of older files would misread a newer one.
+const FORMAT: u32 = 1;
+/// ggml's `GGML_QNT_VERSION`, which block formats the file uses.
+const QUANTIZATION_VERSION: u32 = 2;
+/// llama.cpp's name for SentencePiece BPE.
+const TOKENIZER: &str = "llama";
+/// Larger than any size of any model; products of three of them fit 64 bits.
+const MAX_SIZE: u32 = 1 << 20;
+
+fn check_format(file: &Gguf) -> Result<()> {
+    let found: String = file.get(key::ARCHITECTURE)?;
+    if found != ARCHITECTURE {
+        let why = format!("it is a `{found}` model, not `{ARCHITECTURE}`");
+        return Err(Error::Model { why });
+    }
+    match file.get(key::FORMAT)? {
+        FORMAT => Ok(()),
+        found => {
+            let why = format!("its format version is {found}; this version reads {FORMAT}");
+            Err(Error::Model { why })
+        }
+    }
+}
+
+fn optional(file: &Gguf, key: &str) -> Result<Option<String>> {
+    Ok(file.metadata().contains_key(key).then(|| file.get(key)).transpose()?)
+}
+
+/// A count or width: 1 to a million.
+fn size(file: &Gguf, key: &str) -> Result<usize> {
+    match file.get::<u32>(key)? {
+        n @ 1..=MAX_SIZE => Ok(n as usize),
+        n => Err(Error::Model { why: format!("`{key}` is {n}; 1 to {MAX_SIZE} is possible") }),
+    }
+}
+
+/// A number that something is divided or multiplied by.
+fn positive(file: &Gguf, key: &str) -> Result<f32> {
+    let x: f32 = file.get(key)?;
+    match x.is_finite() && x > 0.0 {
+        true => Ok(x),
+        false => Err(Error::Model { why: format!("`{key}` is {x}; more than 0 is needed") }),
+    }
+}
+
+impl General {
+    fn read(file: &Gguf) -> Result<Self> {
+        Ok(Self {
+            name: file.get(key::NAME)?,
+            basename: file.get(key::BASENAME)?,
+            size_label: file.get(key::SIZE_LABEL)?,
+            finetune: optional(file, key::FINETUNE)?,
+            version: file.get(key::VERSION)?,
+            file_type: file.get(key::FILE_TYPE)?,
+            license: optional(file, key::LICENSE)?,
+        })
+    }
+
+    fn write(&self, to: &mut Header) {
+        to.set(key::NAME, self.name.clone());
+        to.set(key::BASENAME, self.basename.clone());
+        to.set(key::SIZE_LABEL, self.size_label.clone());
+        if let Some(finetune) = &self.finetune {
+            to.set(key::FINETUNE, finetune.clone());
+        }
+        to.set(key::VERSION, self.version.clone());
+        to.set(key::FILE_TYPE, self.file_type);
+        to.set(key::QUANTIZATION_VERSION, QUANTIZATION_VERSION);
+        if let Some(license) = &self.license {
+            to.set(key::LICENSE, license.clone());
+        }
+    }
+}
+
+impl TowerConfig {
+    fn read(file: &Gguf, name: &str) -> Result<Self> {
+        let key = |part: &str| format!("openvla.{name}.{part}");
+        let n_prefix: u32 = file.get(&key("prefix_length"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            dim: size(file, &key("embedding_length"))?,
+            n_layer: size(file, &key("block_count"))?,
+            n_head: size(file, &key("attention.head_count"))?,
+            n_ff: size(file, &key("feed_forward_length"))?,
+            eps: positive(file, &key("attention.layer_norm_epsilon"))?,
+            n_prefix: n_prefix.min(MAX_SIZE) as usize,
+            layer_scale: file.get(&key("layer_scale"))?,
+        })
+    }
+
+    fn write(&self, to: &mut Header) {
+        let key = |part: &str| format!("openvla.{}.{part}", self.name);
+        to.set(&key("embedding_length"), self.dim as u32);
+        to.set(&key("block_count"), self.n_layer as u32);
+        to.set(&key("attention.head_count"), self.n_head as u32);
+        to.set(&key("feed_forward_length"), self.n_ff as u32);
+        to.set(&key("attention.layer_norm_epsilon"), self.eps);
+        to.set(&key("prefix_length"), self.n_prefix as u32);
+        to.set(&key("layer_scale"), self.layer_scale);
+    }
+}
+
+impl LlamaConfig {
+    fn read(file: &Gguf) -> Result<Self> {
+        Ok(Self {
+            dim: size(file, key::DIM)?,
+            n_layer: size(file, key::N_LAYER)?,
+            n_head: size(file, key::N_HEAD)?,
+            n_head_kv: size(file, key::N_HEAD_KV)?,
+            n_ff: size(file, key::N_FF)?,
+            n_vocab: size(file, key::N_VOCAB)?,
+            n_ctx: size(file, key::N_CTX)?,
+            eps: positive(file, key::EPS)?,
+            rope_base: positive(file, key::ROPE_BASE)?,
+        })
+    }
+
+    fn write(&self, to: &mut Header) {
+        to.set(key::DIM, self.dim as u32);
+        to.set(key::N_LAYER, self.n_layer as u32);
+        to.set(key::N_HEAD, self.n_head as u32);
+        to.set(key::N_HEAD_KV, self.n_head_kv as u32);
+        to.set(key::N_FF, self.n_ff as u32);
+        to.set(key::N_VOCAB, self.n_vocab as u32);
+        to.set(key::N_CTX, self.n_ctx as u32);
+        to.set(key::EPS, self.eps);
+        to.set(key::ROPE_BASE, self.rope_base);
+    }
+}
+
+fn read_resize(file: &Gguf) -> Result<Resize> {
+    match file.get::<String>(key::RESIZE)?.as_str() {
+        "resize-naive" => Ok(Resize::Naive),
+        "resize-crop" => Ok(Resize::Crop),
+        "letterbox" => {
+            let fill: Vec<i32> = file.get(key::LETTERBOX_FILL)?;
+            let bytes: Vec<u8> = fill.iter().filter_map(|v| u8::try_from(*v).ok()).collect();
+            let fill = <[u8; 3]>::try_from(bytes).map_err(|_| Error::Model {
+                why: format!("`{}` is {fill:?}; three bytes are needed", key::LETTERBOX_FILL),
+            })?;
+            Ok(Resize::Letterbox { fill })
+        }
+        other => Err(Error::Model { why: format!("its images are resized by `{other}`, unknown") }),
+    }
+}
+
+fn write_resize(resize: Resize, to: &mut Header) {
+    let name = match resize {
+        Resize::Naive => "resize-naive",
+        Resize::Crop => "resize-crop",
+        Resize::Letterbox { fill } => {
+            to.set(key::LETTERBOX_FILL, fill.map(i32::from).to_vec());
+            "letterbox"
+        }
+    };
+    to.set(key::RESIZE, name.to_owned());
+}
+
+fn read_normalize(file: &Gguf, tower: &str) -> Result<Normalize> {
+    let read = |part: &str, sound: fn(&f32) -> bool| {
+        let key = format!("openvla.{tower}.{part}");
+        let values: Vec<f32> = file.get(&key)?;
+        let three = <[f32; 3]>::try_from(values.as_slice()).ok();
+        let found = three.filter(|values| values.iter().all(sound));
+        found.ok_or_else(|| Error::Model {
+            why: format!("`{key}` is {values:?}, not three numbers"),
+        })
+    };
+    let mean = read("image_mean", |x| x.is_finite())?;
+    Ok(Normalize { mean, std: read("image_std", |x| x.is_finite() && *x > 0.0)? })
+}
+
+fn read_projector(file: &Gguf) -> Result<Vec<usize>> {
+    let widths: Vec<i32> = file.get(key::PROJECTOR)?;
+    let sound = |n: &i32| (1..=MAX_SIZE as i32).contains(n);
+    match widths.iter().all(sound) {
+        true => Ok(widths.iter().map(|n| *n as usize).collect()),
+        false => Err(Error::Model { why: format!("`{}` is {widths:?}", key::PROJECTOR) }),
+    }
+}
+
+fn read_vocabulary(file: &Gguf) -> Result<Vocabulary> {
+    let model: String = file.get(key::TOKENIZER)?;
+    if model != TOKENIZER {
+        let why = format!("its tokenizer is `{model}`; `{TOKENIZER}` is needed");
+        return Err(Error::Model { why });
+    }
+    let types: Vec<i32> = file.get(key::TYPES)?;
+    Ok(Vocabulary {
+        tokens: file.get(key::TOKENS)?,
+        scores: file.get(key::SCORES)?,
+        types: types.into_iter().map(TokenType::try_from).collect::<Result<_>>()?,
+        merges: file.get(key::MERGES)?,
+        bos: file.get(key::BOS)?,
+        eos: file.get(key::EOS)?,
+        unknown: file.get(key::UNKNOWN)?,
+        padding: file.get(key::PADDING)?,
+    })
+}
+
+fn write_vocabulary(vocabulary: &Vocabulary, to: &mut Header) {
+    to.set(key::TOKENIZER, TOKENIZER.to_owned());
+    to.set(key::TOKENS, vocabulary.tokens.clone());
+    to.set(key::SCORES, vocabulary.scores.clone());
+    let types: Vec<i32> = vocabulary.types.iter().map(|kind| *kind as i32).collect();
+    to.set(key::TYPES, Value::from(types));
+    to.set(key::MERGES, vocabulary.merges.clone());
+    to.set(key::BOS, vocabulary.bos);
+    to.set(key::EOS, vocabulary.eos);
+    to.set(key::UNKNOWN, vocabulary.unknown);
+    to.set(key::PADDING, vocabulary.padding);
+}

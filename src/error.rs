@@ -1,0 +1,113 @@
+//! What can go wrong, said so that a tired user knows what to type next.
+
+use std::path::PathBuf;
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a model could not be opened or a motion not be computed.
+///
+/// `Display` names the thing, what was found and what was wanted; [`Error::hint`] says what to try.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not a GGUF, or a damaged one, or the device refused it.
+    #[error(transparent)]
+    Kernels(#[from] openvla_kernels::Error),
+    /// The file is a sound GGUF, but not a model this version can run.
+    #[error("the model file cannot be used: {why}")]
+    Model {
+        /// What was found and what was wanted.
+        why: String,
+    },
+    /// The image could not be decoded, or its size is out of bounds.
+    #[error("the image cannot be used: {why}")]
+    Image {
+        /// What was found and what was wanted.
+        why: String,
+    },
+    /// The instruction does not fit the model's context.
+    #[error(
+        "the instruction is too long: {rows} rows (image, prompt and motion), the model has {limit}"
+    )]
+    InstructionTooLong {
+        /// Rows that the step would need.
+        rows: usize,
+        /// Rows that the model was trained for.
+        limit: usize,
+    },
+    /// No statistics of this name are in the file.
+    #[error("no statistics named `{key}` in this model")]
+    UnknownStatistics {
+        /// The name asked for.
+        key: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// The file has statistics of several data sets and none was named.
+    #[error("this model has statistics of {} data sets, and none was named", known.len())]
+    AmbiguousStatistics {
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// A logit was not a number; a motion made of it would be arbitrary.
+    #[error("the model computed a logit that is not a finite number at step {step}")]
+    NotFinite {
+        /// Which of the motion's tokens, from 0.
+        step: usize,
+    },
+}
+
+impl Error {
+    /// What to try, if there is advice beyond the message itself.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Model { .. } => Some(
+                "write the file again with this version's `openvla-convert CHECKPOINT --q4`".into(),
+            ),
+            Self::UnknownStatistics { key, known } => Some(suggest(key, known)),
+            Self::AmbiguousStatistics { known } => {
+                Some(format!("name one with --unnorm-key: {}", known.join(", ")))
+            }
+            Self::InstructionTooLong { .. } => Some("say it in fewer words".into()),
+            Self::NotFinite { .. } => {
+                Some("the file may be damaged; try a wider type, such as --bf16".into())
+            }
+            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } => None,
+        }
+    }
+}
+
+/// "did you mean" for a name that is close to a known one, and the list of those there are.
+fn suggest(key: &str, known: &[String]) -> String {
+    let nearest = known
+        .iter()
+        .map(|name| (strsim::jaro_winkler(key, name), name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(likeness, _)| *likeness > 0.7);
+    let meant = nearest.map(|(_, name)| format!("did you mean `{name}`? ")).unwrap_or_default();
+    format!("{meant}this model has: {}", known.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_near_miss_is_suggested_and_a_wild_guess_is_not() {
+        let known = vec!["bridge_orig".to_owned(), "fractal20220817_data".to_owned()];
+        let hint = |key: &str| {
+            Error::UnknownStatistics { key: key.into(), known: known.clone() }.hint().unwrap()
+        };
+        assert!(hint("bridge").starts_with("did you mean `bridge_orig`?"), "{}", hint("bridge"));
+        assert_eq!(hint("zzz"), "this model has: bridge_orig, fractal20220817_data");
+    }
+}

@@ -1,0 +1,62 @@
+//! OpenVLA robot policies: one camera image and one instruction in, one motion out.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut policy = openvla::OpenVla::open("openvla-7b.gguf", &openvla::Options::default())?;
+//! let image = openvla::decode(&std::fs::read("camera.png")?)?;
+//! let action = policy.act(&image, "put eggplant into pot", Some("bridge_orig"))?;
+//! println!("{:?}", action.action); // [dx, dy, dz, droll, dpitch, dyaw, gripper]
+//! # Ok(()) }
+//! ```
+//!
+//! # The pipeline
+//!
+//! Shapes are ggml's everywhere: fastest dimension first. Numbers are those of openvla-7b.
+//!
+//! | file | stage | gives |
+//! |---|---|---|
+//! | `decode` | PNG, JPEG, WebP, BMP | an RGB image |
+//! | `preprocess` | bicubic resize as Pillow's, two normalisations | `[224, 224, 6]` planes |
+//! | `vision` | DINOv2 and SigLIP | `[2176, 256]` patch features |
+//! | `projector` | an MLP | `[4096, 256]` soft tokens |
+//! | `prompt`, `tokenizer` | template, SentencePiece BPE | ids: BOS … 29871 |
+//! | `llama` | Llama-2: BOS, soft tokens, the other ids | `[32064]` logits, seven times |
+//! | `action` | bins, data-set statistics | seven numbers |
+//!
+//! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
+//! what the file says about itself, `layers` holds what networks share. [`format`] documents the
+//! file.
+//!
+//! # What is deliberately absent
+//!
+//! - Stage files do not know each other; only `policy` and `network` do.
+//! - No key of the file is named outside `config`, no tensor outside the `load` functions.
+//! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
+//!   length changed.
+//! - No code here depends on the device, and none is unsafe: both are matters of `openvla-kernels`.
+
+mod action;
+mod config;
+mod decode;
+mod error;
+mod layers;
+mod llama;
+mod network;
+mod policy;
+mod preprocess;
+mod projector;
+pub mod prompt;
+pub mod tokenizer;
+mod vision;
+
+#[doc = include_str!("MODEL.md")]
+pub mod format {}
+
+pub use action::{ActionSpace, Dataset, Statistics};
+pub use config::{ARCHITECTURE, Config, General, LlamaConfig, TowerConfig};
+pub use decode::decode;
+pub use error::{Error, Result};
+pub use image;
+pub use network::Network;
+pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
+pub use preprocess::{Normalize, Preprocess, Resize};

@@ -1,0 +1,102 @@
+//! The three networks on one device, and the tensors that lead from one to the next.
+//!
+//! ```text
+//! planes [size, size, 6] ─vision→ features [2176, 256] ─projector→ soft [4096, 256] ─Llama→ logits
+//! ```
+//!
+//! Each stage is a graph that is built once. [`crate::OpenVla`] runs them in order; tests and
+//! benches run them one by one.
+
+use std::sync::Arc;
+
+use openvla_kernels::{Backend, DType, Gguf, Graph, State, Weights, shape};
+
+use crate::Result;
+use crate::config::Config;
+use crate::llama::Llama;
+use crate::projector::Projector;
+use crate::vision::Vision;
+
+/// Vision towers, projector and Llama, ready to run.
+pub struct Network {
+    planes: State,
+    features: State,
+    soft: State,
+    vision: Graph,
+    projector: Graph,
+    llama: Llama,
+}
+
+impl Network {
+    /// Takes every tensor of the file, and builds the stages that do not depend on the prompt.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] names a tensor that is missing, left over or of another shape, or
+    /// what the device lacks.
+    pub fn load(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
+        let mut weights = Weights::load(file, backend)?;
+        let vision = Vision::load(&mut weights, config)?;
+        let projector = Projector::load(&mut weights, config)?;
+        let llama = Llama::load(&mut weights, config, backend)?;
+        weights.finish()?;
+        let size = config.preprocess.size as usize;
+        let state = |dims: &[usize]| State::zeros(backend, DType::F32, shape(dims));
+        let planes = state(&[size, size, 3 * config.towers.len()])?;
+        let features = state(&[config.projector[0], config.n_patch()])?;
+        let soft = state(&[config.llama.dim, config.n_patch()])?;
+        let vision = Graph::build(backend, vision.max_nodes(), |g| {
+            g.store(vision.build(g, g.state(&planes)), &features);
+        })?;
+        let projector = Graph::build(backend, projector.max_nodes(), |g| {
+            g.store(projector.build(g, g.state(&features)), &soft);
+        })?;
+        Ok(Self { planes, features, soft, vision, projector, llama })
+    }
+
+    /// Vision: normalised planes `[size, size, 3 · n_tower]` to patch features.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    pub fn see(&mut self, planes: &[f32]) -> Result<()> {
+        self.planes.write(planes);
+        Ok(self.vision.compute()?)
+    }
+
+    /// Projector: patch features to soft tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    pub fn project(&mut self) -> Result<()> {
+        Ok(self.projector.compute()?)
+    }
+
+    /// Llama: soft tokens and prompt ids to the logits of the motion's first token, `[n_vocab]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room
+    /// or fails.
+    pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        self.llama.prefill(ids, &self.soft)
+    }
+
+    /// Llama: one more token to the logits of the next, `[n_vocab]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    ///
+    /// # Panics
+    /// Without a prefill before, or after more tokens than the longest motion has.
+    pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
+        self.llama.step(token)
+    }
+
+    /// What vision left for the projector: `[Σ dim, n_patch]`.
+    pub fn features(&self) -> Vec<f32> {
+        self.features.read()
+    }
+
+    /// What the projector left for the Llama: `[dim, n_patch]`.
+    pub fn soft_tokens(&self) -> Vec<f32> {
+        self.soft.read()
+    }
+}

@@ -1,0 +1,122 @@
+//! What the golden tests share: where the goldens are, fixtures, the tolerance table.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use openvla::{Decoding, OpenVla, Options};
+use openvla_convert::Conversion;
+use openvla_convert::plan::Encoding;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+/// How far a stage may be from the reference, by the file's type: features, soft tokens, logits.
+///
+/// The accuracy promise: a number is raised only with a measurement beside it. F32 is held by the
+/// largest absolute difference of any element. The other types are held by the relative error, the
+/// root mean square of the difference over that of the reference, worst case and step; logits are
+/// the 320 around the actions, each token forced to the reference's. The goldens are random
+/// networks of 64 to 256 channels, far harder to quantise than a trained one of 4096.
+pub const TOLERANCE: [(&str, [f64; 3]); 6] = [
+    ("F32", [5e-6, 5e-6, 1e-3]),
+    ("F16", [1e-3, 1e-3, 2e-2]),
+    ("BF16", [1e-2, 1e-2, 5e-2]),
+    ("Q8_0", [4e-2, 5e-2, 3e-1]),
+    ("Q4_0", [4e-2, 3e-1, 1.0]),
+    ("IQ4_NL", [4e-2, 3e-1, 1.0]),
+];
+
+/// What a golden holds; its place in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    Features,
+    Soft,
+    Logits,
+}
+
+/// The reference's goldens, or `None` with a loud word where they are not.
+pub fn goldens() -> Option<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.parent().map(|up| up.join("shared/golden")).filter(|g| g.is_dir());
+    if golden.is_none() {
+        eprintln!("SKIPPED: the reference's goldens (../shared/golden) are not here");
+    }
+    golden
+}
+
+/// The published files around openvla-7b, or `None` with a loud word.
+pub fn real_configs() -> Option<PathBuf> {
+    goldens().and_then(|golden| golden.parent().map(|shared| shared.join("real_configs")))
+}
+
+pub fn json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+pub fn floats(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+pub fn picture(path: &Path) -> RgbImage {
+    openvla::decode(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Converts a checkpoint folder into `out`.
+pub fn convert(checkpoint: &Path, encoding: &str, out: &Path) {
+    let conversion = Conversion::new(checkpoint, encoding.parse::<Encoding>().unwrap()).unwrap();
+    conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
+}
+
+/// A converted checkpoint, opened; the folder goes with it.
+pub fn open(checkpoint: &Path, encoding: &str, decoding: Decoding) -> OpenVla {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    convert(checkpoint, encoding, &path);
+    let mut options = Options::default();
+    options.decoding = decoding;
+    OpenVla::open(&path, &options).unwrap() // stays mapped after the folder is gone
+}
+
+/// A safetensors file of f32 tensors (other types are left out).
+pub fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let of_f32 = file.iter().filter(|(_, view)| view.dtype() == Dtype::F32);
+    of_f32.map(|(name, view)| (name.to_owned(), floats_of(view.data()))).collect()
+}
+
+fn floats_of(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+/// The error of a stage in the table's measure, which must not exceed the table's number.
+pub fn assert_close(what: &str, encoding: &str, stage: Stage, got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len(), "{what}: numbers of elements");
+    let row = TOLERANCE.iter().find(|(name, _)| *name == encoding).expect("a row of the table");
+    let limit = row.1[stage as usize];
+    let difference = |i: usize| f64::from((got[i] - want[i]).abs());
+    let worst = (0..got.len()).max_by(|a, b| difference(*a).total_cmp(&difference(*b))).unwrap();
+    let square = |x: f64| x * x;
+    let error = match encoding {
+        "F32" => difference(worst),
+        _ => {
+            let wrong: f64 = (0..got.len()).map(|i| square(difference(i))).sum();
+            (wrong / want.iter().map(|x| square(f64::from(*x))).sum::<f64>()).sqrt()
+        }
+    };
+    assert!(
+        error <= limit,
+        "{what} {encoding} {stage:?}: error {error:.2e} > {limit:.0e}; worst at {worst}: got {}, \
+         want {}",
+        got[worst],
+        want[worst]
+    );
+    error
+}

@@ -3,7 +3,7 @@ shares no code with this project.
 
     cargo run -p openvla-example
     cargo run -p openvla-example -- V01 --variant v01 --seed 1
-    python expected.py ORACLE V01/checkpoint
+    python expected.py ORACLE V01/openvla-example
 
 ORACLE is the path of `oracle.py`, a float64 implementation in numpy. Run with Python 3.11,
 numpy 2.4.6, Pillow 10.4.0, tokenizers 0.23.3 and sentencepiece 0.2.3.
@@ -175,7 +175,7 @@ def lines(value, indent=""):
 def main():
     oracle, v01 = load(sys.argv[1]), Path(sys.argv[2])
     expected = {
-        "openvla": expect(oracle, HERE / "checkpoint", 33, ["example_tabletop"] * 3),
+        "openvla": expect(oracle, HERE / "openvla-example", 33, ["example_tabletop"] * 3),
         "v01": expect(
             oracle, v01, 1, ["example_tabletop", "example_six_axes", "example_bimanual"]
         ),

@@ -7,9 +7,9 @@ use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
 use openvla::{ActionSpace, Config, General, Normalize, Preprocess, Resize, Statistics};
 
-use crate::names::Layout;
+use crate::names::{Layout, Shapes};
 use crate::plan::Encoding;
-use crate::source::{HfConfig, HfLlama, HfPreprocessor, ResizeSize, Source};
+use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, ResizeSize};
 use crate::tokenizer;
 
 /// Pillow's number for bicubic.
@@ -17,19 +17,24 @@ const BICUBIC: u32 = 3;
 /// How SentencePiece writes a space: the piece that ends every prompt.
 const SPACE: &str = "▁";
 
-/// Reads the metadata of a checkpoint whose tensors were laid out.
+/// The metadata of a checkpoint whose tensors, of these `shapes`, were laid out.
 ///
 /// # Errors
 /// What this version would run differently from the reference, by name.
-pub fn describe(source: &Source, layout: &Layout, encoding: Encoding) -> Result<Config> {
-    let hf = &source.config;
+pub fn describe(
+    files: &Files,
+    shapes: &Shapes,
+    layout: &Layout,
+    encoding: Encoding,
+) -> Result<Config> {
+    let hf = &files.config;
     check_model(hf)?;
-    let vocabulary = tokenizer::read(&source.dir, layout.llama.n_vocab)?;
-    let preprocess = preprocess(&source.preprocessor, layout)
-        .with_context(|| format!("{}/preprocessor_config.json", source.dir.display()))?;
+    let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
+    let preprocess = preprocess(&files.preprocessor, layout)
+        .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
     let end = hf.text_config.vocab_size.checked_sub(hf.pad_to_multiple_of);
     let config = Config {
-        general: general(source, layout, encoding),
+        general: general(files, shapes, layout, encoding),
         preprocess,
         patch_size: layout.patch_size,
         towers: layout.towers.clone(),
@@ -38,7 +43,7 @@ pub fn describe(source: &Source, layout: &Layout, encoding: Encoding) -> Result<
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
         vocabulary,
         actions: ActionSpace { end: end.unwrap_or(0), n_bin: hf.n_action_bins },
-        statistics: Statistics::parse(source.statistics.clone())?,
+        statistics: Statistics::parse(files.statistics.clone())?,
     };
     config.check()?;
     ensure!(
@@ -116,8 +121,8 @@ fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
 }
 
 /// ref: `docs/gguf.md`, "GGUF Naming Convention"
-fn general(source: &Source, layout: &Layout, encoding: Encoding) -> General {
-    let n_param: usize = source.tensors.values().map(|e| e.shape.iter().product::<usize>()).sum();
+fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) -> General {
+    let n_param: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     let size_label = match n_param {
         n @ 1_000_000_000.. => format!("{}B", n / 1_000_000_000),
         n @ 1_000_000.. => format!("{}M", n / 1_000_000),
@@ -125,14 +130,15 @@ fn general(source: &Source, layout: &Layout, encoding: Encoding) -> General {
     };
     let single = layout.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
-    let finetune = finetune(&source.dir);
+    let finetune = finetune(&files.dir);
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
     General {
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
-        license: (source.config.llm_backbone_id.starts_with("llama2")
-            || source.config.llm_backbone_id.starts_with("vicuna"))
-        .then(|| "llama2".to_owned()),
+        license: ["llama2", "vicuna"]
+            .iter()
+            .any(|llm| files.config.llm_backbone_id.starts_with(llm))
+            .then(|| "llama2".to_owned()),
         size_label,
         finetune,
         version,

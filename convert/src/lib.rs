@@ -49,9 +49,9 @@ impl Conversion {
         let source = Source::open(checkpoint)?;
         let shapes: Shapes =
             source.tensors.iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect();
-        let layout = names::layout(&source.config, &shapes)
+        let layout = names::layout(&source.files.config, &shapes)
             .with_context(|| format!("{} cannot be converted", checkpoint.display()))?;
-        let config = describe::describe(&source, &layout, encoding)?;
+        let config = describe::describe(&source.files, &shapes, &layout, encoding)?;
         let plan = plan::plan(&layout, encoding);
         Ok(Self { source, layout, config, plan })
     }

@@ -145,8 +145,8 @@ pub struct Entry {
     length: usize,
 }
 
-/// A checkpoint folder: what its JSON files say, and where its tensors are.
-pub struct Source {
+/// What a checkpoint folder holds beside its tensors.
+pub struct Files {
     /// The folder.
     pub dir: PathBuf,
     /// `config.json`
@@ -155,6 +155,12 @@ pub struct Source {
     pub preprocessor: HfPreprocessor,
     /// The text of `dataset_statistics.json`, or of the config's `norm_stats` without it.
     pub statistics: String,
+}
+
+/// A checkpoint folder: what its JSON files say, and where its tensors are.
+pub struct Source {
+    /// The JSON files.
+    pub files: Files,
     /// Every tensor of every shard.
     pub tensors: BTreeMap<String, Entry>,
     shards: Vec<(PathBuf, File)>,
@@ -163,22 +169,26 @@ pub struct Source {
 /// The largest safetensors header that is read: what the format's own library allows.
 const MAX_HEADER: u64 = 100_000_000;
 
-impl Source {
-    /// Reads a folder's JSON files and its shards' headers.
+impl Files {
+    /// Reads a folder's JSON files. Its shards need not be there.
+    ///
+    /// # Errors
+    /// What is missing, damaged, or of an OpenVLA-OFT checkpoint, by name.
     pub fn open(dir: &Path) -> Result<Self> {
         ensure!(dir.is_dir(), "{} is not a folder with an OpenVLA checkpoint", dir.display());
         refuse_oft(dir)?;
         let config: HfConfig = read_json(&dir.join("config.json"))?;
         let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
         let statistics = read_statistics(dir, &config)?;
-        let mut source = Self {
-            dir: dir.to_owned(),
-            config,
-            preprocessor,
-            statistics,
-            tensors: BTreeMap::new(),
-            shards: Vec::new(),
-        };
+        Ok(Self { dir: dir.to_owned(), config, preprocessor, statistics })
+    }
+}
+
+impl Source {
+    /// Reads a folder's JSON files and its shards' headers.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let files = Files::open(dir)?;
+        let mut source = Self { files, tensors: BTreeMap::new(), shards: Vec::new() };
         source.read_shards()?;
         Ok(source)
     }
@@ -191,7 +201,7 @@ impl Source {
     }
 
     fn read_shards(&mut self) -> Result<()> {
-        let index = self.dir.join("model.safetensors.index.json");
+        let index = self.files.dir.join("model.safetensors.index.json");
         if !index.exists() {
             return self.read_shard("model.safetensors");
         }
@@ -214,7 +224,7 @@ impl Source {
     }
 
     fn read_shard(&mut self, name: &str) -> Result<()> {
-        let path = self.dir.join(name);
+        let path = self.files.dir.join(name);
         let file = File::open(&path).with_context(|| {
             format!("cannot open {}; is the checkpoint complete?", path.display())
         })?;

@@ -69,7 +69,7 @@ fn convert(source: &Source, planned: &Planned) -> Result<Vec<u8>> {
             scope.spawn(move || rows.encode(planned, i * per_thread, out))
         });
         let work: Vec<_> = work.collect();
-        work.into_iter().map(|w| w.join().expect("converting does not panic")).all(|ok| ok)
+        work.into_iter().all(|work| work.join().expect("converting does not panic"))
     });
     ensure!(finite, "it holds NaN or infinity; the checkpoint is damaged");
     Ok(bytes)

@@ -55,7 +55,7 @@ pub struct Spec {
     pub shards: usize,
 }
 
-/// The checkpoint that `checkpoint/` holds. Of the first hundred seeds, the one that says most
+/// The checkpoint that `openvla-example/` holds. Of the first hundred seeds, the one that says most
 /// clearly what it chooses (each token leads by 0.058 or more, for the tasks of `expected.json`)
 /// among those that choose action tokens alone, and five different ones for the first task.
 pub const COMMITTED: Spec = Spec { variant: Variant::OpenVla, seed: 33, shards: 1 };

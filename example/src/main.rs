@@ -1,4 +1,4 @@
-//! Writes `checkpoint/` and `table.png`: without arguments, the committed ones of this folder.
+//! Writes `openvla-example/` and `table.png`: without arguments, the committed ones of this folder.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use openvla_example::{COMMITTED, Spec, Variant, table_png, write};
 /// Write the example checkpoint and its picture.
 #[derive(Parser)]
 struct Args {
-    /// Folder that gets `checkpoint/` and `table.png`.
+    /// Folder that gets `openvla-example/` and `table.png`.
     #[arg(default_value = env!("CARGO_MANIFEST_DIR"))]
     folder: PathBuf,
     /// Which checkpoint to imitate.
@@ -26,7 +26,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let Args { folder, variant, seed, shards } = Args::parse();
-    let checkpoint = folder.join("checkpoint");
+    let checkpoint = folder.join("openvla-example");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     write(&checkpoint, &Spec { variant, seed, shards })?;
     let picture = folder.join("table.png");

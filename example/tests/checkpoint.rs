@@ -42,7 +42,7 @@ fn written(spec: &Spec) -> Result<Files> {
 #[test]
 fn committed_files_are_what_is_written() -> Result<()> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (committed, fresh) = (files(&here.join("checkpoint"))?, written(&COMMITTED)?);
+    let (committed, fresh) = (files(&here.join("openvla-example"))?, written(&COMMITTED)?);
     assert_eq!(committed.keys().collect::<Vec<_>>(), fresh.keys().collect::<Vec<_>>());
     for (name, bytes) in &fresh {
         assert!(committed[name] == *bytes, "{name} differs; run `cargo run -p openvla-example`");
@@ -57,7 +57,7 @@ fn committed_files_are_what_is_written() -> Result<()> {
 fn committed_files_are_small() -> Result<()> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let beside = ["table.png", "expected.json"].map(|name| fs::metadata(here.join(name)));
-    let mut total: usize = files(&here.join("checkpoint"))?.values().map(Vec::len).sum();
+    let mut total: usize = files(&here.join("openvla-example"))?.values().map(Vec::len).sum();
     for file in beside {
         total += usize::try_from(file?.len())?;
     }

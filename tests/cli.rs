@@ -1,0 +1,230 @@
+//! Both programs as a user meets them: what they print, where, and how they end.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn table() -> String {
+    root().join("example/table.png").display().to_string()
+}
+
+fn openvla_run(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
+    command.args(args).env_remove("OPENVLA_MODEL").stdin(Stdio::null()).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A mistake of the user's: exit code 1, nothing on stdout, and words that help.
+fn assert_fails(output: &Output, words: &[&str]) {
+    let said = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(stdout(output), "", "errors go to stderr");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is missing in:\n{said}");
+    }
+    assert!(said.contains("error: ") && !said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn people_read_a_line_for_each_dimension() {
+    let output = openvla_run(&[&table(), "put eggplant into pot"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = stdout(&output);
+    let first: Vec<&str> = said.lines().filter_map(|l| l.split_whitespace().next()).collect();
+    let names = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper", "in"];
+    assert_eq!(first, names, "{said}");
+    assert!(said.contains("-0.026200 … 0.028100"), "the range it came from: {said}");
+    assert!(stderr(&output).contains("built-in example"), "says which model it took");
+}
+
+#[test]
+fn programs_read_one_object() {
+    let output = openvla_run(&[&table(), "put eggplant into pot", "--json"]);
+    let said = stdout(&output);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    let object: Value = serde_json::from_str(&said).unwrap();
+    for key in ["action", "normalized", "tokens"] {
+        assert_eq!(object[key].as_array().unwrap().len(), 7, "{key}");
+    }
+    assert_eq!(object["unnorm_key"], "example_tabletop");
+    assert_eq!(object["unconstrained"]["all_actions"], true);
+    let timing = object["timing_ms"].as_object().unwrap();
+    let stages = ["decode", "prefill", "preprocess", "projector", "total", "vision"];
+    assert!(stages.iter().all(|stage| timing[*stage].as_f64().unwrap() > 0.0));
+}
+
+#[test]
+fn the_same_step_gives_the_same_numbers_whatever_the_threads() {
+    let tokens = |threads: &str| {
+        let output = openvla_run(&[&table(), "put eggplant into pot", "--json", "-t", threads]);
+        serde_json::from_str::<Value>(&stdout(&output)).unwrap()["tokens"].clone()
+    };
+    assert_eq!(tokens("1"), tokens("3"));
+}
+
+#[test]
+fn an_image_may_come_from_stdin() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_openvla-run"))
+        .args(["-", "put eggplant into pot", "--json"])
+        .env_remove("OPENVLA_MODEL")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&std::fs::read(table()).unwrap()).unwrap();
+    let piped: Value = serde_json::from_str(&stdout(&child.wait_with_output().unwrap())).unwrap();
+    let named = openvla_run(&[&table(), "put eggplant into pot", "--json"]);
+    let named: Value = serde_json::from_str(&stdout(&named)).unwrap();
+    assert_eq!(piped["action"], named["action"]);
+}
+
+#[test]
+fn the_model_comes_from_the_flag_or_else_the_environment() {
+    let example = root().join("example/example.gguf");
+    let missing = "no-such-model.gguf";
+    let with = |flag: Option<&Path>, environment: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
+        command.arg(table()).arg("wave").env("OPENVLA_MODEL", environment);
+        flag.map(|model| command.arg("-m").arg(model));
+        command.output().unwrap()
+    };
+    assert_fails(&with(None, missing), &[missing, "No such file"]);
+    let output = with(Some(&example), missing);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("built-in"));
+}
+
+#[test]
+fn reference_decoding_is_a_flag() {
+    let output = openvla_run(&[&table(), "", "--json", "--reference-decoding"]);
+    let object: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(
+        object["tokens"], object["unconstrained"]["tokens"],
+        "an empty instruction is legal"
+    );
+}
+
+#[test]
+fn mistakes_with_images_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.display().to_string()
+    };
+    let png = std::fs::read(table()).unwrap();
+    let run = |path: &str| openvla_run(&[path, "wave"]);
+    assert_fails(&run("nowhere.png"), &["nowhere.png", "No such file"]);
+    assert_fails(&run(&file("empty.png", b"")), &["image"]);
+    assert_fails(&run(&file("cut.png", &png[..png.len() / 2])), &["image"]);
+    assert_fails(&run(&file("text.png", b"not an image")), &["image", "PNG"]);
+    assert_fails(&run(&dir.path().display().to_string()), &["directory"]);
+    // A header that claims 100,000 × 1 pixels, and one of no width.
+    let sized = |name: &str, width: u32| {
+        let mut bytes = png.clone();
+        bytes[16..20].copy_from_slice(&width.to_be_bytes());
+        let crc = crc32(&bytes[12..29]);
+        bytes[29..33].copy_from_slice(&crc.to_be_bytes());
+        file(name, &bytes)
+    };
+    assert_fails(&run(&sized("wide.png", 100_000)), &["100000", "16384"]);
+    assert_fails(&run(&sized("none.png", 0)), &["image"]);
+}
+
+/// PNG's checksum, bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xEDB8_8320 * (crc & 1)))
+    })
+}
+
+#[test]
+fn mistakes_with_instructions_and_data_sets_are_named() {
+    let long = "put the eggplant into the pot and ".repeat(500);
+    assert_fails(&openvla_run(&[&table(), &long]), &["too long", "2048", "fewer words"]);
+    let key = openvla_run(&[&table(), "wave", "--unnorm-key", "example_tabeltop"]);
+    assert_fails(&key, &["`example_tabeltop`", "did you mean `example_tabletop`?"]);
+    let three = several_data_sets();
+    let three = three.to_str().unwrap();
+    assert_fails(
+        &openvla_run(&["-m", three, &table(), "wave"]),
+        &["3 data sets", "--unnorm-key", "example_bimanual", "example_six_axes"],
+    );
+    for (key, n) in [("example_tabletop", 7), ("example_six_axes", 6), ("example_bimanual", 14)] {
+        let output = openvla_run(&["-m", three, &table(), "wave", "--unnorm-key", key, "--json"]);
+        let object: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(object["action"].as_array().unwrap().len(), n, "{key}");
+    }
+}
+
+/// A converted model with statistics of three data sets.
+fn several_data_sets() -> &'static PathBuf {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap().keep();
+        let variant = openvla_example::Variant::V01;
+        let spec = openvla_example::Spec { variant, seed: 1, shards: 2 };
+        openvla_example::write(&dir.join("v01"), &spec).unwrap();
+        let output = openvla_convert(&["--q8", dir.join("v01").to_str().unwrap(), "-o"], &dir);
+        assert!(output.status.success(), "{}", stderr(&output));
+        dir.join("out.gguf")
+    })
+}
+
+/// `openvla-convert`, which cargo puts beside `openvla-run`; `-o` is followed by a file in `dir`.
+fn openvla_convert(args: &[&str], dir: &Path) -> Output {
+    let program = Path::new(env!("CARGO_BIN_EXE_openvla-run")).with_file_name("openvla-convert");
+    assert!(program.exists(), "run the tests with --workspace, which builds {}", program.display());
+    let mut command = Command::new(program);
+    command.args(args).current_dir(dir);
+    if args.last() == Some(&"-o") {
+        command.arg(dir.join("out.gguf"));
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn converting_names_the_file_and_keeps_stdout_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = root().join("example/openvla-example");
+    let output = openvla_convert(&["--q4", checkpoint.to_str().unwrap()], dir.path());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(stdout(&output), "");
+    assert!(stderr(&output).contains("43 left out as unused"), "{}", stderr(&output));
+    assert!(!stderr(&output).contains('\r'), "no progress bar where nobody watches");
+    let name = "OpenVLA-424K-example-v1.0-IQ4_NL.gguf";
+    let files: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+    assert_eq!(files, [name], "the file by its name, and nothing beside it");
+}
+
+#[test]
+fn mistakes_with_converting_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = root().join("example/openvla-example");
+    let checkpoint = checkpoint.to_str().unwrap();
+    let run = |args: &[&str]| openvla_convert(args, dir.path());
+    assert_fails(&run(&["nowhere"]), &["nowhere", "folder"]);
+    let output = run(&[checkpoint, "--outtype", "Q3"]);
+    assert_eq!(output.status.code(), Some(2), "a wrong flag is a matter of usage");
+    assert!(stderr(&output).contains("IQ4_NL"), "lists the types: {}", stderr(&output));
+    assert_eq!(run(&[checkpoint, "--q4", "--q8"]).status.code(), Some(2));
+    assert_fails(&run(&[checkpoint, "-o", "missing/out.gguf"]), &["missing", "No such file"]);
+    assert_fails(&run(&[checkpoint, "-o", "."]), &["folder", "-o"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}

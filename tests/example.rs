@@ -1,0 +1,186 @@
+//! The whole engine on checkpoints of our own making, against an independent implementation.
+//!
+//! `example/expected.json` holds what a float64 implementation that shares no code with this
+//! project computes (`example/expected.py`). Everything needed is in the repository.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{convert, floats, ids, json, open, picture};
+use openvla::{Decoding, OpenVla};
+use openvla_example::{Spec, Variant};
+use openvla_kernels::Gguf;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+fn example() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("example")
+}
+
+/// Both checkpoints at f32, with what is expected of them.
+fn both() -> [(OpenVla, Value); 2] {
+    let expected = json(&example().join("expected.json"));
+    let v01 = tempfile::tempdir().unwrap();
+    let spec = Spec { variant: Variant::V01, seed: 1, shards: 3 };
+    openvla_example::write(v01.path(), &spec).unwrap();
+    let fused = example().join("openvla-example");
+    [
+        (open(&fused, "F32", Decoding::Reference), expected["openvla"].clone()),
+        (open(v01.path(), "F32", Decoding::Reference), expected["v01"].clone()),
+    ]
+}
+
+/// Probes of an array: the values at some of its indices, within `limit`.
+fn assert_probes(what: &str, got: &[f32], probes: &Value, limit: f64) {
+    let (at, want) = (ids(&probes["at"]), floats(&probes["values"]));
+    assert!(at.len() >= 32, "{what}: enough probes");
+    for (at, want) in at.iter().zip(want) {
+        let got = f64::from(got[*at as usize]);
+        assert!((got - want).abs() <= limit, "{what} at {at}: got {got}, want {want}");
+    }
+}
+
+/// One tower's channels of the joined features `[Σ dim, n_patch]`.
+fn tower(features: &[f32], joined: usize, start: usize, dim: usize) -> Vec<f32> {
+    features.chunks(joined).flat_map(|patch| &patch[start..start + dim]).copied().collect()
+}
+
+#[test]
+fn every_stage_is_the_independent_implementations() {
+    let image = picture(&example().join("table.png"));
+    for (mut policy, expected) in both() {
+        let planes = policy.config().preprocess.planes(&image).unwrap();
+        let bytes: Vec<u8> = planes.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hash, expected["pixels_sha256"].as_str().unwrap());
+
+        let config = policy.config().clone();
+        policy.network().see(&planes).unwrap();
+        let features = policy.network().features();
+        let mut start = 0;
+        for (i, t) in config.towers.iter().enumerate() {
+            let got = tower(&features, config.projector[0], start, t.dim);
+            assert_probes(&t.name, &got, &expected[format!("vit{i}")], 5e-6);
+            start += t.dim;
+        }
+        policy.network().project().unwrap();
+        assert_probes("projector", &policy.network().soft_tokens(), &expected["projector"], 5e-6);
+
+        for case in expected["cases"].as_array().unwrap() {
+            let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
+            assert_eq!(prompt, ids(&case["prompt_ids"]));
+            let logits = policy.network().prefill(&prompt).unwrap();
+            assert_probes("logits", &logits, &case["logits_first"], 1e-3);
+        }
+    }
+}
+
+#[test]
+fn it_acts_as_the_independent_implementation() {
+    let image = picture(&example().join("table.png"));
+    for (mut policy, expected) in both() {
+        for case in expected["cases"].as_array().unwrap() {
+            let instruction = case["instruction"].as_str().unwrap();
+            let got = policy.act(&image, instruction, case["unnorm_key"].as_str()).unwrap();
+            assert_eq!(got.tokens, ids(&case["generated_ids"]), "{instruction}");
+            let want = floats(&case["action"]);
+            assert_eq!(got.action.len(), want.len());
+            for (got, want) in got.action.iter().zip(want) {
+                assert!((got - want).abs() < 1e-8, "{instruction}: {got}, {want}"); // nine digits
+            }
+        }
+    }
+}
+
+/// Teacher-forced or not, a narrower type must stay near f32 on the first token's logits.
+#[test]
+fn narrower_types_stay_near_f32() {
+    let image = picture(&example().join("table.png"));
+    let first = |encoding: &str| {
+        let mut policy = open(&example().join("openvla-example"), encoding, Decoding::Actions);
+        let planes = policy.config().preprocess.planes(&image).unwrap();
+        let prompt = policy.prompt_ids("put eggplant into pot").unwrap();
+        policy.network().see(&planes).unwrap();
+        policy.network().project().unwrap();
+        policy.network().prefill(&prompt).unwrap()
+    };
+    let exact = first("F32");
+    let error = |encoding: &str| {
+        let square = |x: f32| f64::from(x * x);
+        let wrong: f64 = first(encoding).iter().zip(&exact).map(|(a, b)| square(a - b)).sum();
+        (wrong / exact.iter().map(|x| square(*x)).sum::<f64>()).sqrt()
+    };
+    for (encoding, limit) in
+        [("F16", 2e-2), ("BF16", 5e-2), ("Q8_0", 0.3), ("Q4_0", 1.0), ("IQ4_NL", 1.0)]
+    {
+        let error = error(encoding);
+        eprintln!("{encoding}: relative error of the first logits {error:.1e}");
+        assert!(error <= limit && error > 0.0, "{encoding}: {error}");
+    }
+}
+
+/// `act` keeps nothing of what came before: not of longer prompts, other images or other motions.
+#[test]
+fn a_step_depends_on_nothing_before_it() {
+    let mut policy = open(&example().join("openvla-example"), "IQ4_NL", Decoding::Actions);
+    let image = picture(&example().join("table.png"));
+    let grey = image::RgbImage::from_pixel(50, 80, image::Rgb([99; 3]));
+    let act = |policy: &mut OpenVla, image, instruction| {
+        policy.act(image, instruction, None).unwrap().tokens
+    };
+    let want = act(&mut policy, &image, "put eggplant into pot");
+    let others = [
+        act(&mut policy, &grey, "put eggplant into pot"),
+        act(&mut policy, &image, "a much longer instruction, in more words than the first"),
+        act(&mut policy, &image, ""),
+    ];
+    assert!(others.iter().all(|other| *other != want), "image and instruction matter");
+    assert_eq!(act(&mut policy, &image, "put eggplant into pot"), want);
+}
+
+/// The default mode gives action ids only, and says what all ids would have been.
+#[test]
+fn default_decoding_stays_among_the_actions_and_reports_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = Spec { variant: Variant::V01, seed: 1, shards: 1 };
+    openvla_example::write(dir.path(), &spec).unwrap();
+    let image = picture(&example().join("table.png"));
+    let mut policy = open(dir.path(), "F32", Decoding::Actions);
+    let expected = json(&example().join("expected.json"));
+    let actions = policy.config().actions.ids();
+    let mut strays = 0;
+    for case in expected["v01"]["cases"].as_array().unwrap() {
+        let instruction = case["instruction"].as_str().unwrap();
+        let got = policy.act(&image, instruction, case["unnorm_key"].as_str()).unwrap();
+        assert!(got.tokens.iter().all(|id| actions.contains(id)));
+        let all = got.unconstrained.tokens.iter().all(|id| actions.contains(id));
+        assert_eq!(got.unconstrained.all_actions, all);
+        strays += usize::from(!all);
+        let want = ids(&case["generated_ids"]);
+        let same = want.iter().take_while(|id| actions.contains(id)).count();
+        assert_eq!(got.tokens[..same], want[..same], "as the reference until it strays");
+        assert_eq!(got.unconstrained.tokens[..same], want[..same]);
+    }
+    assert_eq!(strays, 1, "one of the cases has a token that is no action");
+}
+
+/// The model built into `openvla-run` is the example, converted at the default type.
+#[test]
+fn the_built_in_model_is_the_example() {
+    let dir = tempfile::tempdir().unwrap();
+    let fresh = dir.path().join("fresh.gguf");
+    convert(&example().join("openvla-example"), "IQ4_NL", &fresh);
+    let (fresh, built_in) =
+        (Gguf::open(&fresh).unwrap(), Gguf::open(&example().join("example.gguf")).unwrap());
+    let again = "openvla-convert --q4 example/openvla-example -o example/example.gguf writes it";
+    assert_eq!(fresh.metadata(), built_in.metadata(), "{again}");
+    assert_eq!(fresh.tensors(), built_in.tensors(), "{again}");
+    // Bytes may differ by the rounding of a processor's fused multiply-add, values hardly.
+    for t in fresh.tensors() {
+        let [fresh, built_in] =
+            [&fresh, &built_in].map(|file| t.dtype.decode(&file.bytes()[t.range.clone()]));
+        let differ = fresh.iter().zip(&built_in).filter(|(a, b)| a != b).count();
+        assert!(differ * 1000 <= fresh.len(), "{}: {differ} values differ; {again}", t.name);
+    }
+}

@@ -109,6 +109,9 @@ impl Statistics {
                 let found = format!("{n} q01, {} q99, {} mask", q99.len(), mask.len());
                 return Err(wrong(format!("`{name}` has {found}; equal numbers are needed")));
             }
+            if !q01.iter().zip(&q99).all(|(low, high)| (high - low).is_finite()) {
+                return Err(wrong(format!("`{name}` has a range that is not finite")));
+            }
             datasets.insert(name, Dataset { q01, q99, mask });
         }
         match datasets.is_empty() {
@@ -214,6 +217,7 @@ mod tests {
             r#"{"d": {"action": {"q01": [], "q99": []}}}"#,
             r#"{"d": {"action": {"q01": [NaN], "q99": [1]}}}"#,
             r#"{"d": {"action": {"q01": [1e999], "q99": [1]}}}"#,
+            r#"{"d": {"action": {"q01": [-1e308], "q99": [1e308]}}}"#,
             r#"{"d": {"action": {"q01": [0], "q99": [1], "mask": [true, true]}}}"#,
         ] {
             assert!(statistics(json).is_err(), "{json}");

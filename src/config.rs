@@ -3,6 +3,8 @@
 //! `read` is the only way to a [`Config`] of a file, and checks what graphs and arithmetic rely on,
 //! so nothing after it has to. `MODEL.md` documents the keys.
 
+mod check;
+
 use openvla_kernels::{Gguf, Header, Value};
 
 use crate::action::{ActionSpace, Statistics};
@@ -125,7 +127,7 @@ impl Config {
         let config = Self {
             general: General::read(file)?,
             preprocess: Preprocess {
-                size: size(file, key::IMAGE_SIZE)? as u32,
+                size: file.get(key::IMAGE_SIZE)?,
                 resize: read_resize(file)?,
                 towers: normalize,
             },
@@ -159,8 +161,8 @@ impl Config {
         to.set(key::TOWERS, self.towers.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
         for (tower, normalize) in self.towers.iter().zip(&self.preprocess.towers) {
             tower.write(to);
-            to.set(&format!("openvla.{}.image_mean", tower.name), normalize.mean.to_vec());
-            to.set(&format!("openvla.{}.image_std", tower.name), normalize.std.to_vec());
+            to.set(&tower.key("image_mean"), normalize.mean.to_vec());
+            to.set(&tower.key("image_std"), normalize.std.to_vec());
         }
         to.set(key::PROJECTOR, self.projector.iter().map(|n| *n as i32).collect::<Vec<_>>());
         self.llama.write(to);
@@ -170,57 +172,6 @@ impl Config {
         to.set(key::ACTION_END, self.actions.end);
         to.set(key::ACTION_BINS, self.actions.n_bin);
         to.set(key::STATISTICS, self.statistics.json().to_owned());
-    }
-
-    /// What the parts must agree on. The converter calls this too, before it writes anything.
-    ///
-    /// # Errors
-    /// [`Error::Model`] says which two do not.
-    pub fn check(&self) -> Result<()> {
-        let demand = |holds: bool, why: String| match holds {
-            true => Ok(()),
-            false => Err(Error::Model { why }),
-        };
-        let (size, patch) = (self.preprocess.size as usize, self.patch_size);
-        demand(
-            size.is_multiple_of(patch),
-            format!("an image of {size} is no whole number of patches of {patch}"),
-        )?;
-        demand(!self.towers.is_empty(), "it has no vision tower".into())?;
-        let joined: usize = self.towers.iter().map(|t| t.dim).sum();
-        let ends = (self.projector.first(), self.projector.last());
-        demand(
-            self.projector.len() > 1 && ends == (Some(&joined), Some(&self.llama.dim)),
-            format!(
-                "its projector {:?} does not lead from the towers ({joined}) to the Llama ({})",
-                self.projector, self.llama.dim
-            ),
-        )?;
-        for t in &self.towers {
-            let fit = t.dim.is_multiple_of(t.n_head);
-            demand(fit, format!("{} heads do not divide {}'s {}", t.n_head, t.name, t.dim))?;
-        }
-        let l = &self.llama;
-        demand(
-            l.dim.is_multiple_of(l.n_head)
-                && l.n_head.is_multiple_of(l.n_head_kv)
-                && l.head_dim().is_multiple_of(2),
-            format!("{} and {} heads do not fit {} channels", l.n_head, l.n_head_kv, l.dim),
-        )?;
-        demand(
-            self.vocabulary.tokens.len() == l.n_vocab,
-            format!("{} tokens for {} embeddings", self.vocabulary.tokens.len(), l.n_vocab),
-        )?;
-        let ActionSpace { end, n_bin } = self.actions;
-        demand(
-            (3..=end).contains(&n_bin) && end as usize <= l.n_vocab,
-            format!("{n_bin} action ids below {end} in a vocabulary of {}", l.n_vocab),
-        )?;
-        let suffix = self.prompt.suffix;
-        demand(
-            (suffix as usize) < l.n_vocab && suffix != self.vocabulary.bos,
-            format!("its prompts end with token {suffix}, which cannot be"),
-        )
     }
 }
 
@@ -275,9 +226,6 @@ const FORMAT: u32 = 1;
 const QUANTIZATION_VERSION: u32 = 2;
 /// llama.cpp's name for SentencePiece BPE.
 const TOKENIZER: &str = "llama";
-/// Larger than any size of any model; products of three of them fit 64 bits.
-const MAX_SIZE: u32 = 1 << 20;
-
 fn check_format(file: &Gguf) -> Result<()> {
     let found: String = file.get(key::ARCHITECTURE)?;
     if found != ARCHITECTURE {
@@ -287,7 +235,7 @@ fn check_format(file: &Gguf) -> Result<()> {
     match file.get(key::FORMAT)? {
         FORMAT => Ok(()),
         found => {
-            let why = format!("its format version is {found}; this version reads {FORMAT}");
+            let why = format!("`{}` is {found}; this version reads {FORMAT}", key::FORMAT);
             Err(Error::Model { why })
         }
     }
@@ -297,21 +245,9 @@ fn optional(file: &Gguf, key: &str) -> Result<Option<String>> {
     Ok(file.metadata().contains_key(key).then(|| file.get(key)).transpose()?)
 }
 
-/// A count or width: 1 to a million.
+/// A count or width, which [`Config::check`] holds against its bounds.
 fn size(file: &Gguf, key: &str) -> Result<usize> {
-    match file.get::<u32>(key)? {
-        n @ 1..=MAX_SIZE => Ok(n as usize),
-        n => Err(Error::Model { why: format!("`{key}` is {n}; 1 to {MAX_SIZE} is possible") }),
-    }
-}
-
-/// A number that something is divided or multiplied by.
-fn positive(file: &Gguf, key: &str) -> Result<f32> {
-    let x: f32 = file.get(key)?;
-    match x.is_finite() && x > 0.0 {
-        true => Ok(x),
-        false => Err(Error::Model { why: format!("`{key}` is {x}; more than 0 is needed") }),
-    }
+    Ok(file.get::<u32>(key)? as usize)
 }
 
 impl General {
@@ -344,30 +280,33 @@ impl General {
 }
 
 impl TowerConfig {
+    /// One of its own keys.
+    fn key(&self, part: &str) -> String {
+        format!("openvla.{}.{part}", self.name)
+    }
+
     fn read(file: &Gguf, name: &str) -> Result<Self> {
         let key = |part: &str| format!("openvla.{name}.{part}");
-        let n_prefix: u32 = file.get(&key("prefix_length"))?;
         Ok(Self {
             name: name.to_owned(),
             dim: size(file, &key("embedding_length"))?,
             n_layer: size(file, &key("block_count"))?,
             n_head: size(file, &key("attention.head_count"))?,
             n_ff: size(file, &key("feed_forward_length"))?,
-            eps: positive(file, &key("attention.layer_norm_epsilon"))?,
-            n_prefix: n_prefix.min(MAX_SIZE) as usize,
+            eps: file.get(&key("attention.layer_norm_epsilon"))?,
+            n_prefix: size(file, &key("prefix_length"))?,
             layer_scale: file.get(&key("layer_scale"))?,
         })
     }
 
     fn write(&self, to: &mut Header) {
-        let key = |part: &str| format!("openvla.{}.{part}", self.name);
-        to.set(&key("embedding_length"), self.dim as u32);
-        to.set(&key("block_count"), self.n_layer as u32);
-        to.set(&key("attention.head_count"), self.n_head as u32);
-        to.set(&key("feed_forward_length"), self.n_ff as u32);
-        to.set(&key("attention.layer_norm_epsilon"), self.eps);
-        to.set(&key("prefix_length"), self.n_prefix as u32);
-        to.set(&key("layer_scale"), self.layer_scale);
+        to.set(&self.key("embedding_length"), self.dim as u32);
+        to.set(&self.key("block_count"), self.n_layer as u32);
+        to.set(&self.key("attention.head_count"), self.n_head as u32);
+        to.set(&self.key("feed_forward_length"), self.n_ff as u32);
+        to.set(&self.key("attention.layer_norm_epsilon"), self.eps);
+        to.set(&self.key("prefix_length"), self.n_prefix as u32);
+        to.set(&self.key("layer_scale"), self.layer_scale);
     }
 }
 
@@ -381,8 +320,8 @@ impl LlamaConfig {
             n_ff: size(file, key::N_FF)?,
             n_vocab: size(file, key::N_VOCAB)?,
             n_ctx: size(file, key::N_CTX)?,
-            eps: positive(file, key::EPS)?,
-            rope_base: positive(file, key::ROPE_BASE)?,
+            eps: file.get(key::EPS)?,
+            rope_base: file.get(key::ROPE_BASE)?,
         })
     }
 
@@ -428,26 +367,18 @@ fn write_resize(resize: Resize, to: &mut Header) {
 }
 
 fn read_normalize(file: &Gguf, tower: &str) -> Result<Normalize> {
-    let read = |part: &str, sound: fn(&f32) -> bool| {
+    let read = |part: &str| {
         let key = format!("openvla.{tower}.{part}");
         let values: Vec<f32> = file.get(&key)?;
-        let three = <[f32; 3]>::try_from(values.as_slice()).ok();
-        let found = three.filter(|values| values.iter().all(sound));
-        found.ok_or_else(|| Error::Model {
-            why: format!("`{key}` is {values:?}, not three numbers"),
-        })
+        let three = <[f32; 3]>::try_from(values.as_slice());
+        three.map_err(|_| Error::Model { why: format!("`{key}` is {} numbers", values.len()) })
     };
-    let mean = read("image_mean", |x| x.is_finite())?;
-    Ok(Normalize { mean, std: read("image_std", |x| x.is_finite() && *x > 0.0)? })
+    Ok(Normalize { mean: read("image_mean")?, std: read("image_std")? })
 }
 
 fn read_projector(file: &Gguf) -> Result<Vec<usize>> {
     let widths: Vec<i32> = file.get(key::PROJECTOR)?;
-    let sound = |n: &i32| (1..=MAX_SIZE as i32).contains(n);
-    match widths.iter().all(sound) {
-        true => Ok(widths.iter().map(|n| *n as usize).collect()),
-        false => Err(Error::Model { why: format!("`{}` is {widths:?}", key::PROJECTOR) }),
-    }
+    Ok(widths.iter().map(|n| usize::try_from(*n).unwrap_or(0)).collect())
 }
 
 fn read_vocabulary(file: &Gguf) -> Result<Vocabulary> {

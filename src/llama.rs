@@ -57,7 +57,12 @@ impl Llama {
 
     /// Reads the prompt `ids`, with the soft tokens after the first, and gives the logits of the
     /// first token, `[n_vocab]`.
+    ///
+    /// # Panics
+    /// If there are fewer than two ids, or one is no row of the embedding.
     pub fn prefill(&mut self, ids: &[u32], soft: &State) -> Result<Vec<f32>> {
+        assert!(ids.len() > 1, "a prompt is BOS and more");
+        ids.iter().for_each(|id| self.check(*id));
         let n_row = ids.len() + soft.shape()[1];
         if self.run.as_ref().is_none_or(|run| run.ids.shape()[0] != ids.len()) {
             self.run = None; // gives its memory back before the next takes some
@@ -73,8 +78,10 @@ impl Llama {
     /// Appends one token and gives the logits of the next, `[n_vocab]`.
     ///
     /// # Panics
-    /// Without a prefill before, or after more tokens than the longest motion has.
+    /// Without a prefill before, after more tokens than the longest motion has, or if the token is
+    /// no row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
+        self.check(token);
         let run = self.run.as_mut().expect("a prefill comes first");
         assert!(run.n_past < run.n_ctx, "more steps than the longest motion has tokens");
         let position = run.n_past;
@@ -85,6 +92,12 @@ impl Llama {
         run.step.compute()?;
         run.n_past += 1;
         Ok(run.logits.read())
+    }
+
+    /// ggml would abort the process.
+    fn check(&self, id: u32) {
+        let n_vocab = self.model.config.n_vocab;
+        assert!((id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
     }
 }
 

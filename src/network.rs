@@ -75,6 +75,9 @@ impl Network {
     /// # Errors
     /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room
     /// or fails.
+    ///
+    /// # Panics
+    /// If there are fewer than two ids, or one is no row of the embedding.
     pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         self.llama.prefill(ids, &self.soft)
     }
@@ -85,7 +88,8 @@ impl Network {
     /// [`crate::Error::Kernels`] if the device fails.
     ///
     /// # Panics
-    /// Without a prefill before, or after more tokens than the longest motion has.
+    /// Without a prefill before, after more tokens than the longest motion has, or if the token is
+    /// no row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
         self.llama.step(token)
     }

@@ -13,7 +13,7 @@ use crate::decode::check_sides;
 use crate::{Error, Result};
 
 /// Sides of the square, in pixels: from one patch to beyond any tower there is.
-const SIZES: std::ops::RangeInclusive<u32> = 14..=1024;
+pub(crate) const SIZES: std::ops::RangeInclusive<u32> = 14..=1024;
 
 /// How an image of any shape becomes the square the towers see. The names are those of
 /// `image_resize_strategy` in `preprocessor_config.json`.

@@ -28,11 +28,13 @@ pub fn describe(
     encoding: Encoding,
 ) -> Result<Config> {
     let hf = &files.config;
-    check_model(hf)?;
     let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
     let preprocess = preprocess(&files.preprocessor, layout)
         .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
-    let end = hf.text_config.vocab_size.checked_sub(hf.pad_to_multiple_of);
+    let (n_vocab, padding) = (hf.text_config.vocab_size, hf.pad_to_multiple_of);
+    let end = n_vocab.checked_sub(padding).with_context(|| {
+        format!("config.json: vocab_size is {n_vocab}, of which pad_to_multiple_of is {padding}")
+    })?;
     let config = Config {
         general: general(files, shapes, layout, encoding),
         preprocess,
@@ -42,8 +44,9 @@ pub fn describe(
         llama: layout.llama.clone(),
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
         vocabulary,
-        actions: ActionSpace { end: end.unwrap_or(0), n_bin: hf.n_action_bins },
-        statistics: Statistics::parse(files.statistics.clone())?,
+        actions: ActionSpace { end, n_bin: hf.n_action_bins },
+        statistics: Statistics::parse(files.statistics.clone())
+            .context("dataset_statistics.json, or else config.json's norm_stats")?,
     };
     config.check()?;
     ensure!(
@@ -56,7 +59,11 @@ pub fn describe(
     Ok(config)
 }
 
-fn check_model(hf: &HfConfig) -> Result<()> {
+/// Holds that the model is one this version runs as the reference does.
+///
+/// # Errors
+/// Names the setting of `config.json` that it does not.
+pub fn check_model(hf: &HfConfig) -> Result<()> {
     let HfLlama { model_type, hidden_act, rope_scaling, attention_bias, .. } = &hf.text_config;
     ensure!(
         hf.model_type == "openvla",

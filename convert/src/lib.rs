@@ -49,9 +49,14 @@ impl Conversion {
         let source = Source::open(checkpoint)?;
         let shapes: Shapes =
             source.tensors.iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect();
-        let layout = names::layout(&source.files.config, &shapes)
-            .with_context(|| format!("{} cannot be converted", checkpoint.display()))?;
-        let config = describe::describe(&source.files, &shapes, &layout, encoding)?;
+        let cannot = || format!("{} cannot be converted", checkpoint.display());
+        describe::check_model(&source.files.config).with_context(cannot)?;
+        let layout = names::layout(&source.files.config, &shapes).with_context(cannot)?;
+        for name in layout.parts.iter().flat_map(|part| &part.sources) {
+            source.check_type(name)?;
+        }
+        let config =
+            describe::describe(&source.files, &shapes, &layout, encoding).with_context(cannot)?;
         let plan = plan::plan(&layout, encoding);
         Ok(Self { source, layout, config, plan })
     }

@@ -281,7 +281,11 @@ impl Table {
         let hf = &config.text_config;
         let n_head_kv = hf.num_key_value_heads.unwrap_or(hf.num_attention_heads);
         let (n_head, dim) = (hf.num_attention_heads, hf.hidden_size);
-        let fit = n_head > 0 && n_head_kv > 0 && dim.is_multiple_of(2 * n_head);
+        let fit = n_head > 0
+            && n_head_kv > 0
+            && n_head.is_multiple_of(n_head_kv)
+            && dim.is_multiple_of(n_head)
+            && (dim / n_head).is_multiple_of(2);
         ensure!(fit, "text_config: {n_head} and {n_head_kv} heads do not fit {dim} channels");
         let c = LlamaConfig {
             dim,

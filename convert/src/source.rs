@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla_kernels::Mapped;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -200,6 +201,20 @@ impl Source {
             .with_context(|| format!("cannot map {}", path.display()))
     }
 
+    /// Holds that a tensor is made of floats.
+    ///
+    /// # Errors
+    /// Names the tensor, its file and its type.
+    pub fn check_type(&self, name: &str) -> Result<()> {
+        let Entry { dtype, shard, .. } = &self.tensors[name];
+        ensure!(
+            matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
+            "{}: the tensor {name} is {dtype:?}; BF16, F16 and F32 are read",
+            self.shards[*shard].0.display()
+        );
+        Ok(())
+    }
+
     fn read_shards(&mut self) -> Result<()> {
         let index = self.files.dir.join("model.safetensors.index.json");
         if !index.exists() {
@@ -228,16 +243,20 @@ impl Source {
         let file = File::open(&path).with_context(|| {
             format!("cannot open {}; is the checkpoint complete?", path.display())
         })?;
-        let length = file.metadata()?.len();
         let at = |what: &str| format!("{} {what}", path.display());
         let cut_off = || at("is cut off or not a safetensors file; download it again");
-        ensure!(length >= 8, cut_off());
-        let header = u64::from_le_bytes(*Mapped::range(&file, 0, 8)?.first_chunk().expect("8"));
-        ensure!(header <= MAX_HEADER.min(length - 8), cut_off());
-        let mapped = Mapped::range(&file, 0, usize::try_from(length)?)?;
-        let (_, metadata) = SafeTensors::read_metadata(&mapped).with_context(cut_off)?;
+        let found = file.metadata().with_context(cut_off)?;
+        ensure!(found.is_file() && found.len() >= 8, cut_off());
+        let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
+        let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
+        ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
+        // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
+        let metadata: Metadata =
+            serde_json::from_slice(&map(8, usize::try_from(header)?)?).with_context(cut_off)?;
+        ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
         for (tensor, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
+            ensure!(end > start, at(&format!("holds {tensor} of shape {:?}: nothing", info.shape)));
             let entry = Entry {
                 shard: self.shards.len(),
                 dtype: info.dtype,

@@ -8,7 +8,6 @@
 //!
 //! ref: transformers 4.40.1, `convert_slow_tokenizer.py` `LlamaConverter`
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
@@ -17,10 +16,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::tokenizer::{TokenType, Tokenizer, Vocabulary};
-use prost::Message;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+mod sentencepiece;
+
+use sentencepiece::SentencePieceModel;
 
 const TOKENIZER: &str = "tokenizer.json";
 const SENTENCEPIECE: &str = "tokenizer.model";
@@ -310,88 +312,6 @@ fn scores_by_rank(merges: &[String]) -> HashMap<String, f32> {
 
 // ---- tokenizer.model ---------------------------------------------------------------------------
 
-/// The part of SentencePiece's `ModelProto` that decides about ids.
-///
-/// ref: sentencepiece `src/sentencepiece_model.proto`
-#[derive(Clone, PartialEq, Message)]
-struct SentencePieceModel {
-    #[prost(message, repeated, tag = "1")]
-    pieces: Vec<Piece>,
-    #[prost(message, optional, tag = "2")]
-    trainer_spec: Option<TrainerSpec>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Piece {
-    #[prost(string, tag = "1")]
-    text: String,
-    #[prost(float, tag = "2")]
-    score: f32,
-    /// A [`TokenType`]; the two lists of numbers are one.
-    #[prost(int32, optional, tag = "3", default = "1")]
-    kind: Option<i32>,
-}
-
-#[derive(Clone, Copy, PartialEq, Message)]
-struct TrainerSpec {
-    #[prost(int32, optional, tag = "3", default = "1")]
-    model_type: Option<i32>,
-}
-
-impl SentencePieceModel {
-    const BPE: i32 = 2;
-
-    fn read(dir: &Path) -> Result<Option<Self>> {
-        let Some(bytes) = read_file(dir, SENTENCEPIECE)? else { return Ok(None) };
-        let model = Self::decode(bytes.as_slice()).context(SENTENCEPIECE)?;
-        let model_type = model.trainer_spec.unwrap_or_default().model_type();
-        ensure!(
-            model_type == Self::BPE,
-            "{SENTENCEPIECE}: model type {model_type}, wanted {} (BPE)",
-            Self::BPE
-        );
-        if let Some(piece) = model.pieces.iter().find(|piece| !piece.score.is_finite()) {
-            bail!("{SENTENCEPIECE}: the score of `{}` is {}", piece.text, piece.score);
-        }
-        Ok(Some(model))
-    }
-
-    /// The score of each piece, once sure that both files mean the same vocabulary.
-    fn scores_of(&self, vocab: &BTreeMap<String, u32>) -> Result<HashMap<String, f32>> {
-        let (here, there) = (vocab.len(), self.pieces.len());
-        ensure!(here == there, "{here} pieces, but {SENTENCEPIECE} has {there}");
-        for (id, piece) in (0..).zip(&self.pieces) {
-            ensure!(
-                vocab.get(&piece.text) == Some(&id),
-                "{SENTENCEPIECE} has `{}` as piece {id}, but this file has not",
-                piece.text
-            );
-        }
-        Ok(self.pieces.iter().map(|piece| (piece.text.clone(), piece.score)).collect())
-    }
-
-    /// The merges that the scores imply, as `"a b"`: each way to cut a piece into two pieces, by
-    /// the ids of the two, and then the best-scored pieces first.
-    ///
-    /// ref: `SentencePieceExtractor.extract`, whose sort is stable too
-    fn merges(&self) -> Vec<String> {
-        let ids: HashMap<&str, usize> =
-            self.pieces.iter().enumerate().map(|(id, piece)| (piece.text.as_str(), id)).collect();
-        let mut merges = Vec::new();
-        for piece in &self.pieces {
-            let cuts = piece.text.char_indices().skip(1).map(|(at, _)| piece.text.split_at(at));
-            let mut halves: Vec<_> = cuts
-                .filter_map(|(left, right)| Some((ids.get(left)?, ids.get(right)?, left, right)))
-                .collect();
-            halves.sort_unstable();
-            merges.extend(halves.into_iter().map(|(.., left, right)| (piece.score, left, right)));
-        }
-        // Scores are finite, so they compare; 0 and -0 are equal here as they are in Python.
-        merges.sort_by(|a, b| b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal));
-        merges.into_iter().map(|(_, left, right)| format!("{left} {right}")).collect()
-    }
-}
-
 fn fill_from_model(v: &mut Vocabulary, model: &SentencePieceModel, roles: &Roles) -> Result<()> {
     for (id, piece) in (0..).zip(&model.pieces) {
         let kind = TokenType::try_from(piece.kind())?;
@@ -434,185 +354,4 @@ fn read_json<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PIECES: [(&str, f32, TokenType); 10] = [
-        ("<unk>", 0.0, TokenType::Unknown),
-        ("<s>", 0.0, TokenType::Control),
-        ("</s>", 0.0, TokenType::Control),
-        ("<0x41>", 0.0, TokenType::Byte),
-        ("ab", -1.0, TokenType::Normal), // 4
-        ("bc", -0.0, TokenType::Normal),
-        ("abc", -2.0, TokenType::Normal), // 6
-        ("a", -3.0, TokenType::Normal),
-        ("b", -4.0, TokenType::Normal),
-        ("c", -5.0, TokenType::Normal),
-    ];
-    /// By score; of the two ways to make `abc`, the one whose left half has the lower id.
-    const MERGES: [&str; 4] = ["b c", "a b", "ab c", "a bc"];
-
-    fn config() -> Value {
-        json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>",
-               "pad_token": "<PAD>", "add_bos_token": true})
-    }
-
-    fn model() -> SentencePieceModel {
-        let piece = |(text, score, kind): (&str, f32, TokenType)| Piece {
-            text: text.into(),
-            score,
-            kind: (kind != TokenType::Normal).then_some(kind as i32), // absent, as in real files
-        };
-        SentencePieceModel {
-            pieces: PIECES.into_iter().map(piece).collect(),
-            trainer_spec: Some(TrainerSpec { model_type: Some(2) }),
-        }
-    }
-
-    fn tokenizer() -> Value {
-        let added = |id: u32, content: &str| {
-            json!({"id": id, "content": content, "special": true, "normalized": false,
-                   "lstrip": false, "rstrip": false, "single_word": false})
-        };
-        let vocab: BTreeMap<&str, usize> =
-            PIECES.iter().enumerate().map(|(id, piece)| (piece.0, id)).collect();
-        json!({
-            "added_tokens": [
-                added(0, "<unk>"), added(1, "<s>"), added(2, "</s>"), added(10, "<PAD>")],
-            "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-            "pre_tokenizer": null,
-            "post_processor": {"type": "TemplateProcessing", "single": [
-                {"SpecialToken": {"id": "<s>", "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}}]},
-            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
-                      "vocab": vocab, "merges": MERGES},
-        })
-    }
-
-    /// Writes the files into a folder and reads them with 12 rows.
-    fn read_with(files: &[(&str, Vec<u8>)]) -> Result<Vocabulary> {
-        let dir = tempfile::tempdir().unwrap();
-        for (name, bytes) in files {
-            fs::write(dir.path().join(name), bytes).unwrap();
-        }
-        read(dir.path(), 12)
-    }
-
-    fn from_model(model: &SentencePieceModel, added: Value) -> Result<Vocabulary> {
-        let (config, added) = (config().to_string().into(), added.to_string().into());
-        read_with(&[(CONFIG, config), (SENTENCEPIECE, model.encode_to_vec()), (ADDED, added)])
-    }
-
-    fn from_json(json: &Value) -> Result<Vocabulary> {
-        read_with(&[(SPECIAL, config().to_string().into()), (TOKENIZER, json.to_string().into())])
-    }
-
-    #[track_caller]
-    fn assert_refused(result: Result<Vocabulary>, wanted: &str) {
-        let found = format!("{:#}", result.expect_err(wanted));
-        assert!(found.contains(wanted), "`{found}` does not say `{wanted}`");
-    }
-
-    #[test]
-    fn a_sentencepiece_model_becomes_pieces_merges_and_unused_rows() {
-        let v = from_model(&model(), json!({"<PAD>": 10})).unwrap();
-        assert_eq!(v.merges, MERGES);
-        assert_eq!(v.tokens[9..], ["c", "<PAD>", "[PAD11]"]);
-        assert_eq!(v.types[9..], [TokenType::Normal, TokenType::Control, TokenType::Unused]);
-        assert_eq!((v.types[0], v.types[3]), (TokenType::Unknown, TokenType::Byte));
-        assert_eq!(v.scores[8..], [-4.0, -5.0, -1000.0, -10_000.0]);
-        assert_eq!((v.bos, v.eos, v.unknown, v.padding), (1, 2, 0, 10));
-    }
-
-    #[test]
-    fn both_files_together_say_what_either_says() {
-        let alone = from_model(&model(), json!({"<PAD>": 10})).unwrap();
-        let both = |model: &SentencePieceModel| {
-            let (config, json) = (config().to_string().into(), tokenizer().to_string().into());
-            read_with(&[
-                (CONFIG, config),
-                (TOKENIZER, json),
-                (SENTENCEPIECE, model.encode_to_vec()),
-            ])
-        };
-        assert_eq!(both(&model()).unwrap(), alone);
-        let mut other = model();
-        other.pieces.swap(8, 9);
-        assert_refused(both(&other), "tokenizer.model has `c` as piece 8");
-        other.pieces.pop();
-        assert_refused(both(&other), "10 pieces, but tokenizer.model has 9");
-    }
-
-    #[test]
-    fn without_a_model_the_merges_order_is_the_score() {
-        let mut json = tokenizer();
-        let v = from_json(&json).unwrap();
-        assert_eq!(v.scores[4..8], [-1.0, 0.0, -2.0, 0.0]); // ab, bc, abc, and a, which none makes
-        json["model"]["merges"] = json!([["b", "c"], ["a", "b"], ["ab", "c"], ["a", "bc"]]);
-        assert_eq!(from_json(&json).unwrap(), v);
-    }
-
-    #[test]
-    fn an_added_token_that_is_not_special_is_the_users() {
-        let mut json = tokenizer();
-        let mut token = json["added_tokens"][3].clone();
-        (token["id"], token["content"], token["special"]) = (json!(11), json!("a b"), json!(false));
-        json["added_tokens"].as_array_mut().unwrap().push(token);
-        let v = from_json(&json).unwrap();
-        assert_eq!((v.tokens[11].as_str(), v.types[11]), ("a b", TokenType::UserDefined));
-    }
-
-    #[test]
-    fn other_schemes_are_refused_by_name() {
-        let cases = [
-            ("/model/type", json!("Unigram")),
-            ("/model/byte_fallback", json!(false)),
-            ("/model/unk_token", Value::Null),
-            ("/normalizer", json!({"type": "NFKC"})),
-            ("/pre_tokenizer", json!({"type": "Metaspace"})),
-            ("/post_processor/type", json!("ByteLevel")),
-            ("/post_processor/single", json!([])),
-        ];
-        for (at, found) in cases {
-            let mut json = tokenizer();
-            *json.pointer_mut(at).unwrap() = found.clone();
-            assert_refused(from_json(&json), &format!("{at} is {found}, Llama-2's scheme has "));
-        }
-        let mut json = tokenizer();
-        json["added_tokens"][3]["lstrip"] = json!(true);
-        assert_refused(from_json(&json), "added token `<PAD>`");
-        let mut unigram = model();
-        unigram.trainer_spec = None;
-        assert_refused(from_model(&unigram, json!({})), "model type 1, wanted 2");
-        let ends = json!({"add_eos_token": true}).to_string().into();
-        assert_refused(read_with(&[(CONFIG, ends)]), "add_eos_token is true");
-    }
-
-    #[test]
-    fn damaged_or_missing_files_are_named() {
-        let config = config().to_string();
-        assert_refused(
-            read_with(&[]),
-            "looked for bos_token in tokenizer_config.json and special_tokens_map",
-        );
-        assert_refused(
-            read_with(&[(CONFIG, config.clone().into())]),
-            "looked for tokenizer.json and tokenizer.model, found neither",
-        );
-        assert_refused(
-            read_with(&[(CONFIG, config.into()), (SENTENCEPIECE, vec![0xff; 9])]),
-            "tokenizer.model: failed to decode",
-        );
-        assert_refused(from_model(&model(), json!({})), "pad_token is `<PAD>`, which is not in");
-        let cases = [
-            (json!({"<PAD>": 12}), "piece `<PAD>` has id 12, but the embedding has 12 rows"),
-            (json!({"<PAD>": 9}), "id 9 is both `c` and `<PAD>`"),
-            (json!({"<PAD>": 10, "x": 11}), "`x` is none of bos, eos, unk and pad"),
-        ];
-        for (added, wanted) in cases {
-            assert_refused(from_model(&model(), added), wanted);
-        }
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
-use openvla_kernels::{ALIGNMENT, Header, Mapped};
+use openvla_kernels::{ALIGNMENT, DType, Header, Mapped};
 use safetensors::Dtype;
 
 use crate::names::Part;
@@ -27,6 +27,9 @@ pub fn write(
     };
     let failed = || format!("cannot write {}", out.display());
     ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
+    // Such as /dev/null, which would be replaced.
+    let replaceable = std::fs::metadata(out).map_or(true, |there| there.is_file());
+    ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
     let temporary = tempfile::Builder::new()
         .prefix(".openvla-")
         .suffix(".gguf.part")
@@ -71,7 +74,11 @@ fn convert(source: &Source, planned: &Planned) -> Result<Vec<u8>> {
         let work: Vec<_> = work.collect();
         work.into_iter().all(|work| work.join().expect("converting does not panic"))
     });
-    ensure!(finite, "it holds NaN or infinity; the checkpoint is damaged");
+    ensure!(
+        finite,
+        "it holds NaN, infinity or a number that {} cannot hold; the checkpoint is damaged",
+        planned.dtype
+    );
     Ok(bytes)
 }
 
@@ -95,31 +102,28 @@ impl<'a> Rows<'a> {
             let entry: &Entry = &source.tensors[name];
             row = *entry.shape.last().context("it has no dimensions")?;
             let n = entry.shape.iter().product::<usize>() / row.max(1);
-            ensure!(
-                matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
-                "it is {:?}; BF16, F16 and F32 are read",
-                entry.dtype
-            );
             sources.push((source.map(entry)?, entry.dtype, n));
         }
         Ok(Self { part, sources, row })
     }
 
-    /// Fills `out` with rows from `first` on. False if a number is not finite.
+    /// Fills `out` with rows from `first` on. False if a number is not finite, or would not be.
     fn encode(&self, planned: &Planned, first: usize, out: &mut [u8]) -> bool {
         let (length, row_bytes) = (self.part.shape[0], planned.row_bytes());
         let mut numbers = vec![0.0; ROWS_AT_A_TIME * length];
-        let mut finite = true;
+        let most = largest(planned.dtype);
         for (i, out) in out.chunks_mut(ROWS_AT_A_TIME * row_bytes).enumerate() {
             let n = out.len() / row_bytes;
             let numbers = &mut numbers[..n * length];
             for (j, row) in numbers.chunks_exact_mut(length).enumerate() {
                 self.read(self.origin(first + i * ROWS_AT_A_TIME + j), row);
-                finite &= row.iter().all(|x| x.is_finite());
+                if !row.iter().all(|x| x.abs() <= most) {
+                    return false;
+                }
             }
             planned.dtype.encode(numbers, length, out);
         }
-        finite
+        true
     }
 
     /// Which row of the sources becomes row `i` of the file. llama.cpp turns channels
@@ -148,6 +152,15 @@ impl<'a> Rows<'a> {
             }
             i -= n;
         }
+    }
+}
+
+/// The largest number that a type surely holds: the scales of blocks are f16 too.
+fn largest(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => f32::MAX,
+        DType::BF16 => bf16::MAX.to_f32(),
+        _ => f16::MAX.to_f32(),
     }
 }
 

@@ -55,6 +55,11 @@ impl DType {
         Self::ALL.into_iter().find(|dtype| dtype.number() == number)
     }
 
+    /// Whether it stores numbers to compute with, rather than ids and places.
+    pub fn is_float(self) -> bool {
+        !matches!(self, Self::I32 | Self::I64)
+    }
+
     /// Elements per block: 1 for plain types. A row is a whole number of blocks.
     pub fn block(self) -> usize {
         // SAFETY: reads ggml's constant table; `number` is always one of its entries.
@@ -78,7 +83,7 @@ impl DType {
     /// # Panics
     /// If the sizes do not fit together, or for an integer type.
     pub fn encode(self, rows: &[f32], row: usize, out: &mut [u8]) {
-        assert!(!matches!(self, Self::I32 | Self::I64), "{self} rows are not made of numbers");
+        assert!(self.is_float(), "{self} rows are not made of numbers");
         assert!(row > 0 && rows.len().is_multiple_of(row), "{} is not whole rows", rows.len());
         let n = rows.len() / row;
         let bytes = self.row_bytes(row).expect("a row is a whole number of blocks");
@@ -105,7 +110,7 @@ impl DType {
     /// # Panics
     /// If `bytes` is not a whole number of blocks, or for an integer type.
     pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        assert!(!matches!(self, Self::I32 | Self::I64), "{self} rows are not made of numbers");
+        assert!(self.is_float(), "{self} rows are not made of numbers");
         assert!(bytes.len().is_multiple_of(self.block_bytes()), "not a whole number of blocks");
         let n = bytes.len() / self.block_bytes() * self.block();
         if self == Self::F32 {

@@ -122,10 +122,11 @@ pub struct Builder {
 
 impl Builder {
     fn new(backend: &Arc<Backend>, max_nodes: usize) -> Self {
+        // ggml has as much room for leaves as for nodes; attention reads four.
+        let slots = 4 * max_nodes;
         // SAFETY: both compute sizes from constants.
-        let (tensor, graph) = unsafe {
-            (sys::ggml_tensor_overhead(), sys::ggml_graph_overhead_custom(max_nodes, false))
-        };
+        let (tensor, graph) =
+            unsafe { (sys::ggml_tensor_overhead(), sys::ggml_graph_overhead_custom(slots, false)) };
         let params = sys::ggml_init_params {
             mem_size: max_nodes * tensor + graph,
             mem_buffer: std::ptr::null_mut(),
@@ -134,7 +135,7 @@ impl Builder {
         // SAFETY: the parameters ask ggml to allocate the memory itself.
         let context = NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for nodes");
         // SAFETY: the context has room for one graph of that size.
-        let raw = unsafe { sys::ggml_new_graph_custom(context.as_ptr(), max_nodes, false) };
+        let raw = unsafe { sys::ggml_new_graph_custom(context.as_ptr(), slots, false) };
         Self {
             raw: NonNull::new(raw).expect("the context has room for its graph"),
             context,
@@ -157,10 +158,12 @@ impl Builder {
     /// Copies `x` into the whole of `state`, converting to its type.
     ///
     /// # Panics
-    /// If their shapes differ.
+    /// If their shapes differ, or one of their types is an integer's.
     pub fn store(&self, x: Tensor<'_>, state: &State) {
         assert_eq!(x.shape(), state.shape(), "store: shapes differ");
+        assert!(std::ptr::eq(self, x.builder), "operands of two graphs");
         let to = self.state(state);
+        assert!(x.dtype().is_float() && to.dtype().is_float(), "store: not of floats");
         // SAFETY: both tensors are live and of one shape.
         let node = unsafe { sys::ggml_cpy(self.context.as_ptr(), x.raw.as_ptr(), to.raw.as_ptr()) };
         self.run(self.node(node));

@@ -24,18 +24,22 @@ mod dtype;
 mod error;
 mod gguf;
 mod graph;
+mod header;
 mod mapped;
 mod memory;
 mod tensor;
+mod value;
 
 pub use backend::Backend;
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use gguf::{ALIGNMENT, Array, Gguf, Header, TensorInfo, Value};
+pub use gguf::{ALIGNMENT, Gguf, TensorInfo};
 pub use graph::{Builder, Graph};
+pub use header::Header;
 pub use mapped::Mapped;
 pub use memory::{State, Weight, Weights};
 pub use tensor::Tensor;
+pub use value::{Array, Value};
 
 /// Sizes of a tensor, fastest dimension first, ones at the end.
 pub type Shape = [usize; 4];

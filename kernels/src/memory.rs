@@ -225,7 +225,7 @@ impl Weights {
         if place.shape != shape {
             return Err(error(format!("has shape {:?}; {shape:?} is needed", place.shape)));
         }
-        if matches!(place.dtype, DType::I32 | DType::I64) {
+        if !place.dtype.is_float() {
             return Err(error(format!("holds {} elements, not weights", place.dtype)));
         }
         Ok(Weight(place))

@@ -50,7 +50,7 @@ impl<'g> Tensor<'g> {
         unsafe { self.raw.as_ref() }.nb
     }
 
-    fn dtype(self) -> DType {
+    pub(crate) fn dtype(self) -> DType {
         // SAFETY: as in `shape`.
         let number = unsafe { self.raw.as_ref() }.type_;
         DType::from_number(number).expect("graphs are made of our types")
@@ -59,6 +59,22 @@ impl<'g> Tensor<'g> {
     fn is_contiguous(self) -> bool {
         // SAFETY: as in `shape`.
         unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
+    }
+
+    /// Whether the elements of a row follow each other.
+    fn is_packed(self) -> bool {
+        self.strides()[0] == self.dtype().block_bytes()
+    }
+
+    /// Whether its bytes are a weight's, which may be the file's own.
+    fn is_weight(self) -> bool {
+        // SAFETY: as in `shape`.
+        let viewed = NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw);
+        // SAFETY: as in `shape`; a view's source lives as long as the view.
+        let buffer = unsafe { viewed.as_ref() }.buffer;
+        let weights = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+        // SAFETY: a tensor's buffer, if it has one yet, is live.
+        !buffer.is_null() && unsafe { sys::ggml_backend_buffer_get_usage(buffer) } == weights
     }
 
     fn is_f32(self) -> bool {
@@ -79,6 +95,7 @@ impl<'g> Tensor<'g> {
     pub fn mul_mat(self, x: Tensor<'g>) -> Tensor<'g> {
         let (a, b) = (self.shape(), x.shape());
         self.same_graph(x);
+        assert!(self.dtype().is_float(), "mul_mat: {} is no weight's type", self.dtype());
         assert_eq!(a[0], b[0], "mul_mat: inner sizes differ, {a:?} · {b:?}");
         let repeats = b[2].is_multiple_of(a[2]) && b[3].is_multiple_of(a[3]);
         assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
@@ -100,6 +117,7 @@ impl<'g> Tensor<'g> {
     /// LayerNorm of each row, without its affine part.
     pub fn norm(self, eps: f32) -> Tensor<'g> {
         self.rows("norm");
+        assert!(eps >= 0.0, "norm: epsilon is {eps}");
         let (context, raw) = self.args();
         // SAFETY: live and f32 with contiguous rows.
         self.builder.node(unsafe { sys::ggml_norm(context, raw, eps) })
@@ -108,6 +126,7 @@ impl<'g> Tensor<'g> {
     /// RMSNorm of each row, without its scale.
     pub fn rms_norm(self, eps: f32) -> Tensor<'g> {
         self.rows("rms_norm");
+        assert!(eps >= 0.0, "rms_norm: epsilon is {eps}");
         let (context, raw) = self.args();
         // SAFETY: live and f32 with contiguous rows.
         self.builder.node(unsafe { sys::ggml_rms_norm(context, raw, eps) })
@@ -143,6 +162,7 @@ impl<'g> Tensor<'g> {
         let count = |s: Shape| s.iter().product::<usize>();
         assert_eq!(count(self.shape()), count(new), "reshape: {:?} to {new:?}", self.shape());
         assert!(self.is_contiguous(), "reshape: operand has gaps");
+        assert!(self.dtype().row_bytes(new[0]).is_some(), "reshape: inside blocks");
         let (context, raw) = self.args();
         let [a, b, c, d] = new.map(|n| n as i64);
         // SAFETY: live, contiguous, and of the same number of elements.
@@ -165,6 +185,7 @@ impl<'g> Tensor<'g> {
         let inside = length > 0 && end.is_some_and(|end| end <= new[dim]);
         assert!(inside, "slice: {length} from {start} of dimension {dim} of {new:?}");
         assert!(dim > 0 || self.dtype().block() == 1, "slice: inside blocks");
+        assert!(self.is_packed(), "slice: rows have gaps");
         new[dim] = length;
         let strides = self.strides();
         let (context, raw) = self.args();
@@ -203,6 +224,7 @@ impl<'g> Tensor<'g> {
         assert_eq!((n, one, also_one), (1, 1, 1), "get_rows: ids are not a vector");
         assert_eq!(ids.dtype(), DType::I32, "get_rows: ids are not i32");
         assert_eq!(self.shape()[2..], [1, 1], "get_rows: the table is not a matrix");
+        assert!(self.dtype().is_float() && self.is_packed(), "get_rows: the table's rows");
         let (context, raw) = self.args();
         // SAFETY: both are live, a matrix and a vector of i32. ggml asserts that ids are in range.
         self.builder.node(unsafe { sys::ggml_get_rows(context, raw, ids.raw.as_ptr()) })
@@ -218,6 +240,8 @@ impl<'g> Tensor<'g> {
         assert_eq!(at.shape(), [new[1], 1, 1, 1], "set_rows: one place per row");
         assert_eq!(at.dtype(), DType::I64, "set_rows: places are not i64");
         rows.rows("set_rows");
+        assert!(self.dtype().is_float() && self.is_packed(), "set_rows: the table's rows");
+        assert!(!self.is_weight(), "set_rows: weights are only read");
         let (context, raw) = self.args();
         let (rows, at) = (rows.raw.as_ptr(), at.raw.as_ptr());
         // SAFETY: all are live and of sizes that fit. ggml asserts that places are in range.
@@ -262,9 +286,10 @@ impl<'g> Tensor<'g> {
         assert_eq!((kv, one), (v.shape(), 1), "attention: keys and values differ");
         let fit = kv[0] == d && n_head.is_multiple_of(kv[2]) && kv[3] == 1;
         assert!(fit, "attention: queries {:?}, keys {kv:?}", self.shape());
-        let packed = |x: Tensor<'_>| x.strides()[0] == x.dtype().block_bytes();
-        assert!(self.is_f32() && packed(self) && packed(k) && packed(v), "attention: gaps in rows");
+        let packed = self.is_packed() && k.is_packed() && v.is_packed();
+        assert!(self.is_f32() && packed, "attention: gaps in rows");
         assert_eq!(k.dtype(), v.dtype(), "attention: keys and values are of two types");
+        assert!(matches!(k.dtype(), DType::F32 | DType::F16), "attention: {} keys", k.dtype());
         let mask = mask.map_or(std::ptr::null_mut(), |mask| {
             self.same_graph(mask);
             assert_eq!(mask.shape(), [kv[1], n, 1, 1], "attention: the mask's shape");

@@ -81,6 +81,7 @@ pub fn open(checkpoint: &Path, encoding: &str, decoding: Decoding) -> OpenVla {
     convert(checkpoint, encoding, &path);
     let mut options = Options::default();
     options.decoding = decoding;
+    options.n_threads = 1; // tests run side by side; ggml's threads wait by spinning
     OpenVla::open(&path, &options).unwrap() // stays mapped after the folder is gone
 }
 

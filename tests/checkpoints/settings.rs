@@ -1,0 +1,258 @@
+//! JSON files and tokenizers: what is missing, broken, or of a model that is not run.
+
+use std::fs;
+
+use openvla_example::Variant;
+use serde_json::{Value, json};
+
+use crate::folder::{Checkpoint, INDEX, convert};
+
+const CONFIG: &str = "config.json";
+const PREPROCESSOR: &str = "preprocessor_config.json";
+const STATISTICS: &str = "dataset_statistics.json";
+
+/// Sets one place of a file of the plain checkpoint, which must then be refused.
+fn all_refused(name: &str, cases: &[(&str, Value, &str)]) {
+    for (pointer, value, wanted) in cases {
+        let checkpoint = Checkpoint::plain();
+        checkpoint.set(name, pointer, value.clone());
+        checkpoint.refused(&[wanted]);
+    }
+}
+
+#[test]
+fn other_models_are_refused() {
+    let quick = json!(["quick_gelu", null]);
+    all_refused(
+        CONFIG,
+        &[
+            (
+                "/model_type",
+                json!("llava"),
+                "config.json is of a `llava` model; `openvla` is needed",
+            ),
+            ("/model_type", json!(7), "config.json cannot be used: invalid type"),
+            (
+                "/llm_backbone_id",
+                json!("phi-2-3b"),
+                "no prompt is known for the backbone `phi-2-3b`",
+            ),
+            ("/timm_model_ids/0", json!("vit_base"), "the vision tower \"vit_base\" is unknown"),
+            ("/timm_model_ids", json!([]), "timm_model_ids names 0 towers; 1 or 2"),
+            ("/timm_model_ids", json!(["a", "b", "c"]), "timm_model_ids names 3 towers"),
+            ("/timm_override_act_layers", quick, "a tower's activation is `quick_gelu`"),
+            ("/text_config/model_type", json!("mistral"), "its language model is `mistral`"),
+            (
+                "/text_config/hidden_act",
+                json!("gelu"),
+                "its activation is `gelu`; `silu` is needed",
+            ),
+            ("/text_config/rope_scaling", json!({"type": "linear"}), "it scales rotary positions"),
+            ("/text_config/attention_bias", json!(true), "its attention has biases"),
+            ("/text_config/tie_word_embeddings", json!(true), "its head is its embedding"),
+        ],
+    );
+}
+
+#[test]
+fn sizes_that_tensors_do_not_have_are_refused() {
+    all_refused(
+        CONFIG,
+        &[
+            ("/text_config/hidden_size", json!(0), "embed_tokens.weight has shape [768, 64]"),
+            ("/text_config/hidden_size", json!(128), "[768, 128] is needed"),
+            (
+                "/text_config/hidden_size",
+                json!(u64::MAX),
+                "do not fit 18446744073709551615 channels",
+            ),
+            ("/text_config/hidden_size", json!(-1), "config.json cannot be used: invalid value"),
+            (
+                "/text_config/num_attention_heads",
+                json!(0),
+                "text_config: 0 and 2 heads do not fit 64",
+            ),
+            ("/text_config/num_attention_heads", json!(3), "3 and 2 heads"),
+            ("/text_config/num_attention_heads", json!(64), "64 and 2 heads"),
+            (
+                "/text_config/num_attention_heads",
+                json!(1_u64 << 63),
+                "9223372036854775808 and 2 heads",
+            ),
+            ("/text_config/num_key_value_heads", json!(0), "2 and 0 heads"),
+            ("/text_config/num_key_value_heads", json!(u64::MAX), "and 18446744073709551615 heads"),
+            (
+                "/text_config/num_key_value_heads",
+                json!(1),
+                "k_proj.weight has shape [64, 64], [32, 64]",
+            ),
+            ("/text_config/num_hidden_layers", json!(0), "model.layers.0.input_layernorm.weight"),
+            ("/text_config/num_hidden_layers", json!(1), "model.layers.1.input_layernorm.weight"),
+            (
+                "/text_config/num_hidden_layers",
+                json!(u64::MAX),
+                "lacks the tensor language_model.model",
+            ),
+            ("/text_config/intermediate_size", json!(95), "gate_proj.weight has shape [96, 64]"),
+            (
+                "/text_config/vocab_size",
+                json!(700),
+                "embed_tokens.weight has shape [768, 64], [700, 64]",
+            ),
+            ("/text_config/vocab_size", json!(u32::MAX), "[4294967295, 64] is needed"),
+            (
+                "/pad_to_multiple_of",
+                json!(769),
+                "vocab_size is 768, of which pad_to_multiple_of is 769",
+            ),
+            ("/n_action_bins", json!(2), "`openvla.action.token_count` is 2"),
+            ("/n_action_bins", json!(705), "`openvla.action.token_count` is 705"),
+            ("/text_config/max_position_embeddings", json!(0), "`openvla.context_length` is 0"),
+            (
+                "/text_config/max_position_embeddings",
+                json!(1_u64 << 40),
+                "`openvla.context_length` is",
+            ),
+            ("/text_config/rms_norm_eps", json!(0), "layer_norm_rms_epsilon` is 0; more than 0"),
+            (
+                "/text_config/rms_norm_eps",
+                json!(1e39),
+                "config.json cannot be used: number out of range",
+            ),
+            ("/text_config/rope_theta", json!(-1), "`openvla.rope.freq_base` is -1"),
+        ],
+    );
+}
+
+#[test]
+fn preprocessing_that_is_not_run_is_refused() {
+    let cases = [
+        ("/tvf_resize_params/0/interpolation", json!(2), "the towers resize differently"),
+        ("/tvf_resize_params/1/size", json!([225, 224]), "the towers resize differently"),
+        ("/tvf_crop_params/1/output_size", json!([112, 112]), "the towers crop differently"),
+        ("/tvf_crop_params", json!([]), "[2, 0, 2] towers are described, the model has 2"),
+        ("/tvf_normalize_params/0/mean", json!([0.5]), "preprocessor_config.json cannot be used"),
+        ("/tvf_normalize_params/0/std", json!([0.5, 0, 0.5]), "`openvla.dinov2.image_std`"),
+        ("/tvf_do_letterbox", json!(true), "do not fit together"),
+        ("/tvf_letterbox_fill", json!([0, 0, 256]), "preprocessor_config.json cannot be used"),
+    ];
+    all_refused(PREPROCESSOR, &cases);
+    let resize = |change: Value| json!([change, change]);
+    let of = |size: Value, interpolation: u32, max_size: Value| {
+        resize(json!({"size": size, "interpolation": interpolation, "max_size": max_size}))
+    };
+    all_refused(
+        PREPROCESSOR,
+        &[
+            (
+                "/tvf_resize_params",
+                of(json!([224, 224]), 2, Value::Null),
+                "interpolation 2; bicubic (3)",
+            ),
+            ("/tvf_resize_params", of(json!([224, 224]), 3, json!(256)), "max_size is set"),
+            ("/tvf_resize_params", of(json!(256), 3, Value::Null), "Short(256)"),
+            ("/tvf_resize_params", of(json!([256, 256]), 3, Value::Null), "Exact([256, 256])"),
+        ],
+    );
+    let v01 = Checkpoint::new(Variant::V01, 1);
+    v01.set(PREPROCESSOR, "/tvf_letterbox_fill", Value::Null);
+    v01.refused(&[PREPROCESSOR, "tvf_letterbox_fill is missing"]);
+    // A size of its own in every place: the tensors are of another.
+    for (size, wanted) in
+        [(0, "images of 0x0"), (238, "have 289 patches"), (2800, "is 2800, not 14")]
+    {
+        let checkpoint = Checkpoint::plain();
+        let crop = json!({"output_size": [size, size]});
+        checkpoint.set(PREPROCESSOR, "/tvf_crop_params", json!([crop, crop]));
+        checkpoint.set(PREPROCESSOR, "/tvf_resize_params", of(json!([size, size]), 3, Value::Null));
+        checkpoint.refused(&[wanted]);
+    }
+}
+
+#[test]
+fn statistics_are_needed_and_their_own_file_wins() {
+    let checkpoint = Checkpoint::plain();
+    for (text, wanted) in [
+        ("{}", "there is no data set with `action.q01` and `action.q99`"),
+        (r#"{"d": {"action": {"q01": [0], "q99": []}}}"#, "`d` has 1 q01, 0 q99"),
+        ("null", "its action statistics"),
+    ] {
+        checkpoint.write(STATISTICS, text.as_bytes());
+        checkpoint.refused(&[STATISTICS, wanted]);
+    }
+    checkpoint.remove(STATISTICS);
+    checkpoint.convert().expect("config.json's norm_stats");
+    checkpoint.json(CONFIG, |config| drop(config.as_object_mut().unwrap().remove("norm_stats")));
+    checkpoint.refused(&["has no dataset_statistics.json", "finetune.py leaves the file"]);
+}
+
+#[test]
+fn every_broken_file_is_named() {
+    let names = |variant| match variant {
+        Variant::OpenVla => ["tokenizer.json", INDEX],
+        Variant::V01 => ["added_tokens.json", "tokenizer.model"],
+    };
+    let always =
+        [CONFIG, PREPROCESSOR, STATISTICS, "tokenizer_config.json", "special_tokens_map.json"];
+    for variant in [Variant::OpenVla, Variant::V01] {
+        for name in always.into_iter().chain(names(variant)) {
+            for bytes in [b"".as_slice(), b"{", b"[1, 2]", b"\xff\xfe", &b"[".repeat(9999)] {
+                if name == "tokenizer.model" && bytes.is_empty() {
+                    continue; // a protobuf message without fields: its pieces are missed later
+                }
+                let checkpoint = Checkpoint::new(variant, 2);
+                checkpoint.write(name, bytes);
+                checkpoint.refused(&[name]);
+            }
+        }
+    }
+}
+
+#[test]
+fn missing_files_are_named() {
+    for (name, wanted) in [
+        (CONFIG, "cannot read"),
+        (PREPROCESSOR, "cannot read"),
+        ("model.safetensors", "is the checkpoint complete?"),
+    ] {
+        let checkpoint = Checkpoint::plain();
+        checkpoint.remove(name);
+        checkpoint.refused(&[name, wanted]);
+    }
+    let checkpoint = Checkpoint::plain();
+    checkpoint.remove("tokenizer.model");
+    checkpoint.convert().expect("tokenizer.json is enough");
+    checkpoint.remove("tokenizer.json");
+    checkpoint.refused(&["looked for tokenizer.json and tokenizer.model, found neither"]);
+    let checkpoint = Checkpoint::plain();
+    checkpoint.remove("special_tokens_map.json");
+    checkpoint.convert().expect("tokenizer_config.json is enough");
+    checkpoint.remove("tokenizer_config.json");
+    checkpoint
+        .refused(&["looked for bos_token in tokenizer_config.json and special_tokens_map.json"]);
+}
+
+#[test]
+fn folders_that_are_no_checkpoints_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, file) = (dir.path().join("model.gguf"), dir.path().join("file"));
+    fs::write(&file, b"").unwrap();
+    for path in [file, dir.path().join("missing")] {
+        let why = convert(&path, &out).unwrap_err();
+        assert_eq!(why, format!("{} is not a folder with an OpenVLA checkpoint", path.display()));
+    }
+    let empty = dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let why = convert(&empty, &out).unwrap_err();
+    assert!(why.starts_with(&format!("cannot read {}", empty.join(CONFIG).display())), "{why}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn oft_checkpoints_are_refused() {
+    for name in ["action_head--50000_checkpoint.pt", "proprio_projector--50000_checkpoint.pt"] {
+        let checkpoint = Checkpoint::plain();
+        checkpoint.write(name, b"");
+        checkpoint.refused(&[name, "it is an OpenVLA-OFT checkpoint"]);
+    }
+}

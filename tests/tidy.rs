@@ -1,0 +1,78 @@
+//! House rules, so that reviews can be about ideas.
+
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every Rust file of the workspace, with its text.
+fn sources() -> Vec<(PathBuf, String)> {
+    let mut folders: Vec<_> = ["src", "convert", "kernels", "example", "tests", "benches"]
+        .iter()
+        .map(|name| root().join(name))
+        .collect();
+    let mut sources = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && path.file_name().unwrap() != "target" {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                sources.push((path, text));
+            }
+        }
+    }
+    assert!(sources.len() > 30, "found the sources");
+    sources
+}
+
+#[test]
+fn files_can_be_read_in_one_sitting() {
+    for (path, text) in sources() {
+        let n = text.lines().count();
+        assert!(n <= 450, "{}: {n} lines; split it or delete something", path.display());
+        let first = text.lines().next().unwrap_or("");
+        assert!(first.starts_with("//!"), "{}: says first what it is", path.display());
+    }
+}
+
+#[test]
+fn unsafe_code_is_in_kernels_and_each_block_says_why_it_is_sound() {
+    let block = ["unsafe", "{"].join(" ");
+    let implementation = ["unsafe", "impl"].join(" ");
+    for (path, text) in sources() {
+        let lines: Vec<_> = text.lines().collect();
+        for (n, line) in lines.iter().enumerate() {
+            if !line.contains(&block) && !line.contains(&implementation) {
+                continue;
+            }
+            let at = format!("{}:{}", path.display(), n + 1);
+            assert!(path.starts_with(root().join("kernels")), "{at}: unsafe outside kernels");
+            let before = lines[n.saturating_sub(8)..=n].join("\n");
+            assert!(before.contains("SAFETY:"), "{at}: say why it is sound");
+        }
+    }
+}
+
+/// Shapes, backends and devices are values: model code reads the same whatever it runs on.
+#[test]
+fn model_code_does_not_know_the_device() {
+    for (path, text) in sources() {
+        if path.starts_with(root().join("src")) {
+            assert!(!text.contains("cfg(feature"), "{}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_readmes_links_lead_somewhere() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let links = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let files: Vec<_> = links.filter(|link| !link.starts_with("http")).collect();
+    assert!(files.len() > 5, "found the links");
+    for file in files {
+        assert!(root().join(file).exists(), "README.md links to {file}");
+    }
+}

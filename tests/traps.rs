@@ -292,6 +292,35 @@ fn fact_8_any_id_may_win_and_is_clipped_into_a_bin() {
     }
 }
 
+/// The reference stops at EOS and takes the last seven ids there are, which are then mostly the
+/// prompt's; here EOS is one of the ids that are no action.
+#[test]
+fn fact_8_eos_ends_the_references_motion_and_no_other() {
+    let subject = &SUBJECTS[0];
+    let (mut case, dim) = (subject.case.clone(), subject.case.config.llama.dim);
+    let eos = case.config.vocabulary.eos;
+    let row: Vec<f32> = case.data_mut("output.weight")[619 * dim..][..dim].to_vec();
+    let louder: Vec<f32> = row.iter().map(|x| 2.0 * x).collect(); // 619 is the first token
+    case.data_mut("output.weight")[eos as usize * dim..][..dim].copy_from_slice(&louder);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    case.write(&path);
+    let act = |decoding| {
+        let mut options = Options::default();
+        options.decoding = decoding;
+        let mut policy = OpenVla::open(&path, &options).unwrap();
+        policy.act(&table_image(), "put eggplant into pot", None).unwrap()
+    };
+    let reference = act(Decoding::Reference);
+    let (prompt, last) = (&case.ids, case.ids.len() - 6);
+    assert_eq!(reference.tokens, [&prompt[last..], &[eos]].concat());
+    assert_eq!(reference.unconstrained.tokens, [eos]);
+    assert!(reference.normalized.iter().all(|x| (x - 0.996_078_431_372_549).abs() < 1e-15));
+    let actions = act(Decoding::Actions);
+    assert_eq!((actions.tokens[0], actions.tokens.len()), (619, 7));
+    assert_eq!(actions.unconstrained.tokens[0], eos);
+}
+
 /// The reference's table of ids, bins and centres, and its motions.
 #[test]
 fn fact_8_bins_are_the_references() {

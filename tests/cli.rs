@@ -214,6 +214,22 @@ fn converting_names_the_file_and_keeps_stdout_clean() {
 }
 
 #[test]
+fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = root().join("example/openvla-example");
+    let output = openvla_convert(&["--q4", "--dry-run", checkpoint.to_str().unwrap()], dir.path());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = stdout(&output);
+    let bytes = |line: &str| line.split_whitespace().nth(4)?.parse::<u64>().ok();
+    let total: u64 = said.lines().filter(|l| l.ends_with(" bytes")).filter_map(bytes).sum();
+    assert!(said.contains("Llama      IQ4_NL     14 tensors"), "{said}");
+    assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
+    let built_in = std::fs::metadata(root().join("example/example.gguf")).unwrap().len();
+    assert!(total < built_in && total > built_in * 9 / 10, "{total} of {built_in}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn mistakes_with_converting_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = root().join("example/openvla-example");

@@ -2,7 +2,8 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | [`source`] | the folder: JSON files, shards, tensors, as found |
+//! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
+//! | [`lora`] | an adapter's folder, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`plan`] | which type each tensor gets |
@@ -12,9 +13,11 @@
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod describe;
+pub mod lora;
 pub mod names;
 pub mod plan;
 pub mod source;
+pub mod tensors;
 pub mod tokenizer;
 pub mod write;
 
@@ -25,13 +28,16 @@ use indicatif::ProgressBar;
 use openvla::Config;
 use openvla_kernels::Header;
 
+use crate::lora::Adapter;
 use crate::names::{Layout, Shapes};
 use crate::plan::{Encoding, Planned};
 use crate::source::Source;
+use crate::write::Ingredients;
 
 /// A checkpoint that was read and checked, and what its file will hold.
 pub struct Conversion {
     source: Source,
+    adapter: Option<Adapter>,
     /// Tensors that the model never reads are named in it.
     pub layout: Layout,
     /// The file's metadata.
@@ -46,19 +52,37 @@ impl Conversion {
     /// # Errors
     /// Whatever is missing, damaged, or of another model, by name.
     pub fn new(checkpoint: &Path, encoding: Encoding) -> Result<Self> {
-        let source = Source::open(checkpoint)?;
-        let shapes: Shapes =
-            source.tensors.iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect();
+        Self::with_adapter(checkpoint, None, encoding)
+    }
+
+    /// The same, with a LoRA adapter's folder merged into it. The statistics beside the adapter are
+    /// the fine-tuned model's, and replace the checkpoint's.
+    ///
+    /// # Errors
+    /// As [`Conversion::new`].
+    pub fn with_adapter(
+        checkpoint: &Path,
+        adapter: Option<&Path>,
+        encoding: Encoding,
+    ) -> Result<Self> {
+        let mut source = Source::open(checkpoint)?;
+        let shapes: Shapes = (source.tensors.entries().iter())
+            .map(|(name, entry)| (name.clone(), entry.shape.clone()))
+            .collect();
+        let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
+        if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
+            source.files.statistics = statistics;
+        }
         let cannot = || format!("{} cannot be converted", checkpoint.display());
         describe::check_model(&source.files.config).with_context(cannot)?;
         let layout = names::layout(&source.files.config, &shapes).with_context(cannot)?;
         for name in layout.parts.iter().flat_map(|part| &part.sources) {
-            source.check_type(name)?;
+            source.tensors.check_type(name)?;
         }
         let config =
             describe::describe(&source.files, &shapes, &layout, encoding).with_context(cannot)?;
         let plan = plan::plan(&layout, encoding);
-        Ok(Self { source, layout, config, plan })
+        Ok(Self { source, adapter, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-IQ4_NL.gguf`.
@@ -84,6 +108,7 @@ impl Conversion {
         for planned in &self.plan {
             header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
         }
-        write::write(&self.source, &header, &self.plan, out, progress)
+        let from = Ingredients { tensors: &self.source.tensors, adapter: self.adapter.as_ref() };
+        write::write(&from, &header, &self.plan, out, progress)
     }
 }

@@ -1,5 +1,6 @@
 //! `openvla-convert`: an OpenVLA checkpoint folder to one GGUF file.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -15,6 +16,9 @@ use openvla_convert::plan::Encoding;
 struct Args {
     /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json
     checkpoint: PathBuf,
+    /// Folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) to merge first
+    #[arg(long, value_name = "FOLDER")]
+    lora: Option<PathBuf>,
     /// 4 bits (IQ4_NL; towers and head 8 bits): the default
     #[arg(long, group = "type")]
     q4: bool,
@@ -27,6 +31,9 @@ struct Args {
     /// F32, F16, BF16, Q8_0, Q4_0 or IQ4_NL
     #[arg(long, group = "type", value_name = "TYPE")]
     outtype: Option<Encoding>,
+    /// Print what the file would hold, and write nothing
+    #[arg(long)]
+    dry_run: bool,
     /// File to write [default: a name such as OpenVLA-7B-v1.0-IQ4_NL.gguf, here]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -49,7 +56,7 @@ fn run(args: &Args) -> Result<()> {
         _ => "IQ4_NL",
     };
     let encoding = args.outtype.map_or_else(|| name.parse(), Ok)?;
-    let conversion = Conversion::new(&args.checkpoint, encoding)?;
+    let conversion = Conversion::with_adapter(&args.checkpoint, args.lora.as_deref(), encoding)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name(encoding));
     let bytes = conversion.data_bytes();
     eprintln!(
@@ -60,6 +67,11 @@ fn run(args: &Args) -> Result<()> {
         indicatif::BinaryBytes(bytes),
         encoding.name
     );
+    if args.dry_run {
+        let summary = openvla_convert::plan::summary(&conversion.plan);
+        write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
+        return Ok(());
+    }
     // indicatif draws nothing when stderr is no terminal.
     let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     let progress = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?);

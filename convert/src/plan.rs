@@ -12,6 +12,7 @@
 //! the Llama and everything depends on them, so 8 bits at least. The head decides between
 //! neighbouring bins, so 8 bits too. A row that is no whole number of blocks falls back to F16.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use anyhow::bail;
@@ -88,6 +89,21 @@ pub struct Planned {
 pub fn plan(layout: &Layout, encoding: Encoding) -> Vec<Planned> {
     let planned = |part: &Part| Planned { part: part.clone(), dtype: encoding.dtype(part) };
     layout.parts.iter().map(planned).collect()
+}
+
+/// Tensors and bytes by component and type, one line each: what a file would hold.
+pub fn summary(plan: &[Planned]) -> String {
+    let mut groups: BTreeMap<(Role, DType), (usize, usize)> = BTreeMap::new();
+    for planned in plan {
+        let (n, bytes) = groups.entry((planned.part.role, planned.dtype)).or_default();
+        *n += 1;
+        *bytes += planned.row_bytes() * planned.n_row();
+    }
+    let line = |((role, dtype), (n, bytes)): (&(Role, DType), &(usize, usize))| {
+        let (role, dtype) = (format!("{role:?}"), dtype.to_string());
+        format!("{role:<10} {dtype:<7} {n:>5} tensors {bytes:>14} bytes\n")
+    };
+    groups.iter().map(line).collect()
 }
 
 impl Planned {

@@ -4,15 +4,13 @@
 //! is mapped tensor by tensor, so that memory stays small at any model size.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use openvla_kernels::Mapped;
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use crate::tensors::Tensors;
 
 /// `config.json`, of which what OpenVLA's code reads. Absent fields of the Llama have
 /// `LlamaConfig`'s defaults: the published file states four of them.
@@ -133,19 +131,6 @@ pub struct NormalizeParams {
     pub std: [f32; 3],
 }
 
-/// Where a tensor's bytes are.
-#[derive(Debug, Clone)]
-pub struct Entry {
-    /// Index into [`Source::shards`].
-    shard: usize,
-    /// bf16, f16 or f32.
-    pub dtype: Dtype,
-    /// PyTorch's order, slowest first.
-    pub shape: Vec<usize>,
-    offset: u64,
-    length: usize,
-}
-
 /// What a checkpoint folder holds beside its tensors.
 pub struct Files {
     /// The folder.
@@ -163,12 +148,8 @@ pub struct Source {
     /// The JSON files.
     pub files: Files,
     /// Every tensor of every shard.
-    pub tensors: BTreeMap<String, Entry>,
-    shards: Vec<(PathBuf, File)>,
+    pub tensors: Tensors,
 }
-
-/// The largest safetensors header that is read: what the format's own library allows.
-const MAX_HEADER: u64 = 100_000_000;
 
 impl Files {
     /// Reads a folder's JSON files. Its shards need not be there.
@@ -187,89 +168,38 @@ impl Files {
 
 impl Source {
     /// Reads a folder's JSON files and its shards' headers.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let files = Files::open(dir)?;
-        let mut source = Self { files, tensors: BTreeMap::new(), shards: Vec::new() };
-        source.read_shards()?;
-        Ok(source)
-    }
-
-    /// The bytes of a tensor, mapped until dropped.
-    pub fn map(&self, entry: &Entry) -> Result<Mapped> {
-        let (path, file) = &self.shards[entry.shard];
-        Mapped::range(file, entry.offset, entry.length)
-            .with_context(|| format!("cannot map {}", path.display()))
-    }
-
-    /// Holds that a tensor is made of floats.
     ///
     /// # Errors
-    /// Names the tensor, its file and its type.
-    pub fn check_type(&self, name: &str) -> Result<()> {
-        let Entry { dtype, shard, .. } = &self.tensors[name];
+    /// What is missing or damaged, by name.
+    pub fn open(dir: &Path) -> Result<Self> {
+        Ok(Self { files: Files::open(dir)?, tensors: read_shards(dir)? })
+    }
+}
+
+/// The tensors of all shards, held against the index.
+fn read_shards(dir: &Path) -> Result<Tensors> {
+    let mut tensors = Tensors::default();
+    let index = dir.join("model.safetensors.index.json");
+    if !index.exists() {
+        tensors.add(&dir.join("model.safetensors"))?;
+        return Ok(tensors);
+    }
+    let Index { weight_map } = read_json(&index)?;
+    let shards: BTreeSet<_> = weight_map.values().collect();
+    for shard in shards {
+        let plain = Path::new(shard).file_name().is_some_and(|name| name == shard.as_str());
+        ensure!(plain, "{} names the shard {shard:?}, no plain file name", index.display());
+        tensors.add(&dir.join(shard))?;
+    }
+    for (name, shard) in &weight_map {
         ensure!(
-            matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
-            "{}: the tensor {name} is {dtype:?}; BF16, F16 and F32 are read",
-            self.shards[*shard].0.display()
+            tensors.entries().contains_key(name),
+            "{} says that {shard} holds the tensor {name}, which is in no shard; \
+             download that shard again",
+            index.display()
         );
-        Ok(())
     }
-
-    fn read_shards(&mut self) -> Result<()> {
-        let index = self.files.dir.join("model.safetensors.index.json");
-        if !index.exists() {
-            return self.read_shard("model.safetensors");
-        }
-        let Index { weight_map } = read_json(&index)?;
-        let shards: BTreeSet<_> = weight_map.values().cloned().collect();
-        for shard in &shards {
-            let plain = Path::new(shard).file_name().is_some_and(|name| name == shard.as_str());
-            ensure!(plain, "{} names the shard {shard:?}, no plain file name", index.display());
-            self.read_shard(shard)?;
-        }
-        for (name, shard) in &weight_map {
-            ensure!(
-                self.tensors.contains_key(name),
-                "{} says that {shard} holds the tensor {name}, which is in no shard; \
-                 download that shard again",
-                index.display()
-            );
-        }
-        Ok(())
-    }
-
-    fn read_shard(&mut self, name: &str) -> Result<()> {
-        let path = self.files.dir.join(name);
-        let file = File::open(&path).with_context(|| {
-            format!("cannot open {}; is the checkpoint complete?", path.display())
-        })?;
-        let at = |what: &str| format!("{} {what}", path.display());
-        let cut_off = || at("is cut off or not a safetensors file; download it again");
-        let found = file.metadata().with_context(cut_off)?;
-        ensure!(found.is_file() && found.len() >= 8, cut_off());
-        let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
-        let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
-        ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
-        // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
-        let metadata: Metadata =
-            serde_json::from_slice(&map(8, usize::try_from(header)?)?).with_context(cut_off)?;
-        ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
-        for (tensor, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            ensure!(end > start, at(&format!("holds {tensor} of shape {:?}: nothing", info.shape)));
-            let entry = Entry {
-                shard: self.shards.len(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                offset: 8 + header + start as u64,
-                length: end - start,
-            };
-            let twice = self.tensors.insert(tensor.clone(), entry).is_some();
-            ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
-        }
-        self.shards.push((path, file));
-        Ok(())
-    }
+    Ok(tensors)
 }
 
 #[derive(Deserialize)]

@@ -6,16 +6,24 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
-use openvla_kernels::{ALIGNMENT, DType, Header, Mapped};
-use safetensors::Dtype;
+use openvla_kernels::{ALIGNMENT, DType, Header};
 
+use crate::lora::{Adapter, Delta};
 use crate::names::Part;
 use crate::plan::Planned;
-use crate::source::{Entry, Source};
+use crate::tensors::{Matrix, Tensors};
+
+/// What a file is made of: a checkpoint's tensors, and what is added to them.
+pub struct Ingredients<'a> {
+    /// The checkpoint.
+    pub tensors: &'a Tensors,
+    /// A fine-tuned model's difference, if it came apart from its base.
+    pub adapter: Option<&'a Adapter>,
+}
 
 /// Writes the file beside its place and moves it there when it is whole.
 pub fn write(
-    source: &Source,
+    from: &Ingredients<'_>,
     header: &Header,
     plan: &[Planned],
     out: &Path,
@@ -39,7 +47,7 @@ pub fn write(
     let mut file = std::io::BufWriter::new(temporary);
     file.write_all(&header.encode()).with_context(failed)?;
     for planned in plan {
-        let bytes = convert(source, planned)
+        let bytes = convert(from, planned)
             .with_context(|| format!("cannot convert {}", planned.part.sources.join(" + ")))?;
         file.write_all(&bytes).with_context(failed)?;
         let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
@@ -59,8 +67,8 @@ fn permissions() -> std::fs::Permissions {
 }
 
 /// The bytes of one tensor of the file.
-fn convert(source: &Source, planned: &Planned) -> Result<Vec<u8>> {
-    let rows = Rows::open(source, &planned.part)?;
+fn convert(from: &Ingredients<'_>, planned: &Planned) -> Result<Vec<u8>> {
+    let rows = Rows::open(from, &planned.part)?;
     let (row_bytes, n_row) = (planned.row_bytes(), planned.n_row());
     let mut bytes = vec![0; row_bytes * n_row];
     let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
@@ -85,26 +93,19 @@ fn convert(source: &Source, planned: &Planned) -> Result<Vec<u8>> {
 /// The rows of a part in the file's order, whatever they are made of.
 struct Rows<'a> {
     part: &'a Part,
-    /// Mapped bytes, type and number of rows of each source.
-    sources: Vec<(Mapped, Dtype, usize)>,
-    /// Numbers in a source's row; the rest of a file's row is zero.
-    row: usize,
+    sources: Vec<(Matrix, Option<Delta>)>,
 }
 
 /// Rows converted at a time: small enough for the cache, large enough to amortise a call.
 const ROWS_AT_A_TIME: usize = 16;
 
 impl<'a> Rows<'a> {
-    fn open(source: &Source, part: &'a Part) -> Result<Self> {
-        let mut row = 0;
-        let mut sources = Vec::new();
-        for name in &part.sources {
-            let entry: &Entry = &source.tensors[name];
-            row = *entry.shape.last().context("it has no dimensions")?;
-            let n = entry.shape.iter().product::<usize>() / row.max(1);
-            sources.push((source.map(entry)?, entry.dtype, n));
-        }
-        Ok(Self { part, sources, row })
+    fn open(from: &Ingredients<'_>, part: &'a Part) -> Result<Self> {
+        let open = |name: &String| {
+            let delta = from.adapter.map(|adapter| adapter.delta(name)).transpose()?.flatten();
+            Ok((from.tensors.matrix(name)?, delta))
+        };
+        Ok(Self { part, sources: part.sources.iter().map(open).collect::<Result<_>>()? })
     }
 
     /// Fills `out` with rows from `first` on. False if a number is not finite, or would not be.
@@ -138,19 +139,16 @@ impl<'a> Rows<'a> {
     /// Row `i` of the sources, then zeros; beyond them, zeros.
     fn read(&self, mut i: usize, out: &mut [f32]) {
         out.fill(0.0);
-        for (bytes, dtype, n) in &self.sources {
-            if i < *n {
-                let out = &mut out[..self.row];
-                let size = dtype.bitsize() / 8;
-                let row = &bytes[i * self.row * size..][..self.row * size];
-                match dtype {
-                    Dtype::BF16 => decode(row, out, |b| bf16::from_le_bytes(b).to_f32()),
-                    Dtype::F16 => decode(row, out, |b| f16::from_le_bytes(b).to_f32()),
-                    _ => decode(row, out, f32::from_le_bytes),
+        for (matrix, delta) in &self.sources {
+            if i < matrix.n_row {
+                let (start, out) = (i * matrix.row, &mut out[..matrix.row]);
+                matrix.read(start, out);
+                if let Some(delta) = delta {
+                    delta.add(start, out);
                 }
                 return;
             }
-            i -= n;
+            i -= matrix.n_row;
         }
     }
 }
@@ -161,11 +159,5 @@ fn largest(dtype: DType) -> f32 {
         DType::F32 => f32::MAX,
         DType::BF16 => bf16::MAX.to_f32(),
         _ => f16::MAX.to_f32(),
-    }
-}
-
-fn decode<const N: usize>(bytes: &[u8], out: &mut [f32], number: fn([u8; N]) -> f32) {
-    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-        *out = number(*bytes);
     }
 }

@@ -1,0 +1,136 @@
+//! Safetensors files: which tensors they hold, and the rows of those as f32.
+//!
+//! Headers are read and checked at once; data is mapped tensor by tensor and given back when the
+//! map is dropped, so that memory stays small at any model size.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use half::{bf16, f16};
+use openvla_kernels::Mapped;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+/// Where a tensor's bytes are.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Index into [`Tensors::files`].
+    file: usize,
+    dtype: Dtype,
+    /// PyTorch's order, slowest first.
+    pub shape: Vec<usize>,
+    offset: u64,
+    length: usize,
+}
+
+/// The tensors of one file or several.
+#[derive(Default)]
+pub struct Tensors {
+    entries: BTreeMap<String, Entry>,
+    files: Vec<(PathBuf, File)>,
+}
+
+/// The largest header that is read: what the format's own library allows.
+const MAX_HEADER: u64 = 100_000_000;
+
+impl Tensors {
+    /// Adds a file's tensors.
+    ///
+    /// # Errors
+    /// Names the file, and what is missing or damaged.
+    pub fn add(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).with_context(|| {
+            format!("cannot open {}; is the checkpoint complete?", path.display())
+        })?;
+        let at = |what: &str| format!("{} {what}", path.display());
+        let cut_off = || at("is cut off or not a safetensors file; download it again");
+        let found = file.metadata().with_context(cut_off)?;
+        ensure!(found.is_file() && found.len() >= 8, cut_off());
+        let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
+        let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
+        ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
+        // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
+        let metadata: Metadata =
+            serde_json::from_slice(&map(8, usize::try_from(header)?)?).with_context(cut_off)?;
+        ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
+        for (tensor, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            ensure!(end > start, at(&format!("holds {tensor} of shape {:?}: nothing", info.shape)));
+            let entry = Entry {
+                file: self.files.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                offset: 8 + header + start as u64,
+                length: end - start,
+            };
+            let twice = self.entries.insert(tensor.clone(), entry).is_some();
+            ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
+        }
+        self.files.push((path.to_owned(), file));
+        Ok(())
+    }
+
+    /// All tensors, by name.
+    pub fn entries(&self) -> &BTreeMap<String, Entry> {
+        &self.entries
+    }
+
+    /// Holds that a tensor is made of floats.
+    ///
+    /// # Errors
+    /// Names the tensor, its file and its type.
+    pub fn check_type(&self, name: &str) -> Result<()> {
+        let Entry { dtype, file, .. } = &self.entries[name];
+        ensure!(
+            matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
+            "{}: the tensor {name} is {dtype:?}; BF16, F16 and F32 are read",
+            self.files[*file].0.display()
+        );
+        Ok(())
+    }
+
+    /// Maps a tensor whose type was checked.
+    ///
+    /// # Errors
+    /// Names the file if it cannot be mapped.
+    pub fn matrix(&self, name: &str) -> Result<Matrix> {
+        let entry = &self.entries[name];
+        let row = *entry.shape.last().with_context(|| format!("{name} has no dimensions"))?;
+        let n_row = entry.shape.iter().product::<usize>() / row.max(1);
+        let (path, file) = &self.files[entry.file];
+        let bytes = Mapped::range(file, entry.offset, entry.length)
+            .with_context(|| format!("cannot map {}", path.display()))?;
+        Ok(Matrix { bytes, dtype: entry.dtype, row, n_row })
+    }
+}
+
+/// A mapped tensor, as rows of its last dimension.
+pub struct Matrix {
+    bytes: Mapped,
+    dtype: Dtype,
+    /// Numbers in a row.
+    pub row: usize,
+    /// Rows.
+    pub n_row: usize,
+}
+
+impl Matrix {
+    /// As many numbers as `out` has, from number `start` on, whatever rows they lie in.
+    pub fn read(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.bitsize() / 8;
+        let bytes = &self.bytes[start * size..][..out.len() * size];
+        match self.dtype {
+            Dtype::BF16 => decode(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F16 => decode(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            _ => decode(bytes, out, f32::from_le_bytes),
+        }
+    }
+}
+
+fn decode<const N: usize>(bytes: &[u8], out: &mut [f32], number: fn([u8; N]) -> f32) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *out = number(*bytes);
+    }
+}

@@ -1,9 +1,10 @@
-//! Both programs as a user meets them: what they print, where, and how they end.
+//! `openvla-run` as a user meets it: what it prints, where, and how it ends.
+
+mod common;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -159,7 +160,8 @@ fn mistakes_with_instructions_and_data_sets_are_named() {
     assert_fails(&openvla_run(&[&table(), &long]), &["too long", "2048", "fewer words"]);
     let key = openvla_run(&[&table(), "wave", "--unnorm-key", "example_tabeltop"]);
     assert_fails(&key, &["`example_tabeltop`", "did you mean `example_tabletop`?"]);
-    let three = several_data_sets();
+    let dir = tempfile::tempdir().unwrap();
+    let three = several_data_sets(dir.path());
     let three = three.to_str().unwrap();
     assert_fails(
         &openvla_run(&["-m", three, &table(), "wave"]),
@@ -173,74 +175,11 @@ fn mistakes_with_instructions_and_data_sets_are_named() {
 }
 
 /// A converted model with statistics of three data sets.
-fn several_data_sets() -> &'static PathBuf {
-    static MODEL: OnceLock<PathBuf> = OnceLock::new();
-    MODEL.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap().keep();
-        let variant = openvla_example::Variant::V01;
-        let spec = openvla_example::Spec { variant, seed: 1, shards: 2 };
-        openvla_example::write(&dir.join("v01"), &spec).unwrap();
-        let output = openvla_convert(&["--q8", dir.join("v01").to_str().unwrap(), "-o"], &dir);
-        assert!(output.status.success(), "{}", stderr(&output));
-        dir.join("out.gguf")
-    })
-}
-
-/// `openvla-convert`, which cargo puts beside `openvla-run`; `-o` is followed by a file in `dir`.
-fn openvla_convert(args: &[&str], dir: &Path) -> Output {
-    let program = Path::new(env!("CARGO_BIN_EXE_openvla-run")).with_file_name("openvla-convert");
-    assert!(program.exists(), "run the tests with --workspace, which builds {}", program.display());
-    let mut command = Command::new(program);
-    command.args(args).current_dir(dir);
-    if args.last() == Some(&"-o") {
-        command.arg(dir.join("out.gguf"));
-    }
-    command.output().unwrap()
-}
-
-#[test]
-fn converting_names_the_file_and_keeps_stdout_clean() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = root().join("example/openvla-example");
-    let output = openvla_convert(&["--q4", checkpoint.to_str().unwrap()], dir.path());
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(stdout(&output), "");
-    assert!(stderr(&output).contains("43 left out as unused"), "{}", stderr(&output));
-    assert!(!stderr(&output).contains('\r'), "no progress bar where nobody watches");
-    let name = "OpenVLA-424K-example-v1.0-IQ4_NL.gguf";
-    let files: Vec<_> =
-        std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
-    assert_eq!(files, [name], "the file by its name, and nothing beside it");
-}
-
-#[test]
-fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = root().join("example/openvla-example");
-    let output = openvla_convert(&["--q4", "--dry-run", checkpoint.to_str().unwrap()], dir.path());
-    assert!(output.status.success(), "{}", stderr(&output));
-    let said = stdout(&output);
-    let bytes = |line: &str| line.split_whitespace().nth(4)?.parse::<u64>().ok();
-    let total: u64 = said.lines().filter(|l| l.ends_with(" bytes")).filter_map(bytes).sum();
-    assert!(said.contains("Llama      IQ4_NL     14 tensors"), "{said}");
-    assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
-    let built_in = std::fs::metadata(root().join("example/example.gguf")).unwrap().len();
-    assert!(total < built_in && total > built_in * 9 / 10, "{total} of {built_in}");
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-}
-
-#[test]
-fn mistakes_with_converting_are_named() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = root().join("example/openvla-example");
-    let checkpoint = checkpoint.to_str().unwrap();
-    let run = |args: &[&str]| openvla_convert(args, dir.path());
-    assert_fails(&run(&["nowhere"]), &["nowhere", "folder"]);
-    let output = run(&[checkpoint, "--outtype", "Q3"]);
-    assert_eq!(output.status.code(), Some(2), "a wrong flag is a matter of usage");
-    assert!(stderr(&output).contains("IQ4_NL"), "lists the types: {}", stderr(&output));
-    assert_eq!(run(&[checkpoint, "--q4", "--q8"]).status.code(), Some(2));
-    assert_fails(&run(&[checkpoint, "-o", "missing/out.gguf"]), &["missing", "No such file"]);
-    assert_fails(&run(&[checkpoint, "-o", "."]), &["folder", "-o"]);
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+fn several_data_sets(dir: &Path) -> PathBuf {
+    let variant = openvla_example::Variant::V01;
+    let spec = openvla_example::Spec { variant, seed: 1, shards: 2 };
+    openvla_example::write(dir, &spec).unwrap();
+    let model = dir.join("model.gguf");
+    common::convert(dir, "Q8_0", &model);
+    model
 }

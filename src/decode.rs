@@ -34,7 +34,7 @@ const PADDED_END: &str = "extraneous bytes before marker 0xd9";
 /// # Errors
 ///
 /// [`Error::Image`] if the file is damaged, cut off or of another format, if a side is not in
-/// `1..=`[`MAX_SIDE`], or if there are more than 2²⁶ pixels. Sizes are checked before pixels are
+/// `1..=16384`, or if there are more than 2²⁶ pixels. Sizes are checked before pixels are
 /// read.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage> {
     match image::guess_format(bytes) {

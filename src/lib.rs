@@ -24,7 +24,7 @@
 //! | `action` | bins, data-set statistics | seven numbers |
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
-//! what the file says about itself, `layers` holds what networks share. [`format`] documents the
+//! what the file says about itself, `layers` holds what networks share. [`mod@format`] documents the
 //! file.
 //!
 //! # What is deliberately absent

@@ -7,7 +7,7 @@
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`plan`] | which type each tensor gets |
-//! | [`write`] | read, sort, pad, convert, write |
+//! | [`mod@write`] | read, sort, pad, convert, write |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.

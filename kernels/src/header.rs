@@ -26,7 +26,7 @@ impl Header {
     /// [`ALIGNMENT`].
     ///
     /// # Panics
-    /// If [`Gguf`] would refuse the name or the shape, or the name is there already.
+    /// If [`crate::Gguf`] would refuse the name or the shape, or the name is there already.
     pub fn tensor(&mut self, name: &str, dtype: DType, shape: Shape) {
         let named = (1..=MAX_TENSOR_NAME).contains(&name.len()) && !name.contains('\0');
         assert!(named, "`{name}`: names are 1 to {MAX_TENSOR_NAME} bytes");

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::names::Shapes;
-use crate::source::read_json;
+use crate::source::{dataset_statistics, read_json};
 use crate::tensors::{Matrix, Tensors};
 
 /// Adapters wrap the model twice.
@@ -66,14 +66,7 @@ impl Adapter {
         config.check().with_context(|| path.display().to_string())?;
         let mut tensors = Tensors::default();
         tensors.add(&dir.join("adapter_model.safetensors"))?;
-        let statistics = dir.join("dataset_statistics.json");
-        let statistics = match statistics.exists() {
-            true => Some(
-                std::fs::read_to_string(&statistics)
-                    .with_context(|| format!("cannot read {}", statistics.display()))?,
-            ),
-            false => None,
-        };
+        let statistics = dataset_statistics(dir)?;
         let adapter = Self { tensors, rank, scale: lora_alpha / rank as f32, statistics };
         adapter
             .check(shapes)

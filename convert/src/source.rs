@@ -217,10 +217,8 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// A fine-tuned checkpoint still carries its base model's statistics in `config.json`, so the file
 /// beside it wins: the wrong ones move a robot wrongly without a word.
 fn read_statistics(dir: &Path, config: &HfConfig) -> Result<String> {
-    let path = dir.join("dataset_statistics.json");
-    if path.exists() {
-        return std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read {}", path.display()));
+    if let Some(statistics) = dataset_statistics(dir)? {
+        return Ok(statistics);
     }
     match &config.norm_stats {
         Some(stats) => Ok(stats.to_string()),
@@ -230,6 +228,19 @@ fn read_statistics(dir: &Path, config: &HfConfig) -> Result<String> {
             dir.display()
         ),
     }
+}
+
+/// The text of a folder's `dataset_statistics.json`, if there is one.
+///
+/// # Errors
+/// Names the file if it cannot be read.
+pub fn dataset_statistics(dir: &Path) -> Result<Option<String>> {
+    let path = dir.join("dataset_statistics.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path);
+    text.map(Some).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// An OpenVLA-OFT checkpoint has OpenVLA's own config and tensors, plus a head of its own, without

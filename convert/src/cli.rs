@@ -1,0 +1,27 @@
+//! Arguments of the program, and which command they are for.
+
+mod convert;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Turns an OpenVLA checkpoint into one self-contained GGUF file.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    convert: Option<convert::Convert>,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+/// Runs what was asked for.
+pub fn run(args: Args) -> Result<()> {
+    match args.command {
+        Some(command) => match command {},
+        None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
+    }
+}

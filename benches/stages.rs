@@ -1,7 +1,7 @@
 //! How long a control step takes, stage by stage and whole, on the CPU.
 //!
 //! ```sh
-//! cargo bench --bench hz                                 # the example model, in IQ4_NL
+//! cargo bench --bench hz                                 # the example model, at --q4
 //! OPENVLA_MODEL=openvla-7b.gguf cargo bench --bench hz   # another one
 //! ```
 //!
@@ -17,6 +17,7 @@ use openvla::image::RgbImage;
 use openvla::image::imageops::{FilterType, resize};
 use openvla::{OpenVla, Options};
 use openvla_convert::Conversion;
+use openvla_convert::plan::Encoding;
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::Gguf;
 
@@ -51,7 +52,7 @@ fn example() -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let (folder, path) = (dir.path().join("openvla-example"), dir.path().join("example.gguf"));
     openvla_example::write(&folder, &COMMITTED).unwrap();
-    let conversion = Conversion::new(&folder, "IQ4_NL".parse().unwrap()).unwrap();
+    let conversion = Conversion::new(&folder, &Encoding::default().into()).unwrap();
     conversion.write(&path, &indicatif::ProgressBar::hidden()).unwrap();
     Bench::open(&path) // stays mapped after the folder is gone
 }

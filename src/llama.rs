@@ -8,6 +8,7 @@
 //!
 //! ref: transformers 4.40.1 `LlamaModel.forward`, `PrismaticForConditionalGeneration.forward`
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Weights, shape};
@@ -50,7 +51,7 @@ const HIDDEN: u16 = 0xFC00;
 
 impl Llama {
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
-        let model = Model::load(w, &c.llama)?;
+        let model = Model::load(w, c)?;
         let n_token_max = c.statistics.longest();
         Ok(Self { model, backend: backend.clone(), n_token_max, run: None })
     }
@@ -112,6 +113,9 @@ struct Model {
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: Weight,
+    /// The head's rows for `actions` once more, of a better type.
+    action_head: Weight,
+    actions: Range<usize>,
 }
 
 struct Layer {
@@ -141,13 +145,17 @@ struct Rows<'g> {
 }
 
 impl Model {
-    fn load(w: &mut Weights, c: &LlamaConfig) -> Result<Self> {
+    fn load(w: &mut Weights, config: &Config) -> Result<Self> {
+        let (c, actions) = (&config.llama, config.actions.ids());
+        let actions = actions.start as usize..actions.end as usize;
         Ok(Self {
             config: c.clone(),
             embedding: w.take("token_embd.weight", shape(&[c.dim, c.n_vocab]))?,
             layers: (0..c.n_layer).map(|i| Layer::load(w, c, i)).collect::<Result<_>>()?,
             norm: RmsNorm::load(w, "output_norm", c.dim, c.eps)?,
             head: w.take("output.weight", shape(&[c.dim, c.n_vocab]))?,
+            action_head: w.take("action_head.weight", shape(&[c.dim, actions.len()]))?,
+            actions,
         })
     }
 
@@ -213,13 +221,17 @@ impl Model {
 
     /// Runs rows through all layers, and the last of them through the head: `[n_vocab]`
     fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache) -> Tensor<'g> {
+        let c = &self.config;
         let n_row = rows.x.shape()[1];
         let layers = self.layers.iter().enumerate();
-        let x = layers.fold(rows.x, |x, (i, layer)| {
-            layer.build(g, &Rows { x, ..rows }, cache, i, &self.config)
-        });
+        let x =
+            layers.fold(rows.x, |x, (i, layer)| layer.build(g, &Rows { x, ..rows }, cache, i, c));
         let last = self.norm.build(g, x.slice(1, n_row - 1, 1));
-        g.weight(&self.head).mul_mat(last)
+        let logits = g.weight(&self.head).mul_mat(last); // [n_vocab]
+        let actions = g.weight(&self.action_head).mul_mat(last); // [256]
+        let Range { start, end } = self.actions;
+        let (before, after) = (logits.slice(0, 0, start), logits.slice(0, end, c.n_vocab - end));
+        before.concat(actions, 0).concat(after, 0)
     }
 }
 

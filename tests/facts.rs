@@ -13,9 +13,9 @@ use openvla::tokenizer::Tokenizer;
 use openvla::{ActionSpace, Config, Error, LlamaConfig, Resize, Statistics, TowerConfig, prompt};
 use openvla_convert::describe::describe;
 use openvla_convert::names::{Layout, Role, Shapes, layout};
-use openvla_convert::plan::{Encoding, plan};
+use openvla_convert::plan::{Encoding, Planned, plan, summary};
 use openvla_convert::source::{Files, HfConfig, Source};
-use openvla_kernels::{Gguf, Header};
+use openvla_kernels::{DType, Gguf, Header};
 use serde_json::{Value, json};
 
 const DINOV2: &str = "vision_backbone.featurizer";
@@ -82,16 +82,21 @@ fn every_tensor_of_the_index_is_accounted_for() {
         let n_param: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
         assert_eq!(index["metadata"]["total_size"], 2 * n_param, "{folder}");
     }
-    let sources = layout.parts.iter().flat_map(|part| &part.sources);
-    let accounted: Vec<&String> = sources.chain(&layout.unused).collect();
+    let accounted: Vec<&String> = sources(&layout).chain(&layout.unused).collect();
     assert_eq!(accounted.len(), 982, "each once");
     assert_eq!(accounted.into_iter().collect::<BTreeSet<_>>(), shapes.keys().collect());
+}
+
+/// The checkpoint's tensors that are in the file. Of the head some rows are there twice.
+fn sources(layout: &Layout) -> impl Iterator<Item = &String> {
+    let once = layout.parts.iter().filter(|part| part.role != Role::ActionHead);
+    once.flat_map(|part| &part.sources)
 }
 
 /// Parameters by the names that `facts.json` has for the model's parts.
 fn components(layout: &Layout, shapes: &Shapes) -> BTreeMap<String, usize> {
     let mut count = BTreeMap::new();
-    let used = layout.parts.iter().flat_map(|part| &part.sources).map(|name| (name, "used"));
+    let used = sources(layout).map(|name| (name, "used"));
     for (name, how) in used.chain(layout.unused.iter().map(|name| (name, "unused"))) {
         let parts: Vec<&str> = name.split('.').collect();
         let component = match parts[..] {
@@ -179,9 +184,9 @@ fn v01_is_accounted_for_too() {
     assert_eq!(json!(components(&layout, &shapes)), facts["components"]);
 }
 
-/// `facts.json` estimates files with patch embeddings and SigLIP's `fc2` in f16. Ours hold the one
-/// in f32, the other padded and in blocks, and at 4 bits the head in Q8_0. The rest is equal to
-/// the byte.
+/// `facts.json` estimates files with patch embeddings and SigLIP's `fc2` in f16, and everything
+/// but the towers in one type. Ours hold the patches in f32, `fc2` padded and in blocks, projector
+/// and head in better types, and the action head twice. The rest is equal to the byte.
 #[test]
 fn file_sizes_are_the_estimated_ones() {
     let (Some(real), Some(fused), Some(single)) =
@@ -190,31 +195,47 @@ fn file_sizes_are_the_estimated_ones() {
         return;
     };
     let [blocks, dim, zeros] = PADDED;
-    let head = 32_064 * 4096;
     let models = [
         (published(&real.join("openvla-7b"), &fused).1, 1024 + 1152, fused),
         (v01(&single).unwrap(), 1152, single),
     ];
     for (layout, channels, facts) in models {
-        let q8_0 = |n: u64| n / 32 * 34;
+        let (q8_0, q4_0) = (|n: u64| n / 32 * 34, |n: u64| n / 32 * 18);
         let patches = 3 * 14 * 14 * channels * (4 - 2);
         let fc1 = blocks * (q8_0(zeros * dim) + 4 * zeros);
         let [fc2, f16] = [q8_0((4304 + zeros) * dim), 2 * 4304 * dim].map(|bytes| blocks * bytes);
-        for (encoding, estimate, larger) in [
-            ("Q8_0", "q8_0_everything", 0),
-            ("Q4_0", "q4_0_llm_q8_0_vision", head / 32 * (34 - 18)),
-            ("IQ4_NL", "q4_0_llm_q8_0_vision", head / 32 * (34 - 18)),
-        ] {
-            let plan = plan(&layout, encoding.parse::<Encoding>().unwrap());
-            let bytes: usize = plan.iter().map(|p| p.row_bytes() * p.n_row()).sum();
+        let head = 32_064 * 4096;
+        let projector: u64 = layout.projector.windows(2).map(|w| (w[0] * w[1]) as u64).sum();
+        let raised = head / 256 * 210 - q4_0(head) + q8_0(projector) - q4_0(projector);
+        for (encoding, estimate, better) in
+            [("Q8_0", "q8_0_everything", 0), ("Q4_0", "q4_0_llm_q8_0_vision", raised)]
+        {
+            let plan = plan(&layout, encoding.parse().unwrap(), &[]).unwrap();
+            let bytes: usize = plan.iter().map(Planned::bytes).sum();
             let estimate = &facts["gguf_size_estimates_unused_dropped"][estimate]["bytes"];
-            let wanted = estimate.as_u64().unwrap() + patches + fc1 + fc2 - f16 + larger;
+            let action_head = 256 * 4096 * 2;
+            let wanted =
+                estimate.as_u64().unwrap() + patches + fc1 + fc2 - f16 + better + action_head;
             assert_eq!(bytes as u64, wanted, "{encoding}");
-            let plain = plan.iter().filter(|p| p.part.role != Role::Plain);
-            assert!(
-                plain.clone().count() > 300 && plain.into_iter().all(|p| p.dtype.block() == 32)
-            );
         }
+    }
+}
+
+/// What the README's table says: no row of the published model has to fall back but those of
+/// the projector's first layer, which are 8 bits anyway.
+#[test]
+fn every_type_is_possible_for_the_published_model() {
+    let (Some(real), Some(facts)) = (real_configs(), facts("dinosiglip")) else { return };
+    let (_, layout) = published(&real.join("openvla-7b"), &facts);
+    for encoding in Encoding::ALL {
+        let plan = plan(&layout, encoding, &[]).unwrap();
+        eprint!("{}\n{}", encoding.name, summary(&plan));
+        let bits = 8.0 * plan.iter().map(Planned::bytes).sum::<usize>() as f64;
+        let elements: usize = plan.iter().map(|p| p.part.shape.iter().product::<usize>()).sum();
+        let matrices = plan.iter().filter(|p| p.part.role != Role::Plain);
+        let full = matrices.filter(|p| p.dtype == DType::F16 || p.dtype == DType::F32).count();
+        assert_eq!(full > 0, ["F16", "F32"].contains(&encoding.name), "{}", encoding.name);
+        eprintln!("{:.2} bits per weight", bits / elements as f64);
     }
 }
 

@@ -46,8 +46,8 @@ fn converted(root: &Path, name: &str, variant: Variant, encoding: &str) -> (Conv
     let folder = root.join(name);
     openvla_example::write(&folder, &Spec { variant, ..COMMITTED }).unwrap();
     let encoding: Encoding = encoding.parse().unwrap();
-    let conversion = Conversion::new(&folder, encoding).unwrap();
-    let file = root.join(conversion.file_name(encoding));
+    let conversion = Conversion::new(&folder, &encoding.into()).unwrap();
+    let file = root.join(conversion.file_name());
     conversion.write(&file, &indicatif::ProgressBar::hidden()).unwrap();
     (conversion, Gguf::open(&file).unwrap())
 }

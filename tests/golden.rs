@@ -7,7 +7,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Stage, assert_close, floats, goldens, ids, json, open, picture, tensors};
+use common::{Stage, TOLERANCE, assert_close, floats, goldens, ids, json, open, picture, tensors};
 use openvla::{Decoding, OpenVla};
 use serde_json::Value;
 
@@ -110,7 +110,7 @@ fn f16_and_bf16_stages_are_near_the_references() {
 
 #[test]
 fn quantised_stages_are_near_the_references() {
-    for encoding in ["Q8_0", "Q4_0", "IQ4_NL"] {
+    for (encoding, _) in &TOLERANCE[3..] {
         every_stage(encoding);
     }
 }

@@ -7,17 +7,21 @@ use std::path::{Path, PathBuf};
 
 use common::{Stage, assert_close, floats, goldens, ids, json, picture, tensors};
 use half::bf16;
-use openvla::{Decoding, OpenVla, Options};
-use openvla_convert::Conversion;
+use openvla::{Decoding, OpenVla};
+use openvla_convert::{Conversion, Options};
 use openvla_kernels::Gguf;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
+/// F32, with an adapter.
+fn merging(adapter: &Path) -> Options {
+    Options { adapter: Some(adapter.to_owned()), ..common::of("F32") }
+}
+
 /// A checkpoint with an adapter, converted to F32.
 fn merge(checkpoint: &Path, adapter: &Path, out: &Path) -> anyhow::Result<()> {
-    let encoding = "F32".parse()?;
-    let conversion = Conversion::with_adapter(checkpoint, Some(adapter), encoding)?;
+    let conversion = Conversion::new(checkpoint, &merging(adapter))?;
     conversion.write(out, &indicatif::ProgressBar::hidden())
 }
 
@@ -31,7 +35,7 @@ fn merged_models_are_the_references() {
     for adapter in ["public/lora_adapter", "extra/lora_adapter_as_saved"] {
         let path = dir.path().join("model.gguf");
         merge(&golden.join("public/ckpt"), &golden.join(adapter), &path).unwrap();
-        let mut options = Options::default();
+        let mut options = openvla::Options::default();
         options.decoding = Decoding::Reference;
         let mut policy = OpenVla::open(&path, &options).unwrap();
         for case in index["cases"].as_array().unwrap() {
@@ -168,8 +172,7 @@ fn the_statistics_beside_an_adapter_are_the_models() {
     let dir = folder(&config(), &adapter());
     let statistics = r#"{"my_robot": {"action": {"q01": [0, 0], "q99": [1, 2]}}}"#;
     std::fs::write(dir.path().join("dataset_statistics.json"), statistics).unwrap();
-    let encoding = "Q8_0".parse().unwrap();
-    let conversion = Conversion::with_adapter(&checkpoint(), Some(dir.path()), encoding).unwrap();
+    let conversion = Conversion::new(&checkpoint(), &merging(dir.path())).unwrap();
     assert_eq!(conversion.config.statistics.select(None).unwrap().0, "my_robot");
 }
 
@@ -177,8 +180,7 @@ fn the_statistics_beside_an_adapter_are_the_models() {
 fn adapters_that_do_not_fit_are_refused_by_name() {
     let refused = |config: &Value, tensors: &BTreeMap<String, Tensor>, words: &[&str]| {
         let dir = folder(config, tensors);
-        let encoding = "F32".parse().unwrap();
-        let error = Conversion::with_adapter(&checkpoint(), Some(dir.path()), encoding);
+        let error = Conversion::new(&checkpoint(), &merging(dir.path()));
         let error = format!("{:#}", error.err().expect("refused"));
         assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
     };
@@ -210,7 +212,7 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     scalar.values_mut().for_each(|tensor| *tensor = (vec![], vec![1.0]));
     refused(&config(), &scalar, &["shape []"]);
     let empty = tempfile::tempdir().unwrap();
-    let error = Conversion::with_adapter(&checkpoint(), Some(empty.path()), "F32".parse().unwrap());
+    let error = Conversion::new(&checkpoint(), &merging(empty.path()));
     let error = format!("{:#}", error.err().unwrap());
     assert!(error.contains("not a folder with a LoRA adapter"), "{error}");
 }

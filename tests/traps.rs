@@ -46,7 +46,7 @@ fn fact_1_the_epsilon_of_rms_norm_is_1e_6() {
 fn fact_2_features_come_from_the_second_to_last_block_without_norm_and_pooling() {
     for subject in &*SUBJECTS {
         subject.holds(Stage::Features);
-        let mut conversion = Conversion::new(&subject.dir, "F32".parse().unwrap()).unwrap();
+        let mut conversion = Conversion::new(&subject.dir, &common::of("F32")).unwrap();
         for tower in &mut conversion.config.towers {
             let (last, next) = (tower.n_layer - 1, tower.n_layer);
             tower.n_layer += 1;
@@ -238,8 +238,8 @@ fn fact_7_siglips_mlp_is_padded_to_whole_blocks_exactly() {
             let name = |part: &str| format!("siglip.blk.{i}.{part}");
             let (q8_0, down) = ("Q8_0".parse::<Encoding>().unwrap(), name("ffn_down.weight"));
             let narrow = Part { shape: [n_ff, tower.dim, 1, 1], ..subject.part(&down).clone() };
-            assert_eq!(q8_0.dtype(subject.part(&down)), DType::Q8_0);
-            assert_eq!(q8_0.dtype(&narrow), DType::F16, "no blocks without padding");
+            assert_eq!(q8_0.dtype(subject.part(&down), 2), DType::Q8_0);
+            assert_eq!(q8_0.dtype(&narrow, 2), DType::F16, "no blocks without padding");
             for (part, inner, dim) in
                 [("ffn_up.weight", tower.dim, 1), ("ffn_up.bias", 1, 0), ("ffn_down.weight", 1, 0)]
             {

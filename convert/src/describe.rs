@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
-use openvla::{ActionSpace, Config, General, Normalize, Preprocess, Resize, Statistics};
+use openvla::{Config, General, Normalize, Preprocess, Resize, Statistics};
 
 use crate::names::{Layout, Shapes};
 use crate::plan::Encoding;
@@ -31,10 +31,6 @@ pub fn describe(
     let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
     let preprocess = preprocess(&files.preprocessor, layout)
         .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
-    let (n_vocab, padding) = (hf.text_config.vocab_size, hf.pad_to_multiple_of);
-    let end = n_vocab.checked_sub(padding).with_context(|| {
-        format!("config.json: vocab_size is {n_vocab}, of which pad_to_multiple_of is {padding}")
-    })?;
     let config = Config {
         general: general(files, shapes, layout, encoding),
         preprocess,
@@ -44,7 +40,7 @@ pub fn describe(
         llama: layout.llama.clone(),
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
         vocabulary,
-        actions: ActionSpace { end, n_bin: hf.n_action_bins },
+        actions: hf.actions()?,
         statistics: Statistics::parse(files.statistics.clone())
             .context("dataset_statistics.json, or else config.json's norm_stats")?,
     };

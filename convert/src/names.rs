@@ -29,6 +29,8 @@ pub enum Role {
     Llama,
     /// The matrix that gives logits.
     Head,
+    /// Its rows for action tokens.
+    ActionHead,
 }
 
 /// One tensor of the file.
@@ -42,6 +44,8 @@ pub struct Part {
     pub role: Role,
     /// The checkpoint's tensors whose rows follow each other.
     pub sources: Vec<String>,
+    /// Rows of the sources before the first that is taken.
+    pub first_row: usize,
     /// For q and k: heads whose rows change from Hugging Face's pairs to llama.cpp's.
     pub rope_heads: Option<usize>,
 }
@@ -85,6 +89,16 @@ const LAYER_NORM_EPS: f32 = 1e-6;
 /// Block formats hold whole blocks of 32; SigLIP's MLP of 4304 needs 16 more columns of zeros.
 /// Exact: GELU(0) = 0, and what it is multiplied by is 0 too.
 const BLOCK: usize = 32;
+
+/// The part of the model that a tensor of the file belongs to, for people.
+pub fn component(name: &str) -> &str {
+    match name.split('.').next().unwrap_or(name) {
+        "blk" | "output_norm" => "Llama",
+        "token_embd" => "embedding",
+        "output" => "head",
+        itself => itself,
+    }
+}
 
 /// Sorts a checkpoint's tensors. Every one is accounted for, or it is an error.
 pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
@@ -136,7 +150,7 @@ impl Table {
 
     fn add(&mut self, name: String, shape: &[usize], role: Role, sources: &[String]) {
         let (shape, sources) = (openvla_kernels::shape(shape), sources.to_vec());
-        self.parts.push(Part { name, shape, role, sources, rope_heads: None });
+        self.parts.push(Part { name, shape, role, sources, first_row: 0, rope_heads: None });
     }
 
     /// A vector, padded with zeros to `n`.
@@ -306,7 +320,18 @@ impl Table {
         self.vector("output_norm.weight", &model("norm"), dim, dim)?;
         let head = "language_model.lm_head.weight";
         self.matrix("output", head, Role::Head, [dim, c.n_vocab])?;
+        self.action_head(head, config, dim)?;
         Ok(c)
+    }
+
+    /// The head's rows for action tokens once more: they may have a better type than the others.
+    fn action_head(&mut self, head: &str, config: &HfConfig, dim: usize) -> Result<()> {
+        let actions = config.actions()?;
+        let n_row = actions.n_bin as usize;
+        let name = "action_head.weight".to_owned();
+        self.add(name, &[dim, n_row], Role::ActionHead, &[head.into()]);
+        self.parts.last_mut().expect("one was added").first_row = actions.ids().start as usize;
+        Ok(())
     }
 
     /// q, k, v and gate, up stand side by side in the file, so that a reader may join them.

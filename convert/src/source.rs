@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use openvla::ActionSpace;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -29,6 +30,24 @@ pub struct HfConfig {
     pub pad_to_multiple_of: u32,
     #[serde(default)]
     pub norm_stats: Option<serde_json::Value>,
+}
+
+impl HfConfig {
+    /// Which ids are actions: the last of the vocabulary before the rows that pad it.
+    ///
+    /// # Errors
+    /// If the config's numbers leave no room for them.
+    pub fn actions(&self) -> Result<ActionSpace> {
+        let (n_vocab, padding, n_bin) =
+            (self.text_config.vocab_size, self.pad_to_multiple_of, self.n_action_bins);
+        let end = n_vocab.checked_sub(padding).filter(|end| *end > n_bin).with_context(|| {
+            format!(
+                "config.json: vocab_size is {n_vocab}, of which pad_to_multiple_of is {padding}; \
+                 that leaves no room for {n_bin} actions"
+            )
+        })?;
+        Ok(ActionSpace { end, n_bin })
+    }
 }
 
 /// `config.json`'s `text_config`. ref: transformers 4.40.1 `LlamaConfig.__init__`

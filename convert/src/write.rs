@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use indicatif::ProgressBar;
 use openvla_kernels::{ALIGNMENT, DType, Header};
 
+use crate::imatrix::Importance;
 use crate::lora::{Adapter, Delta};
 use crate::names::Part;
 use crate::plan::Planned;
@@ -19,6 +20,8 @@ pub struct Ingredients<'a> {
     pub tensors: &'a Tensors,
     /// A fine-tuned model's difference, if it came apart from its base.
     pub adapter: Option<&'a Adapter>,
+    /// How much each column counts when blocks choose their scales.
+    pub importance: Option<&'a Importance>,
 }
 
 /// Writes the file beside its place and moves it there when it is whole.
@@ -69,6 +72,7 @@ fn permissions() -> std::fs::Permissions {
 /// The bytes of one tensor of the file.
 fn convert(from: &Ingredients<'_>, planned: &Planned) -> Result<Vec<u8>> {
     let rows = Rows::open(from, &planned.part)?;
+    let importance = from.importance.and_then(|all| all.get(&planned.part.name));
     let (row_bytes, n_row) = (planned.row_bytes(), planned.n_row());
     let mut bytes = vec![0; row_bytes * n_row];
     let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
@@ -77,7 +81,7 @@ fn convert(from: &Ingredients<'_>, planned: &Planned) -> Result<Vec<u8>> {
         let chunks = bytes.chunks_mut(per_thread * row_bytes).enumerate();
         let work = chunks.map(|(i, out)| {
             let rows = &rows;
-            scope.spawn(move || rows.encode(planned, i * per_thread, out))
+            scope.spawn(move || rows.encode(planned, importance, i * per_thread, out))
         });
         let work: Vec<_> = work.collect();
         work.into_iter().all(|work| work.join().expect("converting does not panic"))
@@ -109,7 +113,13 @@ impl<'a> Rows<'a> {
     }
 
     /// Fills `out` with rows from `first` on. False if a number is not finite, or would not be.
-    fn encode(&self, planned: &Planned, first: usize, out: &mut [u8]) -> bool {
+    fn encode(
+        &self,
+        planned: &Planned,
+        importance: Option<&[f32]>,
+        first: usize,
+        out: &mut [u8],
+    ) -> bool {
         let (length, row_bytes) = (self.part.shape[0], planned.row_bytes());
         let mut numbers = vec![0.0; ROWS_AT_A_TIME * length];
         let most = largest(planned.dtype);
@@ -122,7 +132,7 @@ impl<'a> Rows<'a> {
                     return false;
                 }
             }
-            planned.dtype.encode(numbers, length, out);
+            planned.dtype.encode(numbers, length, importance, out);
         }
         true
     }
@@ -130,7 +140,7 @@ impl<'a> Rows<'a> {
     /// Which row of the sources becomes row `i` of the file. llama.cpp turns channels
     /// `(2j, 2j + 1)` of a head together, Hugging Face `(j, j + head_dim/2)`.
     fn origin(&self, i: usize) -> usize {
-        let Some(n_head) = self.part.rope_heads else { return i };
+        let Some(n_head) = self.part.rope_heads else { return self.part.first_row + i };
         let head_dim = self.part.shape[1] / n_head;
         let (head, at) = (i / head_dim, i % head_dim);
         head * head_dim + at / 2 + at % 2 * (head_dim / 2)

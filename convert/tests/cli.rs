@@ -44,9 +44,9 @@ fn converting_names_the_file_and_keeps_stdout_clean() {
     let output = openvla_convert(&["--q4", &checkpoint()], dir.path());
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(stdout(&output), "");
-    assert!(stderr(&output).contains("43 left out as unused"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("43 tensors left out as unused"), "{}", stderr(&output));
     assert!(!stderr(&output).contains('\r'), "no progress bar where nobody watches");
-    let name = "OpenVLA-424K-example-v1.0-IQ4_NL.gguf";
+    let name = "OpenVLA-424K-example-v1.0-Q4_K_M.gguf";
     let files: Vec<_> =
         std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
     assert_eq!(files, [name], "the file by its name, and nothing beside it");
@@ -58,13 +58,61 @@ fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
     let output = openvla_convert(&["--q4", "--dry-run", &checkpoint()], dir.path());
     assert!(output.status.success(), "{}", stderr(&output));
     let said = stdout(&output);
-    let bytes = |line: &str| line.split_whitespace().nth(4)?.parse::<u64>().ok();
-    let total: u64 = said.lines().filter(|l| l.ends_with(" bytes")).filter_map(bytes).sum();
-    assert!(said.contains("Llama      IQ4_NL     14 tensors"), "{said}");
+    let all = said.lines().find(|line| line.starts_with("all ")).unwrap();
+    let total: u64 = all.split_whitespace().nth(3).unwrap().parse().unwrap();
+    let cache = 2 * 2 * 64 * 2 * (256 + 64); // f16 keys and values of 64 channels and 2 layers
+    assert!(said.contains(&format!("{total} bytes of weights, {cache} of keys and values")));
+    assert!(said.contains("Llama        IQ4_NL    12 tensors"), "{said}");
     assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
     let built_in = std::fs::metadata(example().join("example.gguf")).unwrap().len();
     assert!(total < built_in && total > built_in * 9 / 10, "{total} of {built_in}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// The types by component and type of a dry run with these arguments.
+fn planned(args: &[&str]) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let output = openvla_convert(&[&["--dry-run", &checkpoint()], args].concat(), dir.path());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = stdout(&output);
+    let lines = said.lines().filter_map(|line| line.split_once(" tensors "));
+    lines.map(|(line, _)| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
+
+#[test]
+fn types_of_single_tensors_can_be_chosen() {
+    let (flag, second) = ("--tensor-type", "^blk\\.1\\.ffn=Q8_0");
+    let (plain, chosen) =
+        (planned(&["--outtype", "F16"]), planned(&["--outtype", "F16", flag, second]));
+    assert!(plain.contains(&"Llama F16 14".into()), "{plain:?}");
+    assert!(chosen.contains(&"Llama F16 11".into()) && chosen.contains(&"Llama Q8_0 3".into()));
+    let last = planned(&["--outtype", "F16", flag, second, flag, "ffn_down=BF16"]);
+    assert!(
+        last.contains(&"Llama BF16 2".into()) && last.contains(&"Llama Q8_0 2".into()),
+        "{last:?}"
+    );
+    let norms = |plan: &[String]| plan.iter().any(|line| line == "Llama F32 5");
+    assert!(norms(&planned(&[flag, "blk=Q8_0"])), "norms have no choice");
+
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |choice: &str| openvla_convert(&[&checkpoint(), flag, choice], dir.path());
+    assert_fails(
+        &refused("blk\\.7\\.=Q8_0"),
+        &["blk\\.7\\.=Q8_0", "no tensor that has a choice matches"],
+    );
+    assert_fails(&refused("norm=F16"), &["no tensor that has a choice matches"]);
+    assert_fails(
+        &refused("blk=Q4_K"),
+        &["dinov2.blk.0.attn_qkv.weight", "rows of 32", "blocks of 256"],
+    );
+    for (wrong, word) in
+        [("blk", "PATTERN=TYPE"), ("blk=Q3", "Q6_K"), ("(=Q8_0", "no regular expression")]
+    {
+        let output = refused(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }
 
 #[test]
@@ -75,7 +123,7 @@ fn mistakes_with_converting_are_named() {
     assert_fails(&run(&["nowhere"]), &["nowhere", "folder"]);
     let output = run(&[checkpoint, "--outtype", "Q3"]);
     assert_eq!(output.status.code(), Some(2), "a wrong flag is a matter of usage");
-    assert!(stderr(&output).contains("IQ4_NL"), "lists the types: {}", stderr(&output));
+    assert!(stderr(&output).contains("Q4_K_M"), "lists the types: {}", stderr(&output));
     assert_eq!(run(&[checkpoint, "--q4", "--q8"]).status.code(), Some(2));
     assert_fails(&run(&[checkpoint, "-o", "missing/out.gguf"]), &["missing", "No such file"]);
     assert_fails(&run(&[checkpoint, "-o", "."]), &["folder", "-o"]);

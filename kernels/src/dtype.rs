@@ -17,6 +17,14 @@ pub enum DType {
     Q4_0,
     /// 4.5 bits: blocks of 32, one f16 scale, 16 steps that are denser around zero.
     IQ4_NL,
+    /// 4.25 bits: blocks of 256, scales of six bits, the steps of IQ4_NL.
+    IQ4_XS,
+    /// 4.5 bits: blocks of 256, scales and offsets of six bits.
+    Q4_K,
+    /// 5.5 bits: as Q4_K.
+    Q5_K,
+    /// 6.5625 bits: blocks of 256, scales of eight bits.
+    Q6_K,
     /// Token ids and positions.
     I32,
     /// Row numbers for [`crate::Tensor::set_rows`].
@@ -25,13 +33,17 @@ pub enum DType {
 
 impl DType {
     /// Every type a file may hold.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 12] = [
         Self::F32,
         Self::F16,
         Self::BF16,
         Self::Q8_0,
         Self::Q4_0,
         Self::IQ4_NL,
+        Self::IQ4_XS,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
         Self::I32,
         Self::I64,
     ];
@@ -45,6 +57,10 @@ impl DType {
             Self::Q8_0 => sys::GGML_TYPE_Q8_0,
             Self::Q4_0 => sys::GGML_TYPE_Q4_0,
             Self::IQ4_NL => sys::GGML_TYPE_IQ4_NL,
+            Self::IQ4_XS => sys::GGML_TYPE_IQ4_XS,
+            Self::Q4_K => sys::GGML_TYPE_Q4_K,
+            Self::Q5_K => sys::GGML_TYPE_Q5_K,
+            Self::Q6_K => sys::GGML_TYPE_Q6_K,
             Self::I32 => sys::GGML_TYPE_I32,
             Self::I64 => sys::GGML_TYPE_I64,
         }
@@ -58,6 +74,11 @@ impl DType {
     /// Whether it stores numbers to compute with, rather than ids and places.
     pub fn is_float(self) -> bool {
         !matches!(self, Self::I32 | Self::I64)
+    }
+
+    /// Whether it stores blocks of small integers with common scales.
+    pub fn is_quantized(self) -> bool {
+        self.block() > 1
     }
 
     /// Elements per block: 1 for plain types. A row is a whole number of blocks.
@@ -78,19 +99,21 @@ impl DType {
         whole.then_some(length / self.block())?.checked_mul(self.block_bytes())
     }
 
-    /// Converts whole rows of `row` numbers each into `out`.
+    /// Converts whole rows of `row` numbers each into `out`. `importance` says how much the square
+    /// of each column's error counts, for the types that choose their scales by it.
     ///
     /// # Panics
     /// If the sizes do not fit together, or for an integer type.
-    pub fn encode(self, rows: &[f32], row: usize, out: &mut [u8]) {
+    pub fn encode(self, rows: &[f32], row: usize, importance: Option<&[f32]>, out: &mut [u8]) {
         assert!(self.is_float(), "{self} rows are not made of numbers");
         assert!(row > 0 && rows.len().is_multiple_of(row), "{} is not whole rows", rows.len());
         let n = rows.len() / row;
         let bytes = self.row_bytes(row).expect("a row is a whole number of blocks");
         assert_eq!(out.len(), n * bytes, "{n} rows of {row} {self} need {} bytes", n * bytes);
+        assert!(importance.is_none_or(|x| x.len() == row), "importance is one number per column");
         let to = out.as_mut_ptr().cast();
-        // SAFETY: `rows` holds n·row numbers and `out` exactly the bytes ggml writes for them; none
-        // of our types needs an importance matrix, so it may be null.
+        // SAFETY: `rows` holds n·row numbers, `importance` one per column, and `out` exactly the
+        // bytes ggml writes; none of our types needs an importance matrix, so it may be null.
         let wrote = unsafe {
             sys::ggml_quantize_chunk(
                 self.number(),
@@ -99,7 +122,7 @@ impl DType {
                 0,
                 n as i64,
                 row as i64,
-                std::ptr::null(),
+                importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
             )
         };
         assert_eq!(wrote, out.len(), "ggml wrote another number of bytes than its table says");
@@ -142,6 +165,16 @@ mod tests {
         (0..n).map(|i| (i as f32 * 0.37).sin() * (1.0 + (i % 7) as f32)).collect()
     }
 
+    fn error(dtype: DType, rows: &[f32], importance: Option<&[f32]>) -> Vec<f32> {
+        let mut bytes = vec![0; 4 * dtype.row_bytes(256).unwrap()];
+        dtype.encode(rows, 256, importance, &mut bytes);
+        rows.iter().zip(dtype.decode(&bytes)).map(|(a, b)| a - b).collect()
+    }
+
+    fn norm<'a>(x: impl IntoIterator<Item = &'a f32>) -> f32 {
+        x.into_iter().map(|v| v * v).sum::<f32>().sqrt()
+    }
+
     #[test]
     fn rows_survive_the_round_trip_as_well_as_their_type_allows() {
         for (dtype, relative) in [
@@ -149,16 +182,33 @@ mod tests {
             (DType::F16, 1e-3),
             (DType::BF16, 8e-3),
             (DType::Q8_0, 1e-2),
+            (DType::Q6_K, 3e-2),
+            (DType::Q5_K, 6e-2),
+            (DType::Q4_K, 1e-1),
             (DType::Q4_0, 2e-1),
-            (DType::IQ4_NL, 2e-1),
+            (DType::IQ4_NL, 1e-1),
+            (DType::IQ4_XS, 1e-1),
         ] {
-            let rows = wave(4 * 64);
-            let mut bytes = vec![0; 4 * dtype.row_bytes(64).unwrap()];
-            dtype.encode(&rows, 64, &mut bytes);
-            let back = dtype.decode(&bytes);
-            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|v| v * v).sum::<f32>().sqrt();
-            let error = square(&mut rows.iter().zip(&back).map(|(a, b)| a - b));
-            assert!(error <= relative * square(&mut rows.iter().copied()), "{dtype}: {error}");
+            let rows = wave(4 * 256);
+            let error = norm(&error(dtype, &rows, None)) / norm(&rows);
+            assert!(error <= relative, "{dtype}: {error}");
+        }
+    }
+
+    /// Columns that count more are kept better, at the cost of the others.
+    #[test]
+    fn importance_moves_the_error_to_where_it_matters_less() {
+        let counts = |column: usize| column.is_multiple_of(16);
+        let importance: Vec<f32> =
+            (0..256).map(|column| if counts(column) { 100.0 } else { 1.0 }).collect();
+        for dtype in [DType::Q4_0, DType::IQ4_NL, DType::IQ4_XS, DType::Q4_K, DType::Q5_K] {
+            let rows = wave(4 * 256);
+            let of_those = |error: Vec<f32>| {
+                norm(error.iter().enumerate().filter(|(i, _)| counts(i % 256)).map(|(_, e)| e))
+            };
+            let plain = of_those(error(dtype, &rows, None));
+            let weighed = of_those(error(dtype, &rows, Some(&importance)));
+            assert!(weighed < plain, "{dtype}: {weighed} against {plain}");
         }
     }
 

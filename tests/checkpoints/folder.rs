@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use openvla::{OpenVla, Options};
 use openvla_convert::Conversion;
+use openvla_convert::plan::Encoding;
 use openvla_example::{COMMITTED, Spec, Variant};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -152,7 +153,7 @@ pub fn shard(header: &str, data: &[u8]) -> Vec<u8> {
 
 /// What `openvla-convert` does, with its message.
 pub fn convert(checkpoint: &Path, out: &Path) -> Result<(), String> {
-    Conversion::new(checkpoint, "IQ4_NL".parse().unwrap())
+    Conversion::new(checkpoint, &Encoding::default().into())
         .and_then(|conversion| conversion.write(out, &indicatif::ProgressBar::hidden()))
         .map_err(|error| format!("{error:#}"))
 }

@@ -106,7 +106,7 @@ fn sizes_that_tensors_do_not_have_are_refused() {
                 "vocab_size is 768, of which pad_to_multiple_of is 769",
             ),
             ("/n_action_bins", json!(2), "`openvla.action.token_count` is 2"),
-            ("/n_action_bins", json!(705), "`openvla.action.token_count` is 705"),
+            ("/n_action_bins", json!(705), "no room for 705 actions"),
             ("/text_config/max_position_embeddings", json!(0), "`openvla.context_length` is 0"),
             (
                 "/text_config/max_position_embeddings",

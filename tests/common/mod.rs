@@ -19,13 +19,18 @@ use serde_json::Value;
 /// root mean square of the difference over that of the reference, worst case and step; logits are
 /// the 320 around the actions, each token forced to the reference's. The goldens are random
 /// networks of 64 to 256 channels, far harder to quantise than a trained one of 4096.
-pub const TOLERANCE: [(&str, [f64; 3]); 6] = [
+pub const TOLERANCE: [(&str, [f64; 3]); 11] = [
     ("F32", [5e-6, 5e-6, 1e-3]),
     ("F16", [1e-3, 1e-3, 2e-2]),
     ("BF16", [1e-2, 1e-2, 5e-2]),
     ("Q8_0", [4e-2, 5e-2, 3e-1]),
-    ("Q4_0", [4e-2, 3e-1, 1.0]),
-    ("IQ4_NL", [4e-2, 3e-1, 1.0]),
+    ("Q6_K", [4e-2, 5e-2, 3e-1]),
+    ("Q5_K_M", [4e-2, 5e-2, 6e-1]),
+    ("Q4_K_M", [4e-2, 5e-2, 1.0]),
+    ("Q4_K_S", [4e-2, 5e-2, 1.0]),
+    ("Q4_0", [4e-2, 5e-2, 1.0]),
+    ("IQ4_NL", [4e-2, 5e-2, 1.0]),
+    ("IQ4_XS", [4e-2, 5e-2, 1.0]),
 ];
 
 /// What a golden holds; its place in the table.
@@ -68,9 +73,14 @@ pub fn picture(path: &Path) -> RgbImage {
     openvla::decode(&std::fs::read(path).unwrap()).unwrap()
 }
 
+/// What a file of that type is made of: nothing but the checkpoint.
+pub fn of(encoding: &str) -> openvla_convert::Options {
+    encoding.parse::<Encoding>().unwrap().into()
+}
+
 /// Converts a checkpoint folder into `out`.
 pub fn convert(checkpoint: &Path, encoding: &str, out: &Path) {
-    let conversion = Conversion::new(checkpoint, encoding.parse::<Encoding>().unwrap()).unwrap();
+    let conversion = Conversion::new(checkpoint, &of(encoding)).unwrap();
     conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
 }
 

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use openvla::image::RgbImage;
 use openvla::{Decoding, Error, OpenVla, Options};
 use openvla_convert::Conversion;
+use openvla_convert::plan::Encoding;
 use openvla_example::{COMMITTED, Spec, Variant};
 use openvla_kernels::{DType, Gguf, Header, Shape, Value};
 use tempfile::NamedTempFile;
@@ -42,7 +43,7 @@ pub fn sound(variant: Variant) -> &'static Model {
         let dir = tempfile::tempdir().unwrap();
         let (checkpoint, out) = (dir.path().join("checkpoint"), dir.path().join("model.gguf"));
         openvla_example::write(&checkpoint, &Spec { variant, ..COMMITTED }).unwrap();
-        let conversion = Conversion::new(&checkpoint, "IQ4_NL".parse().unwrap()).unwrap();
+        let conversion = Conversion::new(&checkpoint, &Encoding::default().into()).unwrap();
         conversion.write(&out, &indicatif::ProgressBar::hidden()).unwrap();
         Model::read(&Gguf::open(&out).unwrap())
     })

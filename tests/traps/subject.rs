@@ -14,7 +14,7 @@ use openvla_kernels::{ALIGNMENT, Backend, DType, Gguf, Header, Shape, TensorInfo
 use serde_json::Value;
 
 use crate::by_hand::worst;
-use crate::common::{Stage, TOLERANCE, floats, goldens, ids, json, picture, tensors};
+use crate::common::{Stage, TOLERANCE, floats, goldens, ids, json, of, picture, tensors};
 
 /// A broken fact is off by this many times what the engine may be.
 pub const FAR: f64 = 10.0;
@@ -97,7 +97,7 @@ impl Subject {
         case: &Value,
         want: Stages<Vec<(usize, f32)>>,
     ) -> Self {
-        let conversion = Conversion::new(&dir, "F32".parse().unwrap()).unwrap();
+        let conversion = Conversion::new(&dir, &of("F32")).unwrap();
         let planes = conversion.config.preprocess.planes(image).unwrap();
         let instruction = &case["instruction"];
         let case = Case::of(&conversion, planes, ids(&case["prompt_ids"]));

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ArgGroup;
 use indicatif::{ProgressBar, ProgressStyle};
-use openvla_convert::Conversion;
-use openvla_convert::plan::Encoding;
+use openvla_convert::plan::{Encoding, Override};
+use openvla_convert::{Conversion, Options};
 
 #[derive(clap::Args)]
 #[command(group(ArgGroup::new("type")))]
@@ -17,7 +17,7 @@ pub struct Convert {
     /// Folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) to merge first
     #[arg(long, value_name = "FOLDER")]
     lora: Option<PathBuf>,
-    /// 4 bits (IQ4_NL; towers and head 8 bits): the default
+    /// 4 bits (Q4_K_M): the default
     #[arg(long, group = "type")]
     q4: bool,
     /// 8 bits (Q8_0)
@@ -26,40 +26,36 @@ pub struct Convert {
     /// 16 bits, as the checkpoint (BF16)
     #[arg(long, group = "type")]
     bf16: bool,
-    /// F32, F16, BF16, Q8_0, Q4_0 or IQ4_NL
+    /// F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, IQ4_NL or IQ4_XS
     #[arg(long, group = "type", value_name = "TYPE")]
     outtype: Option<Encoding>,
+    /// Another type for the tensors whose names this regular expression is found in, such as
+    /// 'blk\.0\.=Q8_0'; may be given several times, the last that matches wins
+    #[arg(long, value_name = "PATTERN=TYPE")]
+    tensor_type: Vec<Override>,
+    /// Importance matrix (GGUF) to quantise by, as `openvla-convert imatrix` collects it
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// File to write [default: a name such as OpenVLA-7B-v1.0-IQ4_NL.gguf, here]
+    /// File to write [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
 
 pub fn run(args: &Convert) -> Result<()> {
-    let name = match args {
-        Convert { q8: true, .. } => "Q8_0",
-        Convert { bf16: true, .. } => "BF16",
-        _ => "IQ4_NL",
-    };
-    let encoding = args.outtype.map_or_else(|| name.parse(), Ok)?;
-    let conversion = Conversion::with_adapter(&args.checkpoint, args.lora.as_deref(), encoding)?;
-    let out = args.output.clone().unwrap_or_else(|| conversion.file_name(encoding));
-    let bytes = conversion.data_bytes();
-    eprintln!(
-        "{}: {} tensors, {} left out as unused, {} of {}",
-        conversion.config.general.name,
-        conversion.plan.len(),
-        conversion.layout.unused.len(),
-        indicatif::BinaryBytes(bytes),
-        encoding.name
-    );
+    let conversion = Conversion::new(&args.checkpoint, &args.options()?)?;
+    let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
+    let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
+    eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
+    let summary = conversion.summary();
     if args.dry_run {
-        let summary = openvla_convert::plan::summary(&conversion.plan);
         write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
         return Ok(());
     }
+    eprint!("{summary}");
+    let bytes = conversion.data_bytes();
     // indicatif draws nothing when stderr is no terminal.
     let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     let progress = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?);
@@ -67,4 +63,21 @@ pub fn run(args: &Convert) -> Result<()> {
     progress.finish_and_clear();
     eprintln!("wrote {}", out.display());
     Ok(())
+}
+
+impl Convert {
+    fn options(&self) -> Result<Options> {
+        let encoding = match self {
+            Self { outtype: Some(encoding), .. } => *encoding,
+            Self { q8: true, .. } => "Q8_0".parse()?,
+            Self { bf16: true, .. } => "BF16".parse()?,
+            _ => Encoding::default(),
+        };
+        Ok(Options {
+            encoding,
+            overrides: self.tensor_type.clone(),
+            adapter: self.lora.clone(),
+            importance: self.imatrix.clone(),
+        })
+    }
 }

@@ -65,7 +65,7 @@ pub fn weight(dtype: DType, dims: &[usize], data: &[f32]) -> (Weight, Vec<f32>) 
     let mut header = Header::default();
     header.tensor("w", dtype, shape(dims));
     let mut bytes = vec![0; data_bytes(dtype, shape(dims))];
-    dtype.encode(data, dims[0], &mut bytes);
+    dtype.encode(data, dims[0], None, &mut bytes);
     let rounded = dtype.decode(&bytes);
     let mut file = header.encode();
     file.extend(bytes);

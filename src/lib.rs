@@ -24,8 +24,8 @@
 //! | `action` | bins, data-set statistics | seven numbers |
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
-//! what the file says about itself, `layers` holds what networks share. [`mod@format`] documents the
-//! file.
+//! what the file says about itself, `layers` holds what networks share. [`streamed`] runs the
+//! networks part by part where they do not fit. [`mod@format`] documents the file.
 //!
 //! # What is deliberately absent
 //!
@@ -46,6 +46,8 @@ mod policy;
 mod preprocess;
 mod projector;
 pub mod prompt;
+mod proof;
+pub mod streamed;
 pub mod tokenizer;
 mod vision;
 
@@ -60,3 +62,4 @@ pub use image;
 pub use network::Network;
 pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
+pub use proof::{Proof, ProofCase};

@@ -103,7 +103,7 @@ impl Llama {
 }
 
 /// What the row at `position` may look at, of `n_kv` rows.
-fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
+pub(crate) fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
     (0..n_kv).map(|at| if at <= position { SEEN } else { HIDDEN }).collect()
 }
 
@@ -118,7 +118,7 @@ struct Model {
     actions: Range<usize>,
 }
 
-struct Layer {
+pub(crate) struct Layer {
     attn_norm: RmsNorm,
     q: Weight,
     k: Weight,
@@ -131,17 +131,17 @@ struct Layer {
 }
 
 /// Keys and values of all rows and layers, both `[n_head_kv · head_dim, n_ctx, n_layer]`.
-struct Cache {
+pub(crate) struct Cache {
     k: State,
     v: State,
 }
 
 /// Rows to run: what they are, where they stand, and what they may look at.
-struct Rows<'g> {
-    x: Tensor<'g>,
-    positions: Tensor<'g>,
-    places: Tensor<'g>,
-    mask: Tensor<'g>,
+pub(crate) struct Rows<'g> {
+    pub x: Tensor<'g>,
+    pub positions: Tensor<'g>,
+    pub places: Tensor<'g>,
+    pub mask: Tensor<'g>,
 }
 
 impl Model {
@@ -169,9 +169,7 @@ impl Model {
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
         let n_ctx = (n_row + n_new).next_multiple_of(32);
         let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
-        let cache = [c.n_head_kv * c.head_dim(), n_ctx, c.n_layer];
-        let cache =
-            Cache { k: state(self.cache_dtype(), &cache)?, v: state(self.cache_dtype(), &cache)? };
+        let cache = Cache::new(backend, self.cache_dtype(), c, n_ctx)?;
         let ids = state(DType::I32, &[n_id])?;
         let positions = state(DType::I32, &[n_row])?;
         let places = state(DType::I64, &[n_row])?;
@@ -186,7 +184,7 @@ impl Model {
             mask: state(DType::F16, &[n_ctx, 1])?,
         };
         let logits = state(DType::F32, &[c.n_vocab])?;
-        let max_nodes = 64 + 48 * c.n_layer;
+        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let prefill = Graph::build(backend, max_nodes, |g| {
             let x = self.embed_prompt(g, g.state(&ids), g.state(soft));
             let (positions, places) = (g.state(&positions), g.state(&places));
@@ -236,7 +234,10 @@ impl Model {
 }
 
 impl Layer {
-    fn load(w: &mut Weights, c: &LlamaConfig, i: usize) -> Result<Self> {
+    /// More than the graph nodes that [`Layer::build`] makes.
+    pub const MAX_NODES: usize = 48;
+
+    pub fn load(w: &mut Weights, c: &LlamaConfig, i: usize) -> Result<Self> {
         let name = |part: &str| format!("blk.{i}.{part}");
         let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
         let mut matrix = |part: &str, n_in, n_out| w.take(&name(part), shape(&[n_in, n_out]));
@@ -254,7 +255,7 @@ impl Layer {
     }
 
     /// `[dim, n_row] → [dim, n_row]`; writes the rows' keys and values into layer `i` of the cache.
-    fn build<'g>(
+    pub fn build<'g>(
         &self,
         g: &'g Builder,
         rows: &Rows<'g>,
@@ -302,6 +303,18 @@ impl Layer {
 }
 
 impl Cache {
+    /// Zeroed, for `n_ctx` rows of every layer.
+    pub fn new(
+        backend: &Arc<Backend>,
+        dtype: DType,
+        c: &LlamaConfig,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        let shape = [c.n_head_kv * c.head_dim(), n_ctx, c.n_layer, 1];
+        let state = || State::zeros(backend, dtype, shape);
+        Ok(Self { k: state()?, v: state()? })
+    }
+
     /// `[n_head_kv · head_dim, n_ctx]`
     fn layer<'g>(&self, g: &'g Builder, cache: &State, i: usize) -> Tensor<'g> {
         g.state(cache).slice(2, i, 1)

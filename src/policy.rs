@@ -224,7 +224,7 @@ struct Chosen {
 }
 
 /// The first id of the largest logit among `ids`, as torch's `argmax` on the CPU.
-fn argmax(logits: &[f32], ids: std::ops::Range<u32>, step: usize) -> Result<u32> {
+pub(crate) fn argmax(logits: &[f32], ids: std::ops::Range<u32>, step: usize) -> Result<u32> {
     let mut best = ids.start;
     for id in ids {
         let logit = logits[id as usize];

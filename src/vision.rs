@@ -28,7 +28,7 @@ impl Vision {
 
     /// Graph nodes that [`Vision::build`] makes at most.
     pub fn max_nodes(&self) -> usize {
-        self.towers.iter().map(|tower| 32 + 48 * tower.blocks.len()).sum()
+        self.towers.iter().map(Tower::max_nodes).sum()
     }
 
     pub fn build<'g>(&self, g: &'g Builder, planes: Tensor<'g>) -> Tensor<'g> {
@@ -38,7 +38,7 @@ impl Vision {
     }
 }
 
-struct Tower {
+pub(crate) struct Tower {
     /// The patch embedding, `[patch, patch, 3, dim]` and `[dim]`: a convolution whose step is its
     /// size, so a product with the patches.
     kernel: Weight,
@@ -50,7 +50,7 @@ struct Tower {
 }
 
 impl Tower {
-    fn load(w: &mut Weights, c: &Config, t: &TowerConfig) -> Result<Self> {
+    pub fn load(w: &mut Weights, c: &Config, t: &TowerConfig) -> Result<Self> {
         let (name, dim, side) = (&t.name, t.dim, c.patch_size);
         let prefix = format!("{name}.prefix_embd.weight");
         Ok(Self {
@@ -65,8 +65,13 @@ impl Tower {
         })
     }
 
+    /// Graph nodes that [`Tower::build`] makes at most.
+    pub fn max_nodes(&self) -> usize {
+        32 + 48 * self.blocks.len()
+    }
+
     /// `[size, size, 3] → [dim, n_patch]`
-    fn build<'g>(&self, g: &'g Builder, rgb: Tensor<'g>) -> Tensor<'g> {
+    pub fn build<'g>(&self, g: &'g Builder, rgb: Tensor<'g>) -> Tensor<'g> {
         let kernel = g.weight(&self.kernel);
         let [side, _, channels, dim] = kernel.shape();
         let patches = rgb.patches(kernel); // [3 · patch², n_patch]

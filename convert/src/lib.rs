@@ -8,16 +8,21 @@
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`plan`] | which type each tensor gets |
 //! | [`imatrix`] | how much each column of a tensor counts |
-//! | [`mod@write`] | read, sort, pad, convert, write |
+//! | [`mod@write`] | read, sort, pad, convert |
+//! | [`prove`] | reference cases in f32, and checksums |
+//! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
+pub mod beside;
 pub mod describe;
 pub mod imatrix;
+pub mod interrupt;
 pub mod lora;
 pub mod names;
 pub mod plan;
+pub mod prove;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
@@ -27,9 +32,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
-use openvla::Config;
+use openvla::{Config, Proof};
 use openvla_kernels::Header;
 
+use crate::beside::Beside;
 use crate::imatrix::Importance;
 use crate::lora::Adapter;
 use crate::names::{Layout, Shapes};
@@ -37,6 +43,8 @@ use crate::plan::{Encoding, Override, Planned};
 use crate::source::Source;
 use crate::write::Ingredients;
 
+/// More than reference cases take.
+const PROOF_BYTES: usize = 1 << 20;
 /// More rows than an instruction and a motion mostly have.
 const PROMPT_ROWS: usize = 64;
 
@@ -52,6 +60,8 @@ pub struct Options {
     pub adapter: Option<PathBuf>,
     /// An importance matrix in llama.cpp's GGUF format, collected on this model.
     pub importance: Option<PathBuf>,
+    /// Whether the file is to hold reference cases, computed in f32 from the checkpoint.
+    pub proof: bool,
 }
 
 impl From<Encoding> for Options {
@@ -67,6 +77,7 @@ pub struct Conversion {
     adapter: Option<Adapter>,
     importance: Option<Importance>,
     encoding: Encoding,
+    proof: bool,
     /// Tensors that the model never reads are named in it.
     pub layout: Layout,
     /// The file's metadata.
@@ -102,7 +113,8 @@ impl Conversion {
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
-        Ok(Self { source, adapter, importance, encoding, layout, config, plan })
+        let Options { encoding, proof, .. } = *options;
+        Ok(Self { source, adapter, importance, encoding, proof, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-Q4_K_M.gguf`.
@@ -131,21 +143,51 @@ impl Conversion {
         )
     }
 
-    /// Writes the file.
+    /// Writes the file. `progress` counts bytes: first, if cases are to be proven, those that go
+    /// into computing them, then the file's.
     ///
     /// # Errors
     /// What cannot be read, converted or written. The file is then as it was before.
     pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
-        let mut header = Header::default();
-        self.config.write(&mut header);
-        for planned in &self.plan {
-            header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
-        }
         let from = Ingredients {
             tensors: &self.source.tensors,
             adapter: self.adapter.as_ref(),
             importance: self.importance.as_ref(),
         };
-        write::write(&from, &header, &self.plan, out, progress)
+        let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
+        let header = self.header(&proof);
+        let room = (header.encode().len() + header.data_bytes() + PROOF_BYTES) as u64;
+        let mut file = Beside::create(out, room)?;
+        if self.proof {
+            progress.set_length(prove::bytes(&self.config, &self.plan));
+            progress.set_message("reference cases in f32");
+            proof.cases = prove::cases(&self.config, |prefix| {
+                let part = write::in_f32(&from, &self.plan, prefix)?;
+                progress.inc(part.bytes().len() as u64);
+                Ok(part)
+            })?;
+        }
+        progress.reset();
+        progress.set_length(self.data_bytes());
+        progress.set_message("tensors");
+        file.append(&self.header(&proof).encode())?;
+        proof.checksums.clear();
+        write::tensors(&from, &self.plan, |bytes| {
+            proof.checksums.push(prove::checksum(bytes));
+            progress.inc(bytes.len() as u64);
+            file.append(bytes)
+        })?;
+        file.replace_start(&self.header(&proof).encode())?;
+        file.finish()
+    }
+
+    fn header(&self, proof: &Proof) -> Header {
+        let mut header = Header::default();
+        self.config.write(&mut header);
+        proof.write(&mut header);
+        for planned in &self.plan {
+            header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
+        }
+        header
     }
 }

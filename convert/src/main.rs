@@ -5,13 +5,16 @@ mod cli;
 use std::process::ExitCode;
 
 use clap::Parser;
+use openvla_convert::interrupt::{self, Interrupted};
 
 fn main() -> ExitCode {
-    match cli::run(cli::Args::parse()) {
+    let args = cli::Args::parse();
+    match interrupt::listen().and_then(|()| cli::run(args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            // As shells report a program that SIGINT ended.
+            if error.is::<Interrupted>() { ExitCode::from(130) } else { ExitCode::FAILURE }
         }
     }
 }

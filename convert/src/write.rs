@@ -1,14 +1,11 @@
-//! Runs a plan: reads a tensor, sorts and pads its rows, converts them on all cores, writes them.
-
-use std::io::Write;
-use std::path::Path;
+//! Runs a plan: reads a tensor, sorts and pads its rows, converts them on all cores.
 
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
-use indicatif::ProgressBar;
-use openvla_kernels::{ALIGNMENT, DType, Header};
+use openvla_kernels::{ALIGNMENT, DType, Gguf, Header};
 
 use crate::imatrix::Importance;
+use crate::interrupt;
 use crate::lora::{Adapter, Delta};
 use crate::names::Part;
 use crate::plan::Planned;
@@ -24,74 +21,62 @@ pub struct Ingredients<'a> {
     pub importance: Option<&'a Importance>,
 }
 
-/// Writes the file beside its place and moves it there when it is whole.
-pub fn write(
+/// Converts the plan's tensors one after another, and gives each to `sink`.
+///
+/// # Errors
+/// Names a tensor that cannot be converted, or what `sink` says.
+pub fn tensors(
     from: &Ingredients<'_>,
-    header: &Header,
     plan: &[Planned],
-    out: &Path,
-    progress: &ProgressBar,
+    mut sink: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let folder = match out.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let failed = || format!("cannot write {}", out.display());
-    ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
-    // Such as /dev/null, which would be replaced.
-    let replaceable = std::fs::metadata(out).map_or(true, |there| there.is_file());
-    ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
-    let temporary = tempfile::Builder::new()
-        .prefix(".openvla-")
-        .suffix(".gguf.part")
-        .permissions(permissions())
-        .tempfile_in(folder)
-        .with_context(|| format!("cannot write into {}", folder.display()))?;
-    let mut file = std::io::BufWriter::new(temporary);
-    file.write_all(&header.encode()).with_context(failed)?;
     for planned in plan {
-        let bytes = convert(from, planned)
-            .with_context(|| format!("cannot convert {}", planned.part.sources.join(" + ")))?;
-        file.write_all(&bytes).with_context(failed)?;
-        let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
-        file.write_all(&[0; ALIGNMENT][..padding]).with_context(failed)?;
-        progress.inc(bytes.len() as u64);
+        let mut bytes = vec![0; planned.bytes()];
+        convert(from, planned, &mut bytes)?;
+        sink(&bytes)?;
     }
-    let temporary = file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
-    temporary.as_file().sync_all().with_context(failed)?;
-    temporary.persist(out).map_err(|e| e.error).with_context(failed)?;
     Ok(())
 }
 
-/// A model is no secret: as any new file, not as a temporary one.
-fn permissions() -> std::fs::Permissions {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::Permissions::from_mode(0o644)
+/// The planned tensors whose names start with `prefix` as a file in memory, all in F32.
+///
+/// # Errors
+/// Names a tensor that cannot be converted.
+pub fn in_f32(from: &Ingredients<'_>, plan: &[Planned], prefix: &str) -> Result<Gguf> {
+    let named = plan.iter().filter(|planned| planned.part.name.starts_with(prefix));
+    let part: Vec<Planned> =
+        named.map(|planned| Planned { dtype: DType::F32, ..planned.clone() }).collect();
+    let mut header = Header::default();
+    for planned in &part {
+        header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
+    }
+    Gguf::in_memory(prefix, &header, |mut data| {
+        for planned in &part {
+            let (tensor, rest) = data.split_at_mut(planned.bytes());
+            convert(from, planned, tensor)?;
+            data = &mut rest[planned.bytes().next_multiple_of(ALIGNMENT) - planned.bytes()..];
+        }
+        Ok(())
+    })
 }
 
-/// The bytes of one tensor of the file.
-fn convert(from: &Ingredients<'_>, planned: &Planned) -> Result<Vec<u8>> {
-    let rows = Rows::open(from, &planned.part)?;
+/// Fills `bytes` with one tensor of the file.
+fn convert(from: &Ingredients<'_>, planned: &Planned, bytes: &mut [u8]) -> Result<()> {
+    let cannot = || format!("cannot convert {}", planned.part.sources.join(" + "));
+    let rows = Rows::open(from, &planned.part).with_context(cannot)?;
     let importance = from.importance.and_then(|all| all.get(&planned.part.name));
-    let (row_bytes, n_row) = (planned.row_bytes(), planned.n_row());
-    let mut bytes = vec![0; row_bytes * n_row];
     let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
-    let per_thread = n_row.div_ceil(n_thread);
-    let finite = std::thread::scope(|scope| {
-        let chunks = bytes.chunks_mut(per_thread * row_bytes).enumerate();
+    let per_thread = planned.n_row().div_ceil(n_thread);
+    std::thread::scope(|scope| {
+        let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
         let work = chunks.map(|(i, out)| {
             let rows = &rows;
             scope.spawn(move || rows.encode(planned, importance, i * per_thread, out))
         });
         let work: Vec<_> = work.collect();
-        work.into_iter().all(|work| work.join().expect("converting does not panic"))
-    });
-    ensure!(
-        finite,
-        "it holds NaN, infinity or a number that {} cannot hold; the checkpoint is damaged",
-        planned.dtype
-    );
-    Ok(bytes)
+        work.into_iter().try_for_each(|work| work.join().expect("converting does not panic"))
+    })
+    .with_context(cannot)
 }
 
 /// The rows of a part in the file's order, whatever they are made of.
@@ -112,29 +97,33 @@ impl<'a> Rows<'a> {
         Ok(Self { part, sources: part.sources.iter().map(open).collect::<Result<_>>()? })
     }
 
-    /// Fills `out` with rows from `first` on. False if a number is not finite, or would not be.
+    /// Fills `out` with rows from `first` on.
     fn encode(
         &self,
         planned: &Planned,
         importance: Option<&[f32]>,
         first: usize,
         out: &mut [u8],
-    ) -> bool {
+    ) -> Result<()> {
         let (length, row_bytes) = (self.part.shape[0], planned.row_bytes());
         let mut numbers = vec![0.0; ROWS_AT_A_TIME * length];
         let most = largest(planned.dtype);
         for (i, out) in out.chunks_mut(ROWS_AT_A_TIME * row_bytes).enumerate() {
+            interrupt::check()?;
             let n = out.len() / row_bytes;
             let numbers = &mut numbers[..n * length];
             for (j, row) in numbers.chunks_exact_mut(length).enumerate() {
                 self.read(self.origin(first + i * ROWS_AT_A_TIME + j), row);
-                if !row.iter().all(|x| x.abs() <= most) {
-                    return false;
-                }
+                ensure!(
+                    row.iter().all(|x| x.abs() <= most),
+                    "it holds NaN, infinity or a number that {} cannot hold; the checkpoint is \
+                     damaged",
+                    planned.dtype
+                );
             }
             planned.dtype.encode(numbers, length, importance, out);
         }
-        true
+        Ok(())
     }
 
     /// Which row of the sources becomes row `i` of the file. llama.cpp turns channels

@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::value::{Cursor, Parsed};
-use crate::{DType, Error, Mapped, Result, Shape, Value};
+use crate::{DType, Error, Header, Mapped, Result, Shape, Value};
 
 /// Tensor data starts at multiples of this many bytes: ggml's default, and its CPU's need.
 pub const ALIGNMENT: usize = 32;
@@ -73,6 +73,29 @@ impl Gguf {
     /// [`Error::Format`] if it is not a sound GGUF file.
     pub fn built_in(name: &str, bytes: &'static [u8]) -> Result<Self> {
         Self::parse(name.to_owned(), Bytes::BuiltIn(bytes))
+    }
+
+    /// A file that is nowhere but in memory. `name` stands for its path in messages; `fill` writes
+    /// the data section, which is zeros before.
+    ///
+    /// # Errors
+    /// If the system has no room for it, or what `fill` says.
+    ///
+    /// # Panics
+    /// If the header says what a reader would refuse.
+    pub fn in_memory<E: From<std::io::Error>>(
+        name: &str,
+        header: &Header,
+        fill: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self, E> {
+        let start = header.encode();
+        let mapped = Mapped::filled(start.len() + header.data_bytes(), |bytes| {
+            let (to, data) = bytes.split_at_mut(start.len());
+            to.copy_from_slice(&start);
+            fill(data)
+        })?;
+        let file = Self::parse(name.to_owned(), Bytes::Mapped(Arc::new(mapped)));
+        Ok(file.expect("a header of ours is sound"))
     }
 
     fn parse(file: String, bytes: Bytes) -> Result<Self> {

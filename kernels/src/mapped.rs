@@ -4,7 +4,7 @@ use std::fs::File;
 use std::ops::Deref;
 use std::path::Path;
 
-use memmap2::{Advice, Mmap, MmapOptions};
+use memmap2::{Advice, Mmap, MmapMut, MmapOptions};
 
 use crate::{Error, Result};
 
@@ -45,6 +45,19 @@ impl Mapped {
         // Advice only: where a system refuses it, reading is slower and otherwise the same.
         let _ = map.advise(Advice::WillNeed);
         Ok(Self(map))
+    }
+
+    /// Memory of its own, at the start of a page as a file's would be. `fill` gets zeros.
+    ///
+    /// # Errors
+    /// If the system has no room, as [`std::io::Error`], or what `fill` says.
+    pub fn filled<E: From<std::io::Error>>(
+        length: usize,
+        fill: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self, E> {
+        let mut map = MmapMut::map_anon(length)?;
+        fill(&mut map)?;
+        Ok(Self(map.make_read_only()?))
     }
 }
 

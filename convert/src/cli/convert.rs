@@ -36,6 +36,9 @@ pub struct Convert {
     /// Importance matrix (GGUF) to quantise by, as `openvla-convert imatrix` collects it
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
+    /// Do not compute reference cases in f32 first: faster, but `verify` can then say less
+    #[arg(long)]
+    no_proof: bool,
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -55,10 +58,10 @@ pub fn run(args: &Convert) -> Result<()> {
         return Ok(());
     }
     eprint!("{summary}");
-    let bytes = conversion.data_bytes();
     // indicatif draws nothing when stderr is no terminal.
-    let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
-    let progress = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?);
+    let style =
+        "{msg} {bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+    let progress = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();
     eprintln!("wrote {}", out.display());
@@ -78,6 +81,7 @@ impl Convert {
             overrides: self.tensor_type.clone(),
             adapter: self.lora.clone(),
             importance: self.imatrix.clone(),
+            proof: !self.no_proof,
         })
     }
 }

@@ -1,0 +1,231 @@
+//! The same networks part by part, for weights that are not in memory all at once: a converter
+//! computes in f32 with a layer's worth of room, whatever the size of the checkpoint.
+//!
+//! A part is all tensors with a prefix: a tower, the projector, the embedding, a layer, the head.
+//! All cases run through a part before the next is asked for, so a layer is asked for once per
+//! token, and everything else once.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use openvla_kernels::{Backend, Builder, DType, Gguf, Graph, State, Tensor, Weights, shape};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::layers::RmsNorm;
+use crate::llama::{Cache, Layer, Rows, mask_row};
+use crate::policy::argmax;
+use crate::projector::Projector;
+use crate::vision::Tower;
+
+/// What a motion depends on.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// Normalised planes `[size, size, 3 · n_tower]`.
+    pub planes: Vec<f32>,
+    /// The prompt: BOS and more.
+    pub ids: Vec<u32>,
+}
+
+/// What a case comes to.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Decoded {
+    /// The best of the action ids at each step.
+    pub tokens: Vec<u32>,
+    /// Logits of the action ids at each step.
+    pub logits: Vec<Vec<f32>>,
+}
+
+/// Decodes `n_token` tokens of every case, greedily among the action ids. `part` gives the tensors
+/// whose names start with a prefix; their embedding is F32.
+///
+/// # Errors
+/// What `part` says, or [`Error`] if a part does not fit the config or the device has no room.
+///
+/// # Panics
+/// If a case's planes are of another size, or its ids are no prompt.
+pub fn decode<E: From<Error>>(
+    config: &Config,
+    backend: &Arc<Backend>,
+    cases: &[Case],
+    n_token: usize,
+    mut part: impl FnMut(&str) -> std::result::Result<Gguf, E>,
+) -> std::result::Result<Vec<Decoded>, E> {
+    let run = Run { config, backend };
+    let load = |file: Gguf| Ok::<_, Error>(Weights::load(&file, backend)?);
+    let mut features = vec![Vec::new(); cases.len()];
+    for (i, tower) in config.towers.iter().enumerate() {
+        let mut weights = load(part(&format!("{}.", tower.name))?)?;
+        let tower = Tower::load(&mut weights, config, tower)?;
+        for (case, features) in cases.iter().zip(&mut features) {
+            features.push(run.tower(&tower, i, &case.planes)?);
+        }
+    }
+    let projector = Projector::load(&mut load(part("projector.")?)?, config)?;
+    let soft = features.iter().map(|towers| run.project(&projector, &join(towers, config)));
+    let soft: Vec<_> = soft.collect::<Result<_>>()?;
+    drop(projector); // gives its memory back
+    let embedding = Embedding::of(&part("token_embd.")?, config, cases)?;
+    let norm = RmsNorm::load(
+        &mut load(part("output_norm.")?)?,
+        "output_norm",
+        config.llama.dim,
+        config.llama.eps,
+    )?;
+    let n_bin = config.actions.n_bin as usize;
+    let head = load(part("action_head.")?)?
+        .take("action_head.weight", shape(&[config.llama.dim, n_bin]))
+        .map_err(Error::from)?;
+
+    let begin = |(case, soft): (&Case, &Vec<f32>)| {
+        Sequence::begin(&run, embedding.prompt(case, soft), n_token)
+    };
+    let mut sequences: Vec<_> = cases.iter().zip(&soft).map(begin).collect::<Result<_>>()?;
+    for step in 0..n_token {
+        for i in 0..config.llama.n_layer {
+            let mut weights = load(part(&format!("blk.{i}."))?)?;
+            let layer = Layer::load(&mut weights, &config.llama, i)?;
+            for sequence in &mut sequences {
+                sequence.pass(&run, &layer, i)?;
+            }
+        }
+        for sequence in &mut sequences {
+            let last = &sequence.rows[sequence.rows.len() - config.llama.dim..];
+            let logits = run.once(8, last, &[config.llama.dim], &[n_bin], |g, x| {
+                g.weight(&head).mul_mat(norm.build(g, x))
+            })?;
+            let best = argmax(&logits, 0..n_bin as u32, step)?;
+            sequence.append(config.actions.ids().start + best, logits, &embedding);
+        }
+    }
+    Ok(sequences.into_iter().map(|sequence| sequence.decoded).collect())
+}
+
+/// Runs graphs that are used once.
+struct Run<'a> {
+    config: &'a Config,
+    backend: &'a Arc<Backend>,
+}
+
+impl Run<'_> {
+    /// `x` of the shape `from` to the elements of `to`.
+    fn once(
+        &self,
+        max_nodes: usize,
+        x: &[f32],
+        from: &[usize],
+        to: &[usize],
+        build: impl for<'g> FnOnce(&'g Builder, Tensor<'g>) -> Tensor<'g>,
+    ) -> Result<Vec<f32>> {
+        let state = |dims: &[usize]| State::zeros(self.backend, DType::F32, shape(dims));
+        let (input, output) = (state(from)?, state(to)?);
+        input.write(x);
+        let mut graph = Graph::build(self.backend, max_nodes, |g| {
+            g.store(build(g, g.state(&input)), &output);
+        })?;
+        graph.compute()?;
+        Ok(output.read())
+    }
+
+    /// Planes to the features of one tower, `[dim, n_patch]`.
+    fn tower(&self, tower: &Tower, i: usize, planes: &[f32]) -> Result<Vec<f32>> {
+        let size = self.config.preprocess.size as usize;
+        let from = [size, size, 3 * self.config.towers.len()];
+        let to = [self.config.towers[i].dim, self.config.n_patch()];
+        self.once(tower.max_nodes(), planes, &from, &to, |g, planes| {
+            tower.build(g, planes.slice(2, 3 * i, 3))
+        })
+    }
+
+    /// Features to soft tokens, `[dim, n_patch]`.
+    fn project(&self, projector: &Projector, features: &[f32]) -> Result<Vec<f32>> {
+        let n_patch = self.config.n_patch();
+        let from = [self.config.projector[0], n_patch];
+        let to = [self.config.llama.dim, n_patch];
+        self.once(projector.max_nodes(), features, &from, &to, |g, x| projector.build(g, x))
+    }
+}
+
+/// The towers' channels side by side: `[Σ dim, n_patch]`.
+fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
+    let rows = |patch: usize| {
+        let row = move |(x, tower): (&Vec<f32>, &crate::TowerConfig)| {
+            x[patch * tower.dim..][..tower.dim].to_vec()
+        };
+        towers.iter().zip(&config.towers).flat_map(row).collect::<Vec<_>>()
+    };
+    (0..config.n_patch()).flat_map(rows).collect()
+}
+
+/// The rows of the embedding that cases and motions need, by id.
+struct Embedding(BTreeMap<u32, Vec<f32>>);
+
+impl Embedding {
+    fn of(file: &Gguf, config: &Config, cases: &[Case]) -> Result<Self> {
+        let tensor = file.tensors().iter().find(|tensor| tensor.name == "token_embd.weight");
+        let table = tensor.filter(|t| t.dtype == DType::F32 && t.shape[0] == config.llama.dim);
+        let table = table.ok_or_else(|| Error::Model {
+            why: format!("its embedding is no F32 of {} columns", config.llama.dim),
+        })?;
+        let row_bytes = 4 * config.llama.dim;
+        let bytes = &file.bytes()[table.range.clone()];
+        let row = |id: u32| DType::F32.decode(&bytes[id as usize * row_bytes..][..row_bytes]);
+        let ids = cases.iter().flat_map(|case| case.ids.iter().copied());
+        Ok(Self(ids.chain(config.actions.ids()).map(|id| (id, row(id))).collect()))
+    }
+
+    /// `[emb(BOS)] + soft tokens + emb(the other ids)`: `[dim, n_row]`
+    fn prompt(&self, case: &Case, soft: &[f32]) -> Vec<f32> {
+        let (bos, rest) = case.ids.split_first().expect("a prompt has BOS");
+        let rest = rest.iter().flat_map(|id| &self.0[id]);
+        self.0[bos].iter().chain(soft).chain(rest).copied().collect()
+    }
+}
+
+/// A case on its way through the layers.
+struct Sequence {
+    /// Of this sweep, `[dim, n_row]`: what the next layer reads.
+    rows: Vec<f32>,
+    /// Rows of the sweeps before.
+    n_past: usize,
+    n_ctx: usize,
+    cache: Cache,
+    decoded: Decoded,
+}
+
+impl Sequence {
+    fn begin(run: &Run<'_>, rows: Vec<f32>, n_token: usize) -> Result<Self> {
+        let c = &run.config.llama;
+        let n_ctx = (rows.len() / c.dim + n_token).next_multiple_of(32);
+        let cache = Cache::new(run.backend, DType::F32, c, n_ctx)?;
+        Ok(Self { rows, n_past: 0, n_ctx, cache, decoded: Decoded::default() })
+    }
+
+    /// Through layer `i`.
+    fn pass(&mut self, run: &Run<'_>, layer: &Layer, i: usize) -> Result<()> {
+        let c = &run.config.llama;
+        let n_row = self.rows.len() / c.dim;
+        let at = self.n_past..self.n_past + n_row;
+        let state = |dtype, dims: &[usize]| State::zeros(run.backend, dtype, shape(dims));
+        let (positions, places) = (state(DType::I32, &[n_row])?, state(DType::I64, &[n_row])?);
+        let mask = state(DType::F16, &[self.n_ctx, n_row])?;
+        positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
+        places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
+        mask.write(&at.flat_map(|row| mask_row(row, self.n_ctx)).collect::<Vec<_>>());
+        let shape = [c.dim, n_row];
+        self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
+            let (positions, places) = (g.state(&positions), g.state(&places));
+            let rows = Rows { x, positions, places, mask: g.state(&mask) };
+            layer.build(g, &rows, &self.cache, i, c)
+        })?;
+        Ok(())
+    }
+
+    /// Ends a sweep with a token, whose embedding begins the next.
+    fn append(&mut self, token: u32, logits: Vec<f32>, embedding: &Embedding) {
+        self.n_past += self.rows.len() / embedding.0[&token].len();
+        self.rows.clone_from(&embedding.0[&token]);
+        self.decoded.tokens.push(token);
+        self.decoded.logits.push(logits);
+    }
+}

@@ -83,7 +83,7 @@ pub fn write(dir: &Path, spec: &Spec) -> Result<()> {
 /// The same; `progress` counts the bytes of the weights, and learns how many there will be.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_watched(dir: &Path, spec: &Spec, progress: &ProgressBar) -> Result<()> {
     let &Spec { variant, size, .. } = spec;
     let sizes = size.sizes();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -28,8 +29,17 @@ struct Args {
     shards: usize,
 }
 
-fn main() -> Result<()> {
-    let Args { folder, variant, size, seed, shards } = Args::parse();
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
     let checkpoint = folder.join(match (size, variant) {
         (Size::Full, Variant::OpenVla) => "openvla-7b",
         (Size::Full, Variant::V01) => "openvla-v01-7b",

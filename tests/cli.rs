@@ -177,7 +177,7 @@ fn mistakes_with_instructions_and_data_sets_are_named() {
 /// A converted model with statistics of three data sets.
 fn several_data_sets(dir: &Path) -> PathBuf {
     let variant = openvla_example::Variant::V01;
-    let spec = openvla_example::Spec { variant, seed: 1, shards: 2 };
+    let spec = openvla_example::Spec { variant, seed: 1, shards: 2, ..openvla_example::COMMITTED };
     openvla_example::write(dir, &spec).unwrap();
     let model = dir.join("model.gguf");
     common::convert(dir, "Q8_0", &model);

@@ -5,11 +5,12 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use common::{convert, floats, ids, json, open, picture};
 use openvla::{Decoding, OpenVla};
-use openvla_example::{Spec, Variant};
+use openvla_example::{COMMITTED, Size, Spec, Variant};
 use openvla_kernels::Gguf;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -22,7 +23,7 @@ fn example() -> PathBuf {
 fn both() -> [(OpenVla, Value); 2] {
     let expected = json(&example().join("expected.json"));
     let v01 = tempfile::tempdir().unwrap();
-    let spec = Spec { variant: Variant::V01, seed: 1, shards: 3 };
+    let spec = Spec { variant: Variant::V01, seed: 1, shards: 3, ..COMMITTED };
     openvla_example::write(v01.path(), &spec).unwrap();
     let fused = example().join("openvla-example");
     [
@@ -120,6 +121,23 @@ fn narrower_types_stay_near_f32() {
     }
 }
 
+/// The wide size behaves as the committed one does: it moves, and 8 bits do not move it elsewhere.
+#[test]
+fn the_wide_size_acts_and_8_bits_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    openvla_example::write(dir.path(), &Spec { size: Size::Wide, ..COMMITTED }).unwrap();
+    let image = picture(&example().join("table.png"));
+    let [exact, rounded] = ["F32", "Q8_0"].map(|encoding| {
+        let mut policy = open(dir.path(), encoding, Decoding::Actions);
+        let llama = &policy.config().llama;
+        assert_eq!((llama.dim % 256, llama.n_ff % 256, llama.n_layer), (0, 0, 4));
+        policy.act(&image, "put eggplant into pot", None).unwrap()
+    });
+    assert!(exact.unconstrained.all_actions, "{:?}", exact.unconstrained.tokens);
+    assert!(exact.tokens.iter().collect::<BTreeSet<_>>().len() > 2, "{:?}", exact.tokens);
+    assert_eq!(rounded.tokens, exact.tokens);
+}
+
 /// `act` keeps nothing of what came before: not of longer prompts, other images or other motions.
 #[test]
 fn a_step_depends_on_nothing_before_it() {
@@ -143,7 +161,7 @@ fn a_step_depends_on_nothing_before_it() {
 #[test]
 fn default_decoding_stays_among_the_actions_and_reports_the_rest() {
     let dir = tempfile::tempdir().unwrap();
-    let spec = Spec { variant: Variant::V01, seed: 1, shards: 1 };
+    let spec = Spec { variant: Variant::V01, seed: 1, ..COMMITTED };
     openvla_example::write(dir.path(), &spec).unwrap();
     let image = picture(&example().join("table.png"));
     let mut policy = open(dir.path(), "F32", Decoding::Actions);

@@ -5,9 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::model::{DIM, HIDDEN, N_HEAD, N_LAYER, PADDING_ROWS};
-use crate::vocabulary::SIZE;
-use crate::{Variant, statistics, write_json};
+use crate::size::Sizes;
+use crate::{Size, Variant, statistics, write_json};
 
 /// A tower's timm name, and its images' mean and deviation: exact, and as the `tvf_…` keys have
 /// them.
@@ -68,16 +67,15 @@ fn names(variant: Variant) -> Names {
 }
 
 /// Writes `config.json`, `generation_config.json` and `preprocessor_config.json`.
-pub fn write(dir: &Path, variant: Variant) -> Result<()> {
-    let names = names(variant);
-    write_json(dir, "config.json", &config(&names)?)?;
-    write_json(dir, "generation_config.json", &generation())?;
-    write_json(dir, "preprocessor_config.json", &preprocessor(&names))
+pub fn write(dir: &Path, variant: Variant, sizes: &Sizes) -> Result<()> {
+    write_json(dir, "config.json", &config(variant, sizes)?)?;
+    write_json(dir, "generation_config.json", &generation(sizes))?;
+    write_json(dir, "preprocessor_config.json", &preprocessor(&names(variant)))
 }
 
-/// Like the published file, `text_config` leaves out what is Llama's default, `rms_norm_eps` among
-/// it: 1e-6.
-fn config(names: &Names) -> Result<Value> {
+/// `config.json`.
+pub fn config(variant: Variant, sizes: &Sizes) -> Result<Value> {
+    let names = names(variant);
     let towers = names.towers;
     Ok(json!({
         "arch_specifier": names.arch_specifier,
@@ -91,19 +89,9 @@ fn config(names: &Names) -> Result<Value> {
         "n_action_bins": 256,
         "norm_stats": serde_json::to_value(statistics::of_base())?,
         "output_projector_states": false,
-        "pad_to_multiple_of": PADDING_ROWS,
-        "pad_token_id": SIZE,
-        "text_config": {
-            "hidden_size": DIM,
-            "intermediate_size": HIDDEN,
-            "model_type": "llama",
-            "num_attention_heads": N_HEAD,
-            "num_hidden_layers": N_LAYER,
-            "num_key_value_heads": N_HEAD,
-            "pad_token_id": SIZE,
-            "torch_dtype": "bfloat16",
-            "vocab_size": SIZE + PADDING_ROWS,
-        },
+        "pad_to_multiple_of": Sizes::PADDING_ROWS,
+        "pad_token_id": sizes.n_piece,
+        "text_config": text_config(sizes),
         "timm_model_ids": each(towers, |tower| json!(tower.timm_id)),
         "timm_override_act_layers": each(towers, |_| Value::Null),
         "torch_dtype": "bfloat16",
@@ -113,12 +101,33 @@ fn config(names: &Names) -> Result<Value> {
     }))
 }
 
-fn generation() -> Value {
+/// Like the published file, it leaves out what is Llama's default, `rms_norm_eps` among it: 1e-6.
+/// At full size, every number but the vocabulary's is.
+fn text_config(sizes: &Sizes) -> Value {
+    let (llama, default) = (sizes.llama, Size::Full.sizes().llama);
+    let unless = |default: usize, number: usize| (number != default).then_some(number);
+    let n_head = unless(default.n_head, llama.n_head);
+    let mut config = json!({
+        "hidden_size": unless(default.dim, llama.dim),
+        "intermediate_size": unless(default.hidden, llama.hidden),
+        "model_type": "llama",
+        "num_attention_heads": n_head,
+        "num_hidden_layers": unless(default.n_layer, llama.n_layer),
+        "num_key_value_heads": n_head,
+        "pad_token_id": sizes.n_piece,
+        "torch_dtype": "bfloat16",
+        "vocab_size": sizes.n_row(),
+    });
+    config.as_object_mut().expect("just made").retain(|_, value| !value.is_null());
+    config
+}
+
+fn generation(sizes: &Sizes) -> Value {
     json!({
         "_from_model_config": true,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "pad_token_id": SIZE,
+        "pad_token_id": sizes.n_piece,
         "transformers_version": "4.40.1",
     })
 }

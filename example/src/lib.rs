@@ -1,9 +1,11 @@
-//! Writes an example OpenVLA checkpoint: the files, names and quirks of the published one, small
-//! and with random weights, so that everything can be tried and tested without a download.
+//! Writes an example OpenVLA checkpoint: the files, names and quirks of the published one, with
+//! random weights and small, so that everything can be tried and tested without a download; or as
+//! large as that one, so that everything can be measured.
 //!
 //! | file | what it decides |
 //! |---|---|
-//! | `model.rs` | the sizes, and the list of tensors |
+//! | `size.rs` | the sizes |
+//! | `model.rs` | the list of tensors |
 //! | `weights.rs` | their values, and the safetensors files |
 //! | `vocabulary.rs` | the pieces, learnt from instructions composed here |
 //! | `tokenizer.rs` | `tokenizer.model`, `tokenizer.json` and the files beside them |
@@ -16,6 +18,9 @@
 
 mod config;
 mod model;
+#[cfg(test)]
+mod published;
+mod size;
 mod statistics;
 mod table;
 mod tokenizer;
@@ -27,8 +32,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use indicatif::ProgressBar;
 use serde::Serialize;
 
+pub use size::Size;
 pub use table::{table_image, table_png};
 
 /// Which checkpoint to write.
@@ -48,28 +55,43 @@ pub enum Variant {
 pub struct Spec {
     /// Which checkpoint.
     pub variant: Variant,
+    /// How large.
+    pub size: Size,
     /// Chooses the weights.
     pub seed: u64,
     /// How many safetensors files. One is `model.safetensors`; more are numbered, have an index,
-    /// and every decoder layer is spread over them.
+    /// and every decoder layer is spread over them. At full size there are three, as published.
     pub shards: usize,
 }
 
 /// The checkpoint that `openvla-example/` holds. Of the first hundred seeds, the one that says most
 /// clearly what it chooses (each token leads by 0.058 or more, for the tasks of `expected.json`)
 /// among those that choose action tokens alone, and five different ones for the first task.
-pub const COMMITTED: Spec = Spec { variant: Variant::OpenVla, seed: 33, shards: 1 };
+pub const COMMITTED: Spec =
+    Spec { variant: Variant::OpenVla, size: Size::Tiny, seed: 33, shards: 1 };
 
 /// Writes the checkpoint into `dir`, which is made if need be.
 ///
 /// Files of the same name are replaced, others left alone.
+///
+/// # Errors
+/// If the tensors cannot be split as asked, the disk is too small, or a file cannot be written.
 pub fn write(dir: &Path, spec: &Spec) -> Result<()> {
+    write_watched(dir, spec, &ProgressBar::hidden())
+}
+
+/// The same; `progress` counts the bytes of the weights, and learns how many there will be.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_watched(dir: &Path, spec: &Spec, progress: &ProgressBar) -> Result<()> {
+    let &Spec { variant, size, .. } = spec;
+    let sizes = size.sizes();
     fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
-    let pieces = vocabulary::pieces()?;
-    weights::write(dir, spec)?;
-    tokenizer::write(dir, spec.variant, &pieces)?;
-    config::write(dir, spec.variant)?;
-    statistics::write(dir, spec.variant)
+    weights::write(dir, spec, progress)?;
+    tokenizer::write(dir, variant, &vocabulary::pieces(&sizes))?;
+    config::write(dir, variant, &sizes)?;
+    statistics::write(dir, variant)
 }
 
 /// Writes one file of the checkpoint.

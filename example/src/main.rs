@@ -1,34 +1,58 @@
-//! Writes `openvla-example/` and `table.png`: without arguments, the committed ones of this folder.
+//! Writes a checkpoint and `table.png`: without arguments, the committed ones of this folder.
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use openvla_example::{COMMITTED, Spec, Variant, table_png, write};
+use indicatif::{ProgressBar, ProgressStyle};
+use openvla_example::{COMMITTED, Size, Spec, Variant, table_png, write_watched};
 
 /// Write the example checkpoint and its picture.
 #[derive(Parser)]
 struct Args {
-    /// Folder that gets `openvla-example/` and `table.png`.
+    /// Folder that gets table.png and openvla-example/, or openvla-7b/ at full size
     #[arg(default_value = env!("CARGO_MANIFEST_DIR"))]
     folder: PathBuf,
-    /// Which checkpoint to imitate.
+    /// Which checkpoint to imitate
     #[arg(long, value_enum, default_value_t = COMMITTED.variant)]
     variant: Variant,
-    /// Chooses the weights.
+    /// How large
+    #[arg(long, value_enum, default_value_t = COMMITTED.size)]
+    size: Size,
+    /// Chooses the weights
     #[arg(long, default_value_t = COMMITTED.seed)]
     seed: u64,
-    /// Number of safetensors files.
-    #[arg(long, default_value_t = COMMITTED.shards)]
+    /// Number of safetensors files; at full size 3
+    #[arg(long, default_value_t = COMMITTED.shards, default_value_if("size", "full", "3"))]
     shards: usize,
 }
 
-fn main() -> Result<()> {
-    let Args { folder, variant, seed, shards } = Args::parse();
-    let checkpoint = folder.join("openvla-example");
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    write(&checkpoint, &Spec { variant, seed, shards })?;
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
+    let checkpoint = folder.join(match (size, variant) {
+        (Size::Full, Variant::OpenVla) => "openvla-7b",
+        (Size::Full, Variant::V01) => "openvla-v01-7b",
+        _ => "openvla-example",
+    });
+    // indicatif draws nothing when stderr is no terminal.
+    let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+    let progress = ProgressBar::no_length().with_style(ProgressStyle::with_template(style)?);
+    write_watched(&checkpoint, &Spec { variant, size, seed, shards }, &progress)?;
+    progress.finish_and_clear();
     let picture = folder.join("table.png");
-    fs::write(&picture, table_png()?).with_context(|| format!("cannot write {}", picture.display()))
+    fs::write(&picture, table_png()?)
+        .with_context(|| format!("cannot write {}", picture.display()))?;
+    eprintln!("wrote {} and {}", checkpoint.display(), picture.display());
+    Ok(())
 }

@@ -1,23 +1,13 @@
-//! The model: sizes, and every tensor of a checkpoint with its name, shape and distribution.
+//! The model: every tensor of a checkpoint with its name, shape and distribution.
 //!
 //! Shapes are those of the files, slowest axis first. The parts that inference never reads (each
 //! tower's last block and final norm, SigLIP's pooling head) are there, as in the published files.
 
-use std::ops::Range;
-
 use crate::Variant;
-use crate::vocabulary::{ACTIONS, SIZE};
+use crate::size::{Llama, Sizes, Tower};
 
-/// Rows that the embedding has beyond the vocabulary: `<PAD>` and what rounds it up.
-pub const PADDING_ROWS: usize = 64;
-/// Width of the language model.
-pub const DIM: usize = 64;
-/// Width of the language model's MLP.
-pub const HIDDEN: usize = 96;
-/// Decoder layers.
-pub const N_LAYER: usize = 2;
-/// Heads of the language model. A tower has 16, which follows from its timm name.
-pub const N_HEAD: usize = 2;
+/// Where the first tower's tensors are, and the second's.
+const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
 
 /// Patches of an image: 16 × 16 of 14 × 14 pixels.
 const N_PATCH: usize = 256;
@@ -28,64 +18,71 @@ const PATCH: usize = 14;
 /// norm's epsilon counts: 1e-5 in place of 1e-6 is then seen in the logits.
 const QUIET: f32 = 0.03;
 
-/// Sizes of one vision tower. Its blocks number one more than inference runs.
-struct Tower {
-    prefix: &'static str,
-    dim: usize,
-    hidden: usize,
-    depth: usize,
-}
-
-const DINOV2: Tower =
-    Tower { prefix: "vision_backbone.featurizer", dim: 32, hidden: 128, depth: 2 };
-
-/// The MLP's width is no multiple of 32, as the real 4304 is none, so `fc2` cannot be quantised.
-const SIGLIP: Tower =
-    Tower { prefix: "vision_backbone.fused_featurizer", dim: 64, hidden: 80, depth: 2 };
-
 /// One tensor to be written.
+#[derive(Debug)]
 pub struct Tensor {
     pub name: String,
     pub shape: Vec<usize>,
-    pub fill: Fill,
+    /// How its values are drawn, in their order.
+    pub runs: Vec<Run>,
+    /// How many values are drawn before its own, for the tensors that precede it.
+    pub start: usize,
 }
 
-/// How a tensor's values are drawn.
-pub enum Fill {
-    /// All alike.
-    Normal { mean: f32, std: f32 },
-    /// Around zero; the rows `loud` with `gain` times the deviation.
-    Rows { std: f32, loud: Range<usize>, gain: f32 },
+/// Neighbouring values that are drawn alike.
+#[derive(Debug)]
+pub struct Run {
+    pub n: usize,
+    pub mean: f32,
+    pub std: f32,
+}
+
+impl Tensor {
+    /// Number of values.
+    pub fn n(&self) -> usize {
+        self.shape.iter().product()
+    }
 }
 
 /// All tensors of a checkpoint, in the order of the module tree.
-pub fn tensors(variant: Variant) -> Vec<Tensor> {
+pub fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
+    let Sizes { dinov2, siglip, llama, .. } = sizes;
     let mut list = List(Vec::new());
-    let features = match variant {
+    match variant {
         Variant::OpenVla => {
-            list.dinov2(&DINOV2);
-            list.siglip(&SIGLIP);
-            DINOV2.dim + SIGLIP.dim
+            list.dinov2(TOWERS[0], dinov2);
+            list.siglip(TOWERS[1], siglip);
+            let features = dinov2.dim + siglip.dim;
+            list.linear("projector.fc1", 4 * features, features, 1.0);
+            list.linear("projector.fc2", llama.dim, 4 * features, 1.5);
+            list.linear("projector.fc3", llama.dim, llama.dim, QUIET);
         }
         Variant::V01 => {
-            list.siglip(&Tower { prefix: DINOV2.prefix, ..SIGLIP });
-            SIGLIP.dim
+            list.siglip(TOWERS[0], siglip);
+            list.linear("projector.fc1", llama.dim, siglip.dim, 1.0);
+            list.linear("projector.fc2", llama.dim, llama.dim, QUIET);
         }
-    };
-    list.projector(variant, features);
-    list.llama();
+    }
+    list.llama(sizes);
     list.0
+}
+
+/// What a residual branch's gain is multiplied by, so that the stream is as loud after many layers
+/// as after two.
+fn damping(n_layer: usize) -> f32 {
+    (2.0 / n_layer as f32).sqrt()
 }
 
 struct List(Vec<Tensor>);
 
 impl List {
-    fn push(&mut self, name: &str, shape: &[usize], fill: Fill) {
-        self.0.push(Tensor { name: name.into(), shape: shape.into(), fill });
+    fn push(&mut self, name: &str, shape: &[usize], runs: Vec<Run>) {
+        let start = self.0.last().map_or(0, |last| last.start + last.n());
+        self.0.push(Tensor { name: name.into(), shape: shape.into(), runs, start });
     }
 
     fn normal(&mut self, name: &str, shape: &[usize], mean: f32, std: f32) {
-        self.push(name, shape, Fill::Normal { mean, std });
+        self.push(name, shape, vec![Run { n: shape.iter().product(), mean, std }]);
     }
 
     /// A matrix that turns inputs of deviation 1 into outputs of deviation `gain`.
@@ -103,17 +100,17 @@ impl List {
         self.normal(&format!("{name}.bias"), &[dim], 0.0, 0.1);
     }
 
-    fn mlp(&mut self, name: &str, dim: usize, hidden: usize) {
+    fn mlp(&mut self, name: &str, dim: usize, hidden: usize, gain: f32) {
         self.linear(&format!("{name}.fc1"), hidden, dim, 1.5);
-        self.linear(&format!("{name}.fc2"), dim, hidden, 1.0);
+        self.linear(&format!("{name}.fc2"), dim, hidden, gain);
     }
 
     /// DINOv2 with registers: five tokens without a position before the patches, and LayerScale.
-    fn dinov2(&mut self, tower: &Tower) {
-        let Tower { prefix, dim, .. } = *tower;
+    fn dinov2(&mut self, prefix: &str, tower: &Tower) {
+        let dim = tower.dim;
         self.normal(&format!("{prefix}.cls_token"), &[1, 1, dim], 0.0, QUIET);
         self.normal(&format!("{prefix}.reg_token"), &[1, 4, dim], 0.0, QUIET);
-        self.trunk(tower);
+        self.trunk(prefix, tower);
         for block in 0..tower.depth {
             for scale in ["ls1", "ls2"] {
                 let name = format!("{prefix}.blocks.{block}.{scale}.scale_factor");
@@ -123,20 +120,20 @@ impl List {
     }
 
     /// SigLIP with its attention pooling.
-    fn siglip(&mut self, tower: &Tower) {
-        let Tower { prefix, dim, .. } = *tower;
-        self.trunk(tower);
+    fn siglip(&mut self, prefix: &str, tower: &Tower) {
+        let dim = tower.dim;
+        self.trunk(prefix, tower);
         self.normal(&format!("{prefix}.attn_pool.latent"), &[1, 1, dim], 0.0, 1.0);
         self.linear(&format!("{prefix}.attn_pool.q"), dim, dim, 1.0);
         self.linear(&format!("{prefix}.attn_pool.kv"), 2 * dim, dim, 1.0);
         self.linear(&format!("{prefix}.attn_pool.proj"), dim, dim, 1.0);
         self.norm(&format!("{prefix}.attn_pool.norm"), dim);
-        self.mlp(&format!("{prefix}.attn_pool.mlp"), dim, tower.hidden);
+        self.mlp(&format!("{prefix}.attn_pool.mlp"), dim, tower.hidden, 1.0);
     }
 
     /// What both towers have: patches, positions, blocks, final norm.
-    fn trunk(&mut self, tower: &Tower) {
-        let Tower { prefix, dim, hidden, depth } = *tower;
+    fn trunk(&mut self, prefix: &str, tower: &Tower) {
+        let Tower { dim, hidden, depth } = *tower;
         let patch = [dim, 3, PATCH, PATCH];
         let std = QUIET / ((3 * PATCH * PATCH) as f32).sqrt();
         self.normal(&format!("{prefix}.patch_embed.proj.weight"), &patch, 0.0, std);
@@ -146,48 +143,40 @@ impl List {
             let block = format!("{prefix}.blocks.{block}");
             self.norm(&format!("{block}.norm1"), dim);
             self.linear(&format!("{block}.attn.qkv"), 3 * dim, dim, 1.5);
-            self.linear(&format!("{block}.attn.proj"), dim, dim, 1.0);
+            self.linear(&format!("{block}.attn.proj"), dim, dim, damping(depth));
             self.norm(&format!("{block}.norm2"), dim);
-            self.mlp(&format!("{block}.mlp"), dim, hidden);
+            self.mlp(&format!("{block}.mlp"), dim, hidden, damping(depth));
         }
         self.norm(&format!("{prefix}.norm"), dim);
     }
 
-    /// Features of a patch to one embedding: three layers when fused, else two.
-    fn projector(&mut self, variant: Variant, features: usize) {
-        match variant {
-            Variant::OpenVla => {
-                self.linear("projector.fc1", 4 * features, features, 1.0);
-                self.linear("projector.fc2", DIM, 4 * features, 1.5);
-                self.linear("projector.fc3", DIM, DIM, QUIET);
-            }
-            Variant::V01 => {
-                self.linear("projector.fc1", DIM, features, 1.0);
-                self.linear("projector.fc2", DIM, DIM, QUIET);
-            }
-        }
-    }
-
-    /// Llama. The head's action rows are louder, so that the largest logit is nearly always
-    /// theirs; `q` and `k` are large, so that attention has something to choose.
-    fn llama(&mut self) {
-        let rows = SIZE + PADDING_ROWS;
+    /// Llama. `q` and `k` are large, so that attention has something to choose.
+    fn llama(&mut self, sizes: &Sizes) {
+        let (n_row, actions) = (sizes.n_row(), sizes.actions());
+        let Llama { dim, hidden, n_layer, .. } = sizes.llama;
+        let branch = 1.5 * damping(n_layer);
         let model = "language_model.model";
-        self.normal(&format!("{model}.embed_tokens.weight"), &[rows, DIM], 0.0, QUIET);
-        for layer in 0..N_LAYER {
+        self.normal(&format!("{model}.embed_tokens.weight"), &[n_row, dim], 0.0, QUIET);
+        for layer in 0..n_layer {
             let layer = format!("{model}.layers.{layer}");
-            for (name, gain) in [("q", 2.0), ("k", 2.0), ("v", 1.5), ("o", 1.5)] {
-                self.matrix(&format!("{layer}.self_attn.{name}_proj.weight"), DIM, DIM, gain);
+            for (name, gain) in [("q", 2.0), ("k", 2.0), ("v", 1.5), ("o", branch)] {
+                self.matrix(&format!("{layer}.self_attn.{name}_proj.weight"), dim, dim, gain);
             }
-            self.matrix(&format!("{layer}.mlp.gate_proj.weight"), HIDDEN, DIM, 1.0);
-            self.matrix(&format!("{layer}.mlp.up_proj.weight"), HIDDEN, DIM, 1.0);
-            self.matrix(&format!("{layer}.mlp.down_proj.weight"), DIM, HIDDEN, 1.5);
+            self.matrix(&format!("{layer}.mlp.gate_proj.weight"), hidden, dim, 1.0);
+            self.matrix(&format!("{layer}.mlp.up_proj.weight"), hidden, dim, 1.0);
+            self.matrix(&format!("{layer}.mlp.down_proj.weight"), dim, hidden, branch);
             for norm in ["input_layernorm", "post_attention_layernorm"] {
-                self.normal(&format!("{layer}.{norm}.weight"), &[DIM], 1.0, 0.1);
+                self.normal(&format!("{layer}.{norm}.weight"), &[dim], 1.0, 0.1);
             }
         }
-        self.normal(&format!("{model}.norm.weight"), &[DIM], 1.0, 0.1);
-        let fill = Fill::Rows { std: 0.75 / (DIM as f32).sqrt(), loud: ACTIONS, gain: 1.6 };
-        self.push("language_model.lm_head.weight", &[rows, DIM], fill);
+        self.normal(&format!("{model}.norm.weight"), &[dim], 1.0, 0.1);
+        let std = 0.75 / (dim as f32).sqrt();
+        let rows = |n, std| Run { n: n * dim, mean: 0.0, std };
+        let head = vec![
+            rows(actions.start, std),
+            rows(actions.len(), std * sizes.action_gain),
+            rows(Sizes::PADDING_ROWS, std),
+        ];
+        self.push("language_model.lm_head.weight", &[n_row, dim], head);
     }
 }

@@ -8,7 +8,7 @@ use prost::Message;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use crate::vocabulary::{Piece, SIZE, SPACE};
+use crate::vocabulary::{Piece, SPACE};
 use crate::{Variant, write_file, write_json};
 
 /// Writes `tokenizer.model`, `tokenizer.json` unless the variant has none, and the three small
@@ -18,9 +18,9 @@ pub fn write(dir: &Path, variant: Variant, pieces: &[Piece]) -> Result<()> {
     if variant == Variant::OpenVla {
         write_json(dir, "tokenizer.json", &fast_tokenizer(pieces))?;
     }
-    write_json(dir, "tokenizer_config.json", &tokenizer_config())?;
+    write_json(dir, "tokenizer_config.json", &tokenizer_config(pieces.len()))?;
     write_json(dir, "special_tokens_map.json", &special_tokens_map())?;
-    write_json(dir, "added_tokens.json", &json!({ "<PAD>": SIZE }))
+    write_json(dir, "added_tokens.json", &json!({ "<PAD>": pieces.len() }))
 }
 
 /// `tokenizer.model`. The messages hold those fields of `sentencepiece_model.proto` that say
@@ -80,7 +80,7 @@ fn model(pieces: &[Piece]) -> ModelProto {
             .collect(),
         trainer_spec: Some(TrainerSpec {
             model_type: Some(BPE),
-            vocab_size: Some(SIZE as i32),
+            vocab_size: Some(pieces.len() as i32),
             byte_fallback: Some(true),
         }),
         normalizer_spec: Some(NormalizerSpec {
@@ -129,7 +129,7 @@ fn fast_tokenizer(pieces: &[Piece]) -> FastTokenizer<'_> {
         version: "1.0",
         truncation: (),
         padding: (),
-        added_tokens: special_tokens()
+        added_tokens: special_tokens(pieces.len())
             .map(|(id, name)| AddedToken::new(name, Some(id), Some(true))),
         normalizer: json!({
             "normalizers": [
@@ -199,9 +199,9 @@ fn merges(pieces: &[Piece]) -> Vec<String> {
     merges
 }
 
-/// Ids and names of the tokens that text is searched for.
-fn special_tokens() -> [(usize, &'static str); 4] {
-    [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (SIZE, "<PAD>")]
+/// Ids and names of the tokens that text is searched for. `<PAD>` comes after the pieces.
+fn special_tokens(n_piece: usize) -> [(usize, &'static str); 4] {
+    [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (n_piece, "<PAD>")]
 }
 
 /// A special token. `tokenizer.json` gives its id, `special_tokens_map.json` neither that nor
@@ -226,10 +226,10 @@ impl AddedToken {
     }
 }
 
-fn tokenizer_config() -> Value {
-    // As text, `704` sorts after `0`, `1`, `2`: the order of the ids.
-    let tokens = special_tokens().map(|(id, name)| (id, AddedToken::new(name, None, Some(true))));
-    let decoder: BTreeMap<usize, AddedToken> = tokens.into();
+fn tokenizer_config(n_piece: usize) -> Value {
+    // As text, `704` and `32000` sort after `0`, `1`, `2`: the order of the ids.
+    let token = |(id, name)| (id, AddedToken::new(name, None, Some(true)));
+    let decoder: BTreeMap<usize, AddedToken> = special_tokens(n_piece).map(token).into();
     json!({
         "add_bos_token": true,
         "add_eos_token": false,

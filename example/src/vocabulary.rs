@@ -1,28 +1,30 @@
-//! The vocabulary: Llama-2's layout at a fortieth of its size, learnt from sentences composed here.
+//! The vocabulary: Llama-2's layout, learnt from sentences composed here.
 //!
-//! | ids | pieces |
+//! | ids; at full size | pieces |
 //! |---|---|
 //! | 0, 1, 2 | `<unk>`, `<s>`, `</s>` |
 //! | 3 … 258 | the bytes `<0x00>` … `<0xFF>` |
-//! | 259 … | pieces of several characters, the earliest merged first |
-//! | … 447 | single characters, from `▁` on |
-//! | 448 … 703 | the action tokens: single characters that no prompt contains |
+//! | 259 … 351, 259 … 29870 | pieces of several characters, the earliest merged first |
+//! | 352 … 447, 29871 … 31743 | single characters, from `▁` on |
+//! | 448 … 703, 31744 … 31999 | the action tokens: single characters that no prompt contains |
+//!
+//! At full size the sentences do not have that many pieces: private characters fill the gaps.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::ops::RangeInclusive;
 
-use anyhow::{Result, ensure};
+use crate::size::Sizes;
 
-/// Pieces in all; `<PAD>` comes after them, outside the SentencePiece model.
-pub const SIZE: usize = 704;
-/// Ids of the action tokens.
-pub const ACTIONS: Range<usize> = SIZE - 256..SIZE;
 /// What stands for a space.
 pub const SPACE: char = '▁';
 
+/// Id of the first piece that is learnt.
+const LEARNT: usize = 3 + 256;
 /// Unicode has exactly 256 Braille patterns: one for each action bin.
-const BRAILLE: std::ops::RangeInclusive<char> = '\u{2800}'..='\u{28FF}';
+const BRAILLE: RangeInclusive<char> = '\u{2800}'..='\u{28FF}';
+/// What no text has: a plane for private use.
+const FILLERS: RangeInclusive<char> = '\u{F0000}'..='\u{FFFFD}';
 
 const VERBS: [&str; 8] = ["put", "move", "place", "push", "slide", "stack", "pick up", "drop"];
 const OBJECTS: [&str; 8] =
@@ -54,22 +56,26 @@ pub enum Kind {
 }
 
 /// The vocabulary, by id.
-pub fn pieces() -> Result<Vec<Piece>> {
+pub fn pieces(sizes: &Sizes) -> Vec<Piece> {
     let corpus = corpus();
-    let alphabet = alphabet(&corpus);
-    let n_special = 3 + 256;
-    let n_merged = SIZE - n_special - alphabet.len() - ACTIONS.len();
-    let merged = merged(&corpus, n_merged);
-    ensure!(merged.len() == n_merged, "the corpus is too small for {n_merged} pieces");
+    let mut fillers = FILLERS.map(String::from);
+    let mut fill = |learnt: &mut Vec<String>, id: usize| {
+        let missing = id - LEARNT - learnt.len();
+        learnt.extend(fillers.by_ref().take(missing));
+    };
+    let mut learnt = merged(&corpus, sizes.space - LEARNT);
+    fill(&mut learnt, sizes.space);
+    learnt.extend(alphabet(&corpus).into_iter().map(String::from));
+    fill(&mut learnt, sizes.actions().start);
+    learnt.extend(BRAILLE.map(String::from));
 
     let special = [("<unk>", Kind::Unknown), ("<s>", Kind::Control), ("</s>", Kind::Control)];
     let special = special.map(|(text, kind)| Piece { text: text.into(), score: 0.0, kind });
     let bytes =
         (0..256).map(|b| Piece { text: format!("<0x{b:02X}>"), score: 0.0, kind: Kind::Byte });
-    let singles = alphabet.into_iter().chain(BRAILLE).map(String::from);
-    let learnt = merged.into_iter().chain(singles).enumerate();
+    let learnt = learnt.into_iter().enumerate();
     let learnt = learnt.map(|(i, text)| Piece { text, score: -(i as f32), kind: Kind::Normal });
-    Ok(special.into_iter().chain(bytes).chain(learnt).collect())
+    special.into_iter().chain(bytes).chain(learnt).collect()
 }
 
 /// Every verb with every object and place; each sixteenth sentence once in either prompt, or the
@@ -112,7 +118,8 @@ fn alphabet(corpus: &[String]) -> Vec<char> {
     [SPACE].into_iter().chain(found).collect()
 }
 
-/// Byte-pair encoding: `n` times, joins the most frequent pair of neighbours; of equals, the first.
+/// Byte-pair encoding: joins the most frequent pair of neighbours, of equals the first, until there
+/// are `n` pieces or every word is one.
 ///
 /// Runs of spaces come first, as in Llama-2, though no sentence has them.
 fn merged(corpus: &[String], n: usize) -> Vec<String> {
@@ -185,20 +192,25 @@ fn words_of(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Size;
 
     #[test]
-    fn layout_is_llamas() -> Result<()> {
-        let pieces = pieces()?;
-        let texts: BTreeSet<&str> = pieces.iter().map(|p| p.text.as_str()).collect();
-        assert_eq!((pieces.len(), texts.len()), (SIZE, SIZE), "no piece twice");
-        assert_eq!(pieces[13].text, "<0x0A>");
-        assert_eq!(pieces[259].text, "▁▁");
-        assert!(texts.contains("▁the") && texts.contains("▁eggplant"));
-        let prompts = corpus().concat();
-        for piece in &pieces[ACTIONS] {
-            assert!(!prompts.contains(&piece.text), "an action in a prompt: {}", piece.text);
+    fn layout_is_llamas() {
+        for size in [Size::Tiny, Size::Full] {
+            let sizes = size.sizes();
+            let pieces = pieces(&sizes);
+            let texts: BTreeSet<&str> = pieces.iter().map(|p| p.text.as_str()).collect();
+            let n = sizes.n_piece;
+            assert_eq!((pieces.len(), texts.len()), (n, n), "no piece twice");
+            assert_eq!(pieces[13].text, "<0x0A>");
+            assert_eq!(pieces[259].text, "▁▁");
+            assert_eq!(pieces[sizes.space].text, "▁");
+            assert!(texts.contains("▁the") && texts.contains("▁eggplant"));
+            let prompts = corpus().concat();
+            for piece in &pieces[sizes.actions()] {
+                assert!(!prompts.contains(&piece.text), "an action in a prompt: {}", piece.text);
+            }
         }
-        Ok(())
     }
 
     #[test]

@@ -1,110 +1,217 @@
 //! The weights: drawn from a seeded generator, rounded to bf16, written as safetensors.
+//!
+//! All values come from one stream of random words, tensor after tensor. Each takes as many words,
+//! so any of them can be drawn without those before it: a file is written one tensor at a time, in
+//! its own order, and a tensor is drawn on all cores.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, Permissions};
+use std::iter::zip;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use half::bf16;
+use indicatif::{BinaryBytes, ProgressBar};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use safetensors::tensor::{Dtype, TensorView, serialize};
-use serde_json::json;
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, View, serialize_to_file};
+use serde_json::{Value, json};
 
-use crate::model::{self, Fill, Tensor};
-use crate::{Spec, write_file, write_json};
+use crate::model::{self, Tensor};
+use crate::{Size, Spec, write_json};
 
-/// Writes `model.safetensors`, or the numbered files and `model.safetensors.index.json`.
+/// What the published files hold at most, in bytes.
+const FULL_FILE: usize = 7_000_000_000;
+
+/// Writes `model.safetensors`, or the numbered files and `model.safetensors.index.json`. A file
+/// appears under its name once it is whole.
+pub fn write(dir: &Path, spec: &Spec, progress: &ProgressBar) -> Result<()> {
+    let tensors = model::tensors(spec.variant, &spec.size.sizes());
+    let files = files(spec, &tensors)?;
+    let bytes = tensors.iter().map(|tensor| 2 * tensor.n() as u64).sum();
+    check_space(dir, bytes)?;
+    progress.set_length(bytes);
+    for (name, part) in &files {
+        let path = dir.join(name);
+        let drawn = part.iter().map(|tensor| {
+            (&tensor.name, Drawn { tensor, seed: spec.seed, progress: progress.clone() })
+        });
+        // transformers insists on this.
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        serialize_to_file(drawn, Some(metadata), &path)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| Ok(fs::set_permissions(&path, Permissions::from_mode(0o644))?))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if files.len() > 1 {
+        write_json(dir, "model.safetensors.index.json", &index(&files))?;
+    }
+    Ok(())
+}
+
+/// The files' names, and what each holds.
 ///
-/// Tensors are dealt out like cards, so that a decoder layer is spread over several files; the
-/// published checkpoint has such layers where one file ends and the next begins.
-pub fn write(dir: &Path, spec: &Spec) -> Result<()> {
-    let mut random = Random::new(spec.seed);
-    let tensors: Vec<(Tensor, Vec<u8>)> = model::tensors(spec.variant)
-        .into_iter()
-        .map(|tensor| {
-            let bytes = random.bytes(&tensor);
-            (tensor, bytes)
-        })
-        .collect();
+/// Small checkpoints' tensors are dealt out like cards, so that a decoder layer is spread over
+/// several files; the published files are filled one after the other.
+pub fn files<'a>(spec: &Spec, tensors: &'a [Tensor]) -> Result<Vec<(String, Vec<&'a Tensor>)>> {
     let (n, most) = (spec.shards, tensors.len());
     ensure!((1..=most).contains(&n), "{n} shards asked for; 1 to {most} can be filled");
-    if n == 1 {
-        return write_file(dir, "model.safetensors", &safetensors(tensors.iter())?);
-    }
-    let mut weight_map = BTreeMap::new();
-    for shard in 0..n {
-        let file = format!("model-{:05}-of-{n:05}.safetensors", shard + 1);
-        let part = tensors.iter().skip(shard).step_by(n);
-        weight_map.extend(part.clone().map(|(tensor, _)| (&tensor.name, file.clone())));
-        write_file(dir, &file, &safetensors(part)?)?;
-    }
-    let total: usize = tensors.iter().map(|(_, bytes)| bytes.len()).sum();
-    let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-    write_json(dir, "model.safetensors.index.json", &index)
+    let parts: Vec<Vec<&Tensor>> = match spec.size {
+        Size::Full => filled(tensors),
+        _ => (0..n).map(|shard| tensors.iter().skip(shard).step_by(n).collect()).collect(),
+    };
+    let filled = parts.len();
+    ensure!(filled == n, "{n} shards asked for; at full size there are {filled}");
+    let name = |shard| match n {
+        1 => "model.safetensors".to_owned(),
+        _ => format!("model-{shard:05}-of-{n:05}.safetensors"),
+    };
+    Ok((1..).map(name).zip(parts).collect())
 }
 
-/// One file: tensors sorted by name, with the metadata that transformers insists on.
-fn safetensors<'a>(tensors: impl Iterator<Item = &'a (Tensor, Vec<u8>)>) -> Result<Vec<u8>> {
-    let views = tensors
-        .map(|(t, bytes)| Ok((&t.name, TensorView::new(Dtype::BF16, t.shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    Ok(serialize(views, Some(metadata))?)
+/// As transformers splits: the next file begins where a tensor would overfill one.
+fn filled(tensors: &[Tensor]) -> Vec<Vec<&Tensor>> {
+    let mut files = vec![Vec::new()];
+    let mut bytes = 0;
+    for tensor in tensors {
+        bytes += 2 * tensor.n();
+        if bytes > FULL_FILE {
+            files.push(Vec::new());
+            bytes = 2 * tensor.n();
+        }
+        files.last_mut().expect("one file at least").push(tensor);
+    }
+    files
 }
 
-/// ChaCha8, whose output its crate promises to keep on every machine and in later versions.
-struct Random(ChaCha8Rng);
+/// `model.safetensors.index.json`.
+pub fn index(files: &[(String, Vec<&Tensor>)]) -> Value {
+    let all = || files.iter().flat_map(|(file, part)| part.iter().map(move |t| (t, file)));
+    let total: usize = all().map(|(tensor, _)| 2 * tensor.n()).sum();
+    let weight_map: BTreeMap<_, _> = all().map(|(tensor, file)| (&tensor.name, file)).collect();
+    json!({ "metadata": { "total_size": total }, "weight_map": weight_map })
+}
 
-impl Random {
-    fn new(seed: u64) -> Self {
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        Self(ChaCha8Rng::from_seed(key))
+fn check_space(dir: &Path, wanted: u64) -> Result<()> {
+    let disk = rustix::fs::statvfs(dir).with_context(|| format!("cannot ask {}", dir.display()))?;
+    let free = disk.f_bavail * disk.f_frsize;
+    ensure!(
+        free >= wanted,
+        "{} of weights do not fit in {}, whose disk has {} free; name a folder on another",
+        BinaryBytes(wanted),
+        dir.display(),
+        BinaryBytes(free)
+    );
+    Ok(())
+}
+
+/// A tensor whose values are drawn when they are written.
+struct Drawn<'a> {
+    tensor: &'a Tensor,
+    seed: u64,
+    progress: ProgressBar,
+}
+
+impl View for Drawn<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::BF16
     }
 
-    /// A tensor's values, little-endian bf16.
-    fn bytes(&mut self, tensor: &Tensor) -> Vec<u8> {
-        let n: usize = tensor.shape.iter().product();
-        let row = n / tensor.shape[0];
-        (0..n)
-            .flat_map(|at| {
-                let (mean, std) = match &tensor.fill {
-                    Fill::Normal { mean, std } => (*mean, *std),
-                    Fill::Rows { std, loud, gain } if loud.contains(&(at / row)) => {
-                        (0.0, std * gain)
-                    }
-                    Fill::Rows { std, .. } => (0.0, *std),
-                };
-                bf16::from_f32(mean + std * self.normal()).to_le_bytes()
-            })
-            .collect()
+    fn shape(&self) -> &[usize] {
+        &self.tensor.shape
     }
 
-    /// A normal deviate, near enough: the sum of twelve uniform ones, less its mean. The textbook
-    /// ways need `ln` or `cos`, whose last bit differs between platforms.
-    fn normal(&mut self) -> f32 {
-        let sum: u64 = (0..3)
-            .map(|_| {
-                let bits = self.0.next_u64();
-                (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum::<u64>()
-            })
-            .sum();
-        sum as f32 / 65536.0 - 6.0
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = draw(self.tensor, self.seed);
+        self.progress.inc(bytes.len() as u64);
+        bytes.into()
     }
+
+    fn data_len(&self) -> usize {
+        2 * self.tensor.n()
+    }
+}
+
+/// Values that a core draws at a time: their words stay in its cache.
+const AT_A_TIME: usize = 4096;
+/// Bytes of the stream for one value: twelve numbers of 16 bits.
+const UNIFORM: usize = 24;
+
+/// A tensor's values, little-endian bf16.
+fn draw(tensor: &Tensor, seed: u64) -> Vec<u8> {
+    let mut bytes = vec![0; 2 * tensor.n()];
+    let (mut start, mut rest) = (tensor.start, bytes.as_mut_slice());
+    for run in &tensor.runs {
+        let (own, others) = rest.split_at_mut(2 * run.n);
+        own.par_chunks_mut(2 * AT_A_TIME).enumerate().for_each(|(i, out)| {
+            let uniform = uniform(seed, start + i * AT_A_TIME, out.len() / 2);
+            for (out, uniform) in zip(out.as_chunks_mut().0, uniform.as_chunks().0) {
+                *out = bf16::from_f32(run.mean + run.std * normal(uniform)).to_le_bytes();
+            }
+        });
+        (start, rest) = (start + run.n, others);
+    }
+    bytes
+}
+
+/// What the values from `start` on, `n` of them, are made of.
+///
+/// ChaCha8: its crate promises to keep its output on every machine and in later versions.
+fn uniform(seed: u64, start: usize, n: usize) -> Vec<u8> {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    let mut random = ChaCha8Rng::from_seed(key);
+    random.set_word_pos((start * UNIFORM / 4) as u128);
+    let mut bytes = vec![0; n * UNIFORM];
+    random.fill_bytes(&mut bytes);
+    bytes
+}
+
+/// A normal deviate, near enough: the sum of twelve uniform ones, less its mean. The textbook ways
+/// need `ln` or `cos`, whose last bit differs between platforms.
+fn normal(uniform: &[u8; UNIFORM]) -> f32 {
+    let numbers = uniform.as_chunks().0.iter().map(|bytes| u32::from(u16::from_le_bytes(*bytes)));
+    numbers.sum::<u32>() as f32 / 65536.0 - 6.0
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Random;
+    use super::*;
+    use crate::model::Run;
 
     #[test]
     fn deviates_are_normal() {
-        let mut random = Random::new(7);
         let n = 20_000;
-        let draws: Vec<f64> = (0..n).map(|_| f64::from(random.normal())).collect();
-        let mean = draws.iter().sum::<f64>() / f64::from(n);
-        let variance = draws.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / f64::from(n);
+        let uniform = uniform(7, 0, n);
+        let draws = uniform.as_chunks().0.iter().map(|uniform| f64::from(normal(uniform)));
+        let mean = draws.clone().sum::<f64>() / n as f64;
+        let variance = draws.map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
         assert!(mean.abs() < 0.03, "mean {mean}");
         assert!((variance - 1.0).abs() < 0.03, "variance {variance}");
+    }
+
+    #[test]
+    fn a_disk_too_small_is_told_before_the_work() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+        assert!(check_space(dir, 1).is_ok());
+        let error = check_space(dir, u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("16.00 EiB of weights do not fit in"), "{error}");
+    }
+
+    /// Across the chunks that cores draw, and across runs.
+    #[test]
+    fn a_tensor_continues_the_stream_where_the_one_before_it_ends() {
+        let n = AT_A_TIME + 3;
+        let run = |n| Run { n, mean: 0.0, std: 1.0 };
+        let tensor = |start, runs: Vec<Run>| {
+            let shape = vec![runs.iter().map(|run| run.n).sum()];
+            Tensor { name: String::new(), shape, runs, start }
+        };
+        let whole = draw(&tensor(5, vec![run(2 * n)]), 7);
+        assert_eq!(whole, draw(&tensor(5, vec![run(1), run(2 * n - 1)]), 7));
+        assert_eq!(whole[2 * n..], draw(&tensor(5 + n, vec![run(n)]), 7));
     }
 }

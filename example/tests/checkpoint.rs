@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use openvla_example::{COMMITTED, Spec, Variant, table_image, table_png, write};
+use openvla_example::{COMMITTED, Size, Spec, Variant, table_image, table_png, write};
 use safetensors::SafeTensors;
 
 /// Contents, by name.
@@ -89,13 +89,28 @@ fn shards_hold_the_same_tensors_and_split_each_layer() -> Result<()> {
 
 #[test]
 fn seeds_differ_and_v01_has_one_tower_and_no_fast_tokenizer() -> Result<()> {
-    let spec = Spec { variant: Variant::V01, seed: 1, shards: 1 };
+    let spec = Spec { variant: Variant::V01, seed: 1, ..COMMITTED };
     let v01 = written(&spec)?;
     assert!(!v01.contains_key("tokenizer.json"));
     let names = tensors(&v01)?;
     assert!(!names.keys().any(|name| name.contains("fused") || name.starts_with("projector.fc3")));
     assert!(names.contains_key("vision_backbone.featurizer.attn_pool.latent"));
     assert!(tensors(&written(&Spec { seed: 2, ..spec })?)? != names);
+    Ok(())
+}
+
+#[test]
+fn wide_differs_in_its_llama_whose_rows_are_of_whole_k_quant_blocks() -> Result<()> {
+    let wide = written(&Spec { size: Size::Wide, ..COMMITTED })?;
+    let (wide_tensors, tiny) = (tensors(&wide)?, tensors(&written(&COMMITTED)?)?);
+    let (llama, others): (Vec<_>, Vec<_>) =
+        wide_tensors.iter().partition(|(name, _)| name.starts_with("language_model."));
+    for (name, (shape, _)) in llama {
+        assert_eq!(shape[shape.len() - 1] % 256, 0, "{name}: {shape:?}");
+    }
+    for (name, tensor) in others.iter().filter(|(name, _)| !name.starts_with("projector.")) {
+        assert!(tiny[*name] == **tensor, "{name} differs");
+    }
     Ok(())
 }
 

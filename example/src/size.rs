@@ -1,0 +1,93 @@
+//! The sizes: small ones for tests, and the published model's.
+
+use std::ops::Range;
+
+use clap::ValueEnum;
+
+/// How large a checkpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Size {
+    /// 423 thousand weights: the committed checkpoint.
+    Tiny,
+    /// Tiny, but for a Llama of four layers whose rows are multiples of 256, as K-quants need.
+    Wide,
+    /// The published model's tensors, files and numbers of pieces: 7.54 billion weights, 15 GB.
+    Full,
+}
+
+/// The numbers of a size.
+pub struct Sizes {
+    pub dinov2: Tower,
+    pub siglip: Tower,
+    pub llama: Llama,
+    /// Pieces in all; `<PAD>` comes after them, outside the SentencePiece model.
+    pub n_piece: usize,
+    /// Id of the piece that is a space. The merged pieces come before it.
+    pub space: usize,
+    /// By how much the head's action rows are louder than the others: so much that the largest
+    /// logit is nearly always theirs.
+    pub action_gain: f32,
+}
+
+/// Sizes of one vision tower. It has 16 heads, which follows from its timm name; its blocks number
+/// one more than inference runs.
+pub struct Tower {
+    pub dim: usize,
+    pub hidden: usize,
+    pub depth: usize,
+}
+
+/// Sizes of the language model.
+#[derive(Clone, Copy)]
+pub struct Llama {
+    pub dim: usize,
+    /// Width of the MLP.
+    pub hidden: usize,
+    pub n_layer: usize,
+    pub n_head: usize,
+}
+
+/// SigLIP's MLP is no multiple of 32 wide, so `fc2` cannot be quantised as it is.
+const TINY: Sizes = Sizes {
+    dinov2: Tower { dim: 32, hidden: 128, depth: 2 },
+    siglip: Tower { dim: 64, hidden: 80, depth: 2 },
+    llama: Llama { dim: 64, hidden: 96, n_layer: 2, n_head: 2 },
+    n_piece: 704,
+    space: 352,
+    action_gain: 1.6,
+};
+
+impl Size {
+    /// The numbers.
+    pub fn sizes(self) -> Sizes {
+        match self {
+            Self::Tiny => TINY,
+            Self::Wide => {
+                Sizes { llama: Llama { dim: 256, hidden: 512, n_layer: 4, n_head: 4 }, ..TINY }
+            }
+            Self::Full => Sizes {
+                dinov2: Tower { dim: 1024, hidden: 4096, depth: 24 },
+                siglip: Tower { dim: 1152, hidden: 4304, depth: 27 },
+                llama: Llama { dim: 4096, hidden: 11_008, n_layer: 32, n_head: 32 },
+                n_piece: 32_000,
+                space: 29_871,
+                action_gain: 2.4,
+            },
+        }
+    }
+}
+
+impl Sizes {
+    /// Rows that the embedding has beyond the vocabulary: `<PAD>` and what rounds it up.
+    pub const PADDING_ROWS: usize = 64;
+
+    /// Rows of the embedding and of the head.
+    pub fn n_row(&self) -> usize {
+        self.n_piece + Self::PADDING_ROWS
+    }
+
+    /// Ids of the action tokens.
+    pub fn actions(&self) -> Range<usize> {
+        self.n_piece - 256..self.n_piece
+    }
+}

@@ -1,6 +1,7 @@
 //! Arguments of the program, and which command they are for.
 
 mod convert;
+mod example;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};

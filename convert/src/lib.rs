@@ -2,6 +2,7 @@
 //!
 //! | file | what it does |
 //! |---|---|
+//! | [`hub`] | a repository's files, downloaded into the Hub's cache |
 //! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
 //! | [`lora`] | an adapter's folder, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
@@ -13,6 +14,7 @@
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod describe;
+pub mod hub;
 pub mod lora;
 pub mod names;
 pub mod plan;

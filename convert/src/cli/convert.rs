@@ -1,21 +1,30 @@
 //! Without a command: a checkpoint to a file.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ArgGroup;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla_convert::Conversion;
+use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::Encoding;
+
+use super::example;
 
 #[derive(clap::Args)]
 #[command(group(ArgGroup::new("type")))]
 pub struct Convert {
-    /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json
-    checkpoint: PathBuf,
-    /// Folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) to merge first
-    #[arg(long, value_name = "FOLDER")]
+    /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json; or
+    /// user/repo or user/repo@revision on the Hugging Face Hub
+    #[arg(required_unless_present = "example")]
+    checkpoint: Option<PathBuf>,
+    /// Convert the example checkpoint, which is built in
+    #[arg(long, conflicts_with = "checkpoint")]
+    example: bool,
+    /// LoRA adapter to merge first, a folder or a repository too: adapter_config.json,
+    /// adapter_model.safetensors
+    #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
     /// 4 bits (IQ4_NL; towers and head 8 bits): the default
     #[arg(long, group = "type")]
@@ -44,7 +53,16 @@ pub fn run(args: &Convert) -> Result<()> {
         _ => "IQ4_NL",
     };
     let encoding = args.outtype.map_or_else(|| name.parse(), Ok)?;
-    let conversion = Conversion::with_adapter(&args.checkpoint, args.lora.as_deref(), encoding)?;
+    let unpacked;
+    let checkpoint = match &args.checkpoint {
+        Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
+        None => {
+            unpacked = tempfile::tempdir()?;
+            example::unpack(unpacked.path())?
+        }
+    };
+    let lora = args.lora.as_ref().map(|lora| folder(lora, Content::Adapter)).transpose()?;
+    let conversion = Conversion::with_adapter(&checkpoint, lora.as_deref(), encoding)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name(encoding));
     let bytes = conversion.data_bytes();
     eprintln!(
@@ -67,4 +85,13 @@ pub fn run(args: &Convert) -> Result<()> {
     progress.finish_and_clear();
     eprintln!("wrote {}", out.display());
     Ok(())
+}
+
+/// A folder, fetched from the Hub unless there is one of that name.
+fn folder(source: &Path, content: Content) -> Result<PathBuf> {
+    let hub::Location { dir, origin } = hub::locate(source, content)?;
+    if let Some(hub::Origin { repository, revision }) = origin {
+        eprintln!("{repository} is at {revision}");
+    }
+    Ok(dir)
 }

@@ -1,6 +1,8 @@
 //! Arguments of the program, and which command they are for.
 
 mod convert;
+mod example;
+mod verify;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -16,12 +18,14 @@ pub struct Args {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Verify(verify::Verify),
+}
 
 /// Runs what was asked for.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Some(command) => match command {},
+        Some(Command::Verify(args)) => verify::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
 }

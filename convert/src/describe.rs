@@ -1,7 +1,5 @@
 //! What a checkpoint's JSON files mean, as the runtime's [`Config`].
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
@@ -133,7 +131,7 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     };
     let single = layout.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
-    let finetune = finetune(&files.dir);
+    let finetune = finetune(&files.name);
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
     General {
         name: format!("OpenVLA {size_label}{tuned} {version}"),
@@ -149,11 +147,9 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     }
 }
 
-/// What a folder's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was tuned
-/// for `libero-spatial`.
-fn finetune(dir: &Path) -> Option<String> {
-    let dir = dir.canonicalize().ok()?;
-    let name = dir.file_name()?.to_string_lossy();
+/// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
+/// tuned for `libero-spatial`.
+fn finetune(name: &str) -> Option<String> {
     let name: String =
         name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
@@ -167,17 +163,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_names_what_a_model_was_tuned_for() {
-        let root = tempfile::tempdir().unwrap();
-        for (folder, wanted) in [
+    fn a_name_says_what_a_model_was_tuned_for() {
+        for (name, wanted) in [
             ("openvla-7b", None),
             ("openvla-v01-7b", None),
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
             ("my_robot--run.3", Some("my-robot-run-3")),
         ] {
-            let dir = root.path().join(folder);
-            std::fs::create_dir(&dir).unwrap();
-            assert_eq!(finetune(&dir).as_deref(), wanted, "{folder}");
+            assert_eq!(finetune(name).as_deref(), wanted, "{name}");
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! | file | what it does |
 //! |---|---|
+//! | [`hub`] | a repository's files, downloaded into the Hub's cache |
 //! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
 //! | [`lora`] | an adapter's folder, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
@@ -10,6 +11,7 @@
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert |
 //! | [`prove`] | reference cases in f32, and checksums |
+//! | [`verify`] | a file held against what it says of itself |
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //!
@@ -17,6 +19,7 @@
 
 pub mod beside;
 pub mod describe;
+pub mod hub;
 pub mod imatrix;
 pub mod interrupt;
 pub mod lora;
@@ -26,6 +29,7 @@ pub mod prove;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
+pub mod verify;
 pub mod write;
 
 use std::path::{Path, PathBuf};
@@ -156,7 +160,8 @@ impl Conversion {
         };
         let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
         let header = self.header(&proof);
-        let room = (header.encode().len() + header.data_bytes() + PROOF_BYTES) as u64;
+        let cases = if self.proof { PROOF_BYTES } else { 0 };
+        let room = (header.encode().len() + header.data_bytes() + cases) as u64;
         let mut file = Beside::create(out, room)?;
         if self.proof {
             progress.set_length(prove::bytes(&self.config, &self.plan));

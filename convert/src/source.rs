@@ -4,6 +4,7 @@
 //! is mapped tensor by tensor, so that memory stays small at any model size.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -154,6 +155,9 @@ pub struct NormalizeParams {
 pub struct Files {
     /// The folder.
     pub dir: PathBuf,
+    /// What the checkpoint is called: as its folder, or as its repository if the folder is a
+    /// snapshot in the Hub's cache, which is named after a commit.
+    pub name: String,
     /// `config.json`
     pub config: HfConfig,
     /// `preprocessor_config.json`
@@ -177,12 +181,28 @@ impl Files {
     /// What is missing, damaged, or of an OpenVLA-OFT checkpoint, by name.
     pub fn open(dir: &Path) -> Result<Self> {
         ensure!(dir.is_dir(), "{} is not a folder with an OpenVLA checkpoint", dir.display());
-        refuse_oft(dir)?;
+        let entries = std::fs::read_dir(dir)?.collect::<std::io::Result<Vec<_>>>()?;
+        let names: Vec<_> = entries.iter().map(|entry| entry.file_name()).collect();
+        refuse_oft(&dir.display(), names.iter().map(|name| name.to_string_lossy()))?;
         let config: HfConfig = read_json(&dir.join("config.json"))?;
         let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
         let statistics = read_statistics(dir, &config)?;
-        Ok(Self { dir: dir.to_owned(), config, preprocessor, statistics })
+        Ok(Self { dir: dir.to_owned(), name: name(dir)?, config, preprocessor, statistics })
     }
+}
+
+/// A snapshot in the Hub's cache is `models--USER--REPO/snapshots/COMMIT`.
+fn name(dir: &Path) -> Result<String> {
+    let dir = dir.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;
+    let folders: Vec<_> = dir.iter().rev().take(3).map(|name| name.to_string_lossy()).collect();
+    Ok(match folders.as_slice() {
+        [_, snapshots, repository]
+            if snapshots == "snapshots" && repository.starts_with("models--") =>
+        {
+            repository.rsplit("--").next().unwrap_or_default().to_owned()
+        }
+        folders => folders[0].clone().into_owned(),
+    })
 }
 
 impl Source {
@@ -198,32 +218,57 @@ impl Source {
 /// The tensors of all shards, held against the index.
 fn read_shards(dir: &Path) -> Result<Tensors> {
     let mut tensors = Tensors::default();
-    let index = dir.join("model.safetensors.index.json");
-    if !index.exists() {
-        tensors.add(&dir.join("model.safetensors"))?;
+    let Some(index) = Index::read(dir)? else {
+        tensors.add(&dir.join(WEIGHTS))?;
         return Ok(tensors);
-    }
-    let Index { weight_map } = read_json(&index)?;
-    let shards: BTreeSet<_> = weight_map.values().collect();
-    for shard in shards {
-        let plain = Path::new(shard).file_name().is_some_and(|name| name == shard.as_str());
-        ensure!(plain, "{} names the shard {shard:?}, no plain file name", index.display());
+    };
+    for shard in index.shards() {
         tensors.add(&dir.join(shard))?;
     }
-    for (name, shard) in &weight_map {
+    for (name, shard) in &index.weight_map {
         ensure!(
             tensors.entries().contains_key(name),
             "{} says that {shard} holds the tensor {name}, which is in no shard; \
              download that shard again",
-            index.display()
+            dir.join(INDEX).display()
         );
     }
     Ok(tensors)
 }
 
+/// The file that lists the shards of a large checkpoint.
+pub const INDEX: &str = "model.safetensors.index.json";
+/// The only shard of a small one, which has no index.
+pub const WEIGHTS: &str = "model.safetensors";
+
+/// Which shard holds which tensor.
 #[derive(Deserialize)]
-struct Index {
+pub struct Index {
     weight_map: BTreeMap<String, String>,
+}
+
+impl Index {
+    /// Reads a folder's index, if there is one.
+    ///
+    /// # Errors
+    /// Names the file if it is damaged, or asks for files elsewhere.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(INDEX);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let index: Self = read_json(&path)?;
+        for shard in index.shards() {
+            let plain = Path::new(shard).file_name().is_some_and(|name| name == shard);
+            ensure!(plain, "{} names the shard {shard:?}, no plain file name", path.display());
+        }
+        Ok(Some(index))
+    }
+
+    /// The shards' file names.
+    pub fn shards(&self) -> BTreeSet<&str> {
+        self.weight_map.values().map(String::as_str).collect()
+    }
 }
 
 /// Reads a JSON file. One that lacks what is needed, or is no JSON, is named.
@@ -263,17 +308,21 @@ pub fn dataset_statistics(dir: &Path) -> Result<Option<String>> {
 }
 
 /// An OpenVLA-OFT checkpoint has OpenVLA's own config and tensors, plus a head of its own, without
-/// which its motions are wrong.
-fn refuse_oft(dir: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
+/// which its motions are wrong. It is told by the names of its files.
+///
+/// # Errors
+/// Names the checkpoint, and the file that gives it away.
+pub fn refuse_oft(
+    checkpoint: &dyn Display,
+    names: impl IntoIterator<Item = impl AsRef<str>>,
+) -> Result<()> {
+    for name in names {
+        let name = name.as_ref();
         let oft = ["action_head--", "proprio_projector--", "noisy_action_projector--"];
         ensure!(
             !oft.iter().any(|prefix| name.starts_with(prefix)),
-            "{} holds {name}: it is an OpenVLA-OFT checkpoint, whose parallel decoding and action \
-             head this version does not run",
-            dir.display()
+            "{checkpoint} holds {name}: it is an OpenVLA-OFT checkpoint, whose parallel decoding \
+             and action head this version does not run"
         );
     }
     Ok(())

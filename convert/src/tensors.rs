@@ -45,7 +45,8 @@ impl Tensors {
             format!("cannot open {}; is the checkpoint complete?", path.display())
         })?;
         let at = |what: &str| format!("{} {what}", path.display());
-        let cut_off = || at("is cut off or not a safetensors file; download it again");
+        let cut_off =
+            || at("is cut off or not a safetensors file; delete it and download it again");
         let found = file.metadata().with_context(cut_off)?;
         ensure!(found.is_file() && found.len() >= 8, cut_off());
         let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);

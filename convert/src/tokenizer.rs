@@ -29,6 +29,8 @@ const SENTENCEPIECE: &str = "tokenizer.model";
 const ADDED: &str = "added_tokens.json";
 const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL: &str = "special_tokens_map.json";
+/// The files that are read, as far as there are any: one of the first two is needed.
+pub const FILES: [&str; 5] = [TOKENIZER, SENTENCEPIECE, ADDED, CONFIG, SPECIAL];
 
 /// Scores where `tokenizer.model` has none; llama.cpp's converter writes the same.
 ///

@@ -129,3 +129,57 @@ fn mistakes_with_converting_are_named() {
     assert_fails(&run(&[checkpoint, "-o", "."]), &["folder", "-o"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }
+
+#[test]
+fn a_file_is_verified_as_a_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |args: &[&str]| openvla_convert(args, dir.path());
+    assert!(run(&["--q8", &checkpoint(), "-o", "proven.gguf"]).status.success());
+    let verified = run(&["verify", "-t", "1", "proven.gguf"]);
+    assert!(verified.status.success(), "{}", stderr(&verified));
+    let said = stdout(&verified);
+    assert!(said.contains("61 of 61 tensors are as written"), "{said}");
+    assert!(said.contains("\"put eggplant into pot\" on \"table\"\n  tokens: "), "{said}");
+    let json = run(&["verify", "--json", "-t", "1", "proven.gguf"]);
+    let json: serde_json::Value = serde_json::from_str(&stdout(&json)).unwrap();
+    assert_eq!((&json["sound"], &json["n_checksum"]), (&true.into(), &61.into()));
+    assert_eq!(json["cases"][1]["tokens"].as_array().unwrap().len(), 7);
+
+    let path = dir.path().join("proven.gguf");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    bytes.truncate(bytes.len().next_multiple_of(32)); // the padding is no tensor's
+    let at = bytes.len() - 100;
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let damaged = run(&["verify", "proven.gguf"]);
+    assert_fails(&damaged, &["proven.gguf is damaged"]);
+    assert!(stdout(&damaged).contains("damaged: action_head.weight"), "{}", stdout(&damaged));
+    assert_fails(&run(&["verify", "nowhere.gguf"]), &["nowhere.gguf", "No such file"]);
+    assert_fails(&run(&["verify", &format!("{}/config.json", checkpoint())]), &["GGUF"]);
+}
+
+/// In the middle of its work it takes back what it wrote.
+#[test]
+fn an_interrupt_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = || std::fs::read_dir(dir.path()).unwrap().count();
+    for signal in ["-INT", "-TERM"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_openvla-convert"))
+            .args(["--q4", &checkpoint()])
+            .current_dir(dir.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        while files() == 0 {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it began");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let kill = Command::new("kill").args([signal, &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+        assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
+        assert_eq!(files(), 0);
+    }
+}

@@ -27,7 +27,10 @@ fn shards_that_are_missing_or_cut_off_are_named() {
     for length in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
         let cut = sharded();
         cut.write(SECOND, &whole[..length]);
-        cut.refused(&[SECOND, "is cut off or not a safetensors file; download it again"]);
+        cut.refused(&[
+            SECOND,
+            "is cut off or not a safetensors file; delete it and download it again",
+        ]);
     }
     for bytes in [[whole.as_slice(), b"\0"].concat(), b"version https://git-lfs".to_vec()] {
         let other = sharded();

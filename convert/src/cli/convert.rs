@@ -1,21 +1,30 @@
 //! Without a command: a checkpoint to a file.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ArgGroup;
 use indicatif::{ProgressBar, ProgressStyle};
+use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::{Conversion, Options};
+
+use super::example;
 
 #[derive(clap::Args)]
 #[command(group(ArgGroup::new("type")))]
 pub struct Convert {
-    /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json
-    checkpoint: PathBuf,
-    /// Folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) to merge first
-    #[arg(long, value_name = "FOLDER")]
+    /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json; or
+    /// user/repo or user/repo@revision on the Hugging Face Hub
+    #[arg(required_unless_present = "example")]
+    checkpoint: Option<PathBuf>,
+    /// Convert the example checkpoint, which is built in
+    #[arg(long, conflicts_with = "checkpoint")]
+    example: bool,
+    /// LoRA adapter to merge first, a folder or a repository too: adapter_config.json,
+    /// adapter_model.safetensors
+    #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
     /// 4 bits (Q4_K_M): the default
     #[arg(long, group = "type")]
@@ -48,7 +57,15 @@ pub struct Convert {
 }
 
 pub fn run(args: &Convert) -> Result<()> {
-    let conversion = Conversion::new(&args.checkpoint, &args.options()?)?;
+    let unpacked;
+    let checkpoint = match &args.checkpoint {
+        Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
+        None => {
+            unpacked = tempfile::tempdir()?;
+            example::unpack(unpacked.path())?
+        }
+    };
+    let conversion = Conversion::new(&checkpoint, &args.options()?)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
@@ -76,12 +93,22 @@ impl Convert {
             Self { bf16: true, .. } => "BF16".parse()?,
             _ => Encoding::default(),
         };
+        let lora = self.lora.as_ref();
         Ok(Options {
             encoding,
             overrides: self.tensor_type.clone(),
-            adapter: self.lora.clone(),
+            adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
         })
     }
+}
+
+/// A folder, fetched from the Hub unless there is one of that name.
+fn folder(source: &Path, content: Content) -> Result<PathBuf> {
+    let hub::Location { dir, origin } = hub::locate(source, content)?;
+    if let Some(hub::Origin { repository, revision }) = origin {
+        eprintln!("{repository} is at {revision}");
+    }
+    Ok(dir)
 }

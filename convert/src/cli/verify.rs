@@ -1,0 +1,83 @@
+//! `verify`: does this file, on this machine, act as it should?
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use openvla::Options;
+use openvla_convert::verify::{Report, verify};
+
+/// Checks a model file: every tensor's checksum, and what the checkpoint did in f32 against what
+/// this file does on this machine.
+#[derive(clap::Args)]
+pub struct Verify {
+    /// The model file
+    model: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Threads to compute with [default: all cores]
+    #[arg(short, long)]
+    threads: Option<NonZero<u16>>,
+}
+
+pub fn run(args: &Verify) -> Result<()> {
+    let mut options = Options::default();
+    if let Some(n) = args.threads {
+        options.n_threads = usize::from(n.get());
+    }
+    let style = "checksums {bar:40} {binary_bytes}/{binary_total_bytes}, {eta} left";
+    let progress = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
+    let report = verify(&args.model, &options, &progress)?;
+    progress.finish_and_clear();
+    let mut out = std::io::stdout();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+    } else {
+        write!(out, "{}", describe(&report))?;
+    }
+    ensure!(report.damaged.is_empty(), "{} is damaged; write or download it again", report.file);
+    ensure!(
+        report.sound,
+        "{} does not act as its checkpoint: logits are off by more than {} of their size",
+        report.file,
+        report.logits_error_limit
+    );
+    Ok(())
+}
+
+fn describe(report: &Report) -> String {
+    let mut text = String::new();
+    let mut line = |words: std::fmt::Arguments<'_>| {
+        writeln!(text, "{words}").expect("a string takes anything");
+    };
+    let Report { n_checksum, damaged, cases, .. } = report;
+    line(format_args!("{} of {n_checksum} tensors are as written", n_checksum - damaged.len()));
+    for name in damaged {
+        line(format_args!("damaged: {name}"));
+    }
+    if cases.is_empty() && damaged.is_empty() {
+        line(format_args!("no reference cases: it was converted with --no-proof"));
+    }
+    for case in cases {
+        let n = case.tokens.len();
+        let same = case.bins_off.iter().filter(|off| **off == 0).count();
+        let most = case.bins_off.iter().max().unwrap_or(&0);
+        line(format_args!("{:?} on {:?}", case.instruction, case.image));
+        line(format_args!(
+            "  tokens: {same} of {n} as in f32, the others off by {most} bins at most"
+        ));
+        line(format_args!(
+            "  action: off by {:?} in units of {}",
+            case.action_off, case.unnorm_key
+        ));
+        line(format_args!(
+            "  logits: off by {:.2e} of their size, {:.0e} is possible for such a file",
+            case.logits_error, report.logits_error_limit
+        ));
+    }
+    text
+}

@@ -14,10 +14,6 @@ const N_PATCH: usize = 256;
 /// Sides of a patch, after its three channels.
 const PATCH: usize = 14;
 
-/// Deviation of what enters a residual stream. As small as in trained models, so that the first
-/// norm's epsilon counts: 1e-5 in place of 1e-6 is then seen in the logits.
-const QUIET: f32 = 0.03;
-
 /// One tensor to be written.
 #[derive(Debug)]
 pub struct Tensor {
@@ -46,8 +42,8 @@ impl Tensor {
 
 /// All tensors of a checkpoint, in the order of the module tree.
 pub fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
-    let Sizes { dinov2, siglip, llama, .. } = sizes;
-    let mut list = List(Vec::new());
+    let Sizes { dinov2, siglip, llama, entry, .. } = sizes;
+    let mut list = List { tensors: Vec::new(), entry: *entry };
     match variant {
         Variant::OpenVla => {
             list.dinov2(TOWERS[0], dinov2);
@@ -55,16 +51,16 @@ pub fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
             let features = dinov2.dim + siglip.dim;
             list.linear("projector.fc1", 4 * features, features, 1.0);
             list.linear("projector.fc2", llama.dim, 4 * features, 1.5);
-            list.linear("projector.fc3", llama.dim, llama.dim, QUIET);
+            list.linear("projector.fc3", llama.dim, llama.dim, *entry);
         }
         Variant::V01 => {
             list.siglip(TOWERS[0], siglip);
             list.linear("projector.fc1", llama.dim, siglip.dim, 1.0);
-            list.linear("projector.fc2", llama.dim, llama.dim, QUIET);
+            list.linear("projector.fc2", llama.dim, llama.dim, *entry);
         }
     }
     list.llama(sizes);
-    list.0
+    list.tensors
 }
 
 /// What a residual branch's gain is multiplied by, so that the stream is as loud after many layers
@@ -73,12 +69,16 @@ fn damping(n_layer: usize) -> f32 {
     (2.0 / n_layer as f32).sqrt()
 }
 
-struct List(Vec<Tensor>);
+struct List {
+    tensors: Vec<Tensor>,
+    /// [`Sizes::entry`].
+    entry: f32,
+}
 
 impl List {
     fn push(&mut self, name: &str, shape: &[usize], runs: Vec<Run>) {
-        let start = self.0.last().map_or(0, |last| last.start + last.n());
-        self.0.push(Tensor { name: name.into(), shape: shape.into(), runs, start });
+        let start = self.tensors.last().map_or(0, |last| last.start + last.n());
+        self.tensors.push(Tensor { name: name.into(), shape: shape.into(), runs, start });
     }
 
     fn normal(&mut self, name: &str, shape: &[usize], mean: f32, std: f32) {
@@ -107,9 +107,9 @@ impl List {
 
     /// DINOv2 with registers: five tokens without a position before the patches, and LayerScale.
     fn dinov2(&mut self, prefix: &str, tower: &Tower) {
-        let dim = tower.dim;
-        self.normal(&format!("{prefix}.cls_token"), &[1, 1, dim], 0.0, QUIET);
-        self.normal(&format!("{prefix}.reg_token"), &[1, 4, dim], 0.0, QUIET);
+        let (dim, entry) = (tower.dim, self.entry);
+        self.normal(&format!("{prefix}.cls_token"), &[1, 1, dim], 0.0, entry);
+        self.normal(&format!("{prefix}.reg_token"), &[1, 4, dim], 0.0, entry);
         self.trunk(prefix, tower);
         for block in 0..tower.depth {
             for scale in ["ls1", "ls2"] {
@@ -134,11 +134,11 @@ impl List {
     /// What both towers have: patches, positions, blocks, final norm.
     fn trunk(&mut self, prefix: &str, tower: &Tower) {
         let Tower { dim, hidden, depth } = *tower;
-        let patch = [dim, 3, PATCH, PATCH];
-        let std = QUIET / ((3 * PATCH * PATCH) as f32).sqrt();
+        let (patch, entry) = ([dim, 3, PATCH, PATCH], self.entry);
+        let std = entry / ((3 * PATCH * PATCH) as f32).sqrt();
         self.normal(&format!("{prefix}.patch_embed.proj.weight"), &patch, 0.0, std);
-        self.normal(&format!("{prefix}.patch_embed.proj.bias"), &[dim], 0.0, 0.1 * QUIET);
-        self.normal(&format!("{prefix}.pos_embed"), &[1, N_PATCH, dim], 0.0, 0.5 * QUIET);
+        self.normal(&format!("{prefix}.patch_embed.proj.bias"), &[dim], 0.0, 0.1 * entry);
+        self.normal(&format!("{prefix}.pos_embed"), &[1, N_PATCH, dim], 0.0, 0.5 * entry);
         for block in 0..depth {
             let block = format!("{prefix}.blocks.{block}");
             self.norm(&format!("{block}.norm1"), dim);
@@ -156,7 +156,7 @@ impl List {
         let Llama { dim, hidden, n_layer, .. } = sizes.llama;
         let branch = 1.5 * damping(n_layer);
         let model = "language_model.model";
-        self.normal(&format!("{model}.embed_tokens.weight"), &[n_row, dim], 0.0, QUIET);
+        self.normal(&format!("{model}.embed_tokens.weight"), &[n_row, dim], 0.0, self.entry);
         for layer in 0..n_layer {
             let layer = format!("{model}.layers.{layer}");
             for (name, gain) in [("q", 2.0), ("k", 2.0), ("v", 1.5), ("o", branch)] {

@@ -24,6 +24,10 @@ pub struct Sizes {
     pub n_piece: usize,
     /// Id of the piece that is a space. The merged pieces come before it.
     pub space: usize,
+    /// Deviation of what enters a residual stream. With few layers as small as in trained models, so
+    /// that the first norm's epsilon counts: 1e-5 in place of 1e-6 is then seen in the logits. With
+    /// many, so large that their sum does not drown it, or all random tokens would become alike.
+    pub entry: f32,
     /// By how much the head's action rows are louder than the others: so much that the largest
     /// logit is nearly always theirs.
     pub action_gain: f32,
@@ -54,6 +58,7 @@ const TINY: Sizes = Sizes {
     llama: Llama { dim: 64, hidden: 96, n_layer: 2, n_head: 2 },
     n_piece: 704,
     space: 352,
+    entry: 0.03,
     action_gain: 1.6,
 };
 
@@ -71,6 +76,7 @@ impl Size {
                 llama: Llama { dim: 4096, hidden: 11_008, n_layer: 32, n_head: 32 },
                 n_piece: 32_000,
                 space: 29_871,
+                entry: 2.0,
                 action_gain: 2.4,
             },
         }

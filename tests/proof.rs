@@ -115,7 +115,8 @@ fn lists_that_do_not_fit_are_refused() {
     // After a key: its kind, the elements' kind, their number (u64), the elements.
     let said = broken("openvla.proof.tokens", &|b| b[16..20].copy_from_slice(&1_i32.to_le_bytes()));
     assert!(said.contains("ids that are no actions"), "{said}");
-    let said = broken("openvla.proof.logits", &|b| b[16..20].copy_from_slice(&f32::NAN.to_le_bytes()));
+    let said =
+        broken("openvla.proof.logits", &|b| b[16..20].copy_from_slice(&f32::NAN.to_le_bytes()));
     assert!(said.contains("openvla.proof.logits"), "{said}");
     let said = broken("openvla.checksum.xxh64", &|b| b[24] = b'x');
     assert!(said.contains("not a checksum for each of its tensors"), "{said}");
@@ -126,7 +127,8 @@ fn lists_that_do_not_fit_are_refused() {
 /// The example that is built into `openvla-run` came from the program, with its proof.
 #[test]
 fn the_built_in_example_carries_its_proof() {
-    let file = Gguf::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("example/example.gguf").as_path());
+    let file =
+        Gguf::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("example/example.gguf").as_path());
     let file = file.unwrap();
     let proof = Proof::read(&file, &Config::read(&file).unwrap()).unwrap();
     assert_eq!((proof.cases.len(), proof.checksums.len()), (2, file.tensors().len()));

@@ -53,7 +53,7 @@ const PROOF_BYTES: usize = 1 << 20;
 const PROMPT_ROWS: usize = 64;
 
 /// What a file is to be made of, beside a checkpoint, and how.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// The type it is named after.
     pub encoding: Encoding,
@@ -66,6 +66,22 @@ pub struct Options {
     pub importance: Option<PathBuf>,
     /// Whether the file is to hold reference cases, computed in f32 from the checkpoint.
     pub proof: bool,
+    /// Threads that convert and compute.
+    pub n_threads: usize,
+}
+
+impl Default for Options {
+    /// `--q4`, without reference cases, on all cores.
+    fn default() -> Self {
+        Self {
+            encoding: Encoding::default(),
+            overrides: Vec::new(),
+            adapter: None,
+            importance: None,
+            proof: false,
+            n_threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
 }
 
 impl From<Encoding> for Options {
@@ -82,6 +98,7 @@ pub struct Conversion {
     importance: Option<Importance>,
     encoding: Encoding,
     proof: bool,
+    n_threads: usize,
     /// Tensors that the model never reads are named in it.
     pub layout: Layout,
     /// The file's metadata.
@@ -117,8 +134,8 @@ impl Conversion {
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
-        let Options { encoding, proof, .. } = *options;
-        Ok(Self { source, adapter, importance, encoding, proof, layout, config, plan })
+        let Options { encoding, proof, n_threads, .. } = *options;
+        Ok(Self { source, adapter, importance, encoding, proof, n_threads, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-Q4_K_M.gguf`.
@@ -157,6 +174,7 @@ impl Conversion {
             tensors: &self.source.tensors,
             adapter: self.adapter.as_ref(),
             importance: self.importance.as_ref(),
+            n_threads: self.n_threads,
         };
         let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
         let header = self.header(&proof);
@@ -166,7 +184,7 @@ impl Conversion {
         if self.proof {
             progress.set_length(prove::bytes(&self.config, &self.plan));
             progress.set_message("reference cases in f32");
-            proof.cases = prove::cases(&self.config, |prefix| {
+            proof.cases = prove::cases(&self.config, self.n_threads, |prefix| {
                 let part = write::in_f32(&from, &self.plan, prefix)?;
                 progress.inc(part.bytes().len() as u64);
                 Ok(part)

@@ -19,6 +19,8 @@ pub struct Ingredients<'a> {
     pub adapter: Option<&'a Adapter>,
     /// How much each column counts when blocks choose their scales.
     pub importance: Option<&'a Importance>,
+    /// Threads that convert.
+    pub n_threads: usize,
 }
 
 /// Converts the plan's tensors one after another, and gives each to `sink`.
@@ -65,8 +67,7 @@ fn convert(from: &Ingredients<'_>, planned: &Planned, bytes: &mut [u8]) -> Resul
     let cannot = || format!("cannot convert {}", planned.part.sources.join(" + "));
     let rows = Rows::open(from, &planned.part).with_context(cannot)?;
     let importance = from.importance.and_then(|all| all.get(&planned.part.name));
-    let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
-    let per_thread = planned.n_row().div_ceil(n_thread);
+    let per_thread = planned.n_row().div_ceil(from.n_threads);
     std::thread::scope(|scope| {
         let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
         let work = chunks.map(|(i, out)| {

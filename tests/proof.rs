@@ -17,7 +17,7 @@ const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/example/openvla-exam
 /// Converts with reference cases.
 fn proven(checkpoint: &Path, encoding: &str, dir: &Path) -> PathBuf {
     let out = dir.join(format!("{encoding}.gguf"));
-    let options = openvla_convert::Options { proof: true, ..of(encoding) };
+    let options = openvla_convert::Options { proof: true, n_threads: 1, ..of(encoding) };
     let conversion = Conversion::new(checkpoint, &options).unwrap();
     conversion.write(&out, &indicatif::ProgressBar::hidden()).unwrap();
     out

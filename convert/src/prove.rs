@@ -1,7 +1,5 @@
 //! Reference cases: what the checkpoint itself does, in f32, on pictures that the program carries.
 
-use std::sync::Arc;
-
 use anyhow::{Context, Result, ensure};
 use openvla::image::{RgbImage, imageops};
 use openvla::streamed::{self, Case};
@@ -59,7 +57,11 @@ fn n_token(config: &Config) -> usize {
 ///
 /// # Errors
 /// What `part` says, or if the checkpoint computes numbers that are not finite.
-pub fn cases(config: &Config, part: impl FnMut(&str) -> Result<Gguf>) -> Result<Vec<ProofCase>> {
+pub fn cases(
+    config: &Config,
+    n_threads: usize,
+    part: impl FnMut(&str) -> Result<Gguf>,
+) -> Result<Vec<ProofCase>> {
     let (unnorm_key, _) = config.statistics.datasets().iter().next().context("no statistics")?;
     let tokenizer = Tokenizer::new(&config.vocabulary)?;
     let pictures: Vec<RgbImage> =
@@ -69,8 +71,7 @@ pub fn cases(config: &Config, part: impl FnMut(&str) -> Result<Gguf>) -> Result<
         Ok(Case { planes, ids: config.prompt.ids(&tokenizer, instruction)? })
     };
     let inputs: Vec<Case> = pictures.iter().zip(&CASES).map(case).collect::<Result<_>>()?;
-    let n_thread = std::thread::available_parallelism().map_or(1, usize::from);
-    let backend: Arc<Backend> = Backend::cpu(n_thread)?;
+    let backend = Backend::cpu(n_threads)?;
     let decoded = streamed::decode(config, &backend, &inputs, n_token(config), part)?;
     ensure!(decoded.len() == CASES.len(), "a case is missing");
     let proven = CASES.iter().zip(&pictures).zip(decoded).map(

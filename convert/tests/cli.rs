@@ -43,7 +43,7 @@ fn assert_fails(output: &Output, words: &[&str]) {
 #[test]
 fn converting_names_the_file_and_keeps_stdout_clean() {
     let dir = tempfile::tempdir().unwrap();
-    let output = openvla_convert(&["--q4", &checkpoint()], dir.path());
+    let output = openvla_convert(&["--q4", "-t", "1", &checkpoint()], dir.path());
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(stdout(&output), "");
     assert!(stderr(&output).contains("43 tensors left out as unused"), "{}", stderr(&output));
@@ -136,7 +136,7 @@ fn mistakes_with_converting_are_named() {
 fn a_file_is_verified_as_a_process() {
     let dir = tempfile::tempdir().unwrap();
     let run = |args: &[&str]| openvla_convert(args, dir.path());
-    assert!(run(&["--q8", &checkpoint(), "-o", "proven.gguf"]).status.success());
+    assert!(run(&["--q8", "-t", "1", &checkpoint(), "-o", "proven.gguf"]).status.success());
     let verified = run(&["verify", "-t", "1", "proven.gguf"]);
     assert!(verified.status.success(), "{}", stderr(&verified));
     let said = stdout(&verified);
@@ -151,7 +151,7 @@ fn a_file_is_verified_as_a_process() {
     let mut bytes = std::fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    let damaged = run(&["verify", "proven.gguf"]);
+    let damaged = run(&["verify", "-t", "1", "proven.gguf"]);
     assert_eq!(damaged.status.code(), Some(1));
     assert!(stderr(&damaged).contains("proven.gguf is damaged"), "{}", stderr(&damaged));
     assert!(stdout(&damaged).contains("damaged: action_head.weight"), "{}", stdout(&damaged));
@@ -168,7 +168,7 @@ fn an_interrupt_leaves_nothing_behind() {
     let files = || std::fs::read_dir(dir.path()).unwrap().count();
     for signal in ["-INT", "-TERM"] {
         let mut child = Command::new(env!("CARGO_BIN_EXE_openvla-convert"))
-            .args(["--q4".as_ref(), wide.path()])
+            .args(["--q4".as_ref(), "-t".as_ref(), "1".as_ref(), wide.path()])
             .current_dir(dir.path())
             .stderr(std::process::Stdio::piped())
             .spawn()

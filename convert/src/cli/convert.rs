@@ -1,6 +1,7 @@
 //! Without a command: a checkpoint to a file.
 
 use std::io::Write;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -48,6 +49,9 @@ pub struct Convert {
     /// Do not compute reference cases in f32 first: faster, but `verify` can then say less
     #[arg(long)]
     no_proof: bool,
+    /// Threads to convert and compute with [default: all cores]
+    #[arg(short, long)]
+    threads: Option<NonZero<u16>>,
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -100,6 +104,7 @@ impl Convert {
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
+            n_threads: self.threads.map_or(Options::default().n_threads, |n| n.get().into()),
         })
     }
 }

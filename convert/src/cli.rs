@@ -1,9 +1,11 @@
 //! Arguments of the program, and which command they are for.
 
 mod convert;
+mod export;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Turns an OpenVLA checkpoint into one self-contained GGUF file.
 #[derive(Parser)]
@@ -16,12 +18,20 @@ pub struct Args {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    ExportLlama(export::ExportLlama),
+}
 
 /// Runs what was asked for.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Some(command) => match command {},
+        Some(Command::ExportLlama(args)) => export::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
+}
+
+/// A bar over that many bytes; indicatif draws nothing when stderr is no terminal.
+fn progress(bytes: u64) -> Result<ProgressBar> {
+    let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+    Ok(ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?))
 }

@@ -9,10 +9,12 @@
 //! | [`plan`] | which type each tensor gets |
 //! | [`mod@write`] | read, sort, pad, convert, write |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
+//! | [`export`] | a file's Llama to a file for llama.cpp |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod describe;
+pub mod export;
 pub mod lora;
 pub mod names;
 pub mod plan;

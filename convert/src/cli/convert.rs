@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::ArgGroup;
-use indicatif::{ProgressBar, ProgressStyle};
 use openvla_convert::Conversion;
 use openvla_convert::plan::Encoding;
 
@@ -60,9 +59,7 @@ pub fn run(args: &Convert) -> Result<()> {
         write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
         return Ok(());
     }
-    // indicatif draws nothing when stderr is no terminal.
-    let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
-    let progress = ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?);
+    let progress = super::progress(bytes)?;
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();
     eprintln!("wrote {}", out.display());

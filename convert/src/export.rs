@@ -74,8 +74,8 @@ impl Export {
     }
 }
 
-/// Keys that mean the same to llama.cpp. [`Config::read`] has read those that are there. It has no
-/// use for the merges: it merges by scores.
+/// Keys that mean the same to llama.cpp. [`Config::read`] has read those that are there. Merges are
+/// left out: llama.cpp merges by scores.
 const KEPT: [&str; 15] = [
     "general.name",
     "general.basename",

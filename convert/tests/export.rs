@@ -93,18 +93,16 @@ fn models_without_a_whole_llama_are_refused() {
         let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect(from);
         bytes[at..][..to.len()].copy_from_slice(to.as_bytes());
     }
-    let cases: [(&dyn Fn(&mut Vec<u8>), &[&str]); 4] = [
-        (&|b| b.truncate(1000), &["model.gguf", "GGUF"]),
-        (&|b| b.truncate(b.len() - 64), &["model.gguf", "cut off"]),
-        (&|b| replace(b, "openvla", "unknown"), &["model.gguf cannot be exported", "unknown"]),
-        (
-            &|b| replace(b, "blk.1.attn_q.weight", "blk.1.attn_x.weight"),
-            &["model.gguf cannot be exported", "`blk.1.attn_q.weight` is missing"],
-        ),
-    ];
-    for (change, words) in cases {
+    let refused = |words: &[&str], change: fn(&mut Vec<u8>)| {
         assert_refused(folder(change).path(), "llama.gguf", words);
-    }
+    };
+    refused(&["model.gguf", "GGUF"], |bytes| bytes.truncate(1000));
+    refused(&["model.gguf", "cut off"], |bytes| bytes.truncate(bytes.len() - 64));
+    let cannot = "model.gguf cannot be exported";
+    refused(&[cannot, "`unknown` model"], |bytes| replace(bytes, "openvla", "unknown"));
+    refused(&[cannot, "`blk.1.attn_q.weight` is missing"], |bytes| {
+        replace(bytes, "blk.1.attn_q.weight", "blk.1.attn_x.weight");
+    });
 }
 
 #[test]

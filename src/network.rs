@@ -70,6 +70,16 @@ impl Network {
         Ok(self.projector.compute()?)
     }
 
+    /// Puts soft tokens `[dim, n_patch]` where the projector leaves its own.
+    ///
+    /// # Panics
+    /// If there are more or fewer numbers.
+    pub fn set_soft_tokens(&mut self, soft: &[f32]) {
+        let n = self.soft.shape().iter().product::<usize>();
+        assert_eq!(soft.len(), n, "soft tokens of {:?}", self.soft.shape());
+        self.soft.write(soft);
+    }
+
     /// Llama: soft tokens and prompt ids to the logits of the motion's first token, `[n_vocab]`.
     ///
     /// # Errors

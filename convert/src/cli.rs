@@ -2,10 +2,12 @@
 
 mod convert;
 mod example;
+mod export;
 mod verify;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Turns an OpenVLA checkpoint into one self-contained GGUF file.
 #[derive(Parser)]
@@ -20,12 +22,21 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     Verify(verify::Verify),
+    ExportLlama(export::ExportLlama),
 }
 
 /// Runs what was asked for.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
         Some(Command::Verify(args)) => verify::run(&args),
+        Some(Command::ExportLlama(args)) => export::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
+}
+
+/// A bar over that many bytes; indicatif draws nothing when stderr is no terminal.
+fn progress(bytes: u64) -> Result<ProgressBar> {
+    let style =
+        "{msg} {bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+    Ok(ProgressBar::new(bytes).with_style(ProgressStyle::with_template(style)?))
 }

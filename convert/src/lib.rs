@@ -14,11 +14,13 @@
 //! | [`verify`] | a file held against what it says of itself |
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
+//! | [`export`] | a file's Llama to a file for llama.cpp |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod beside;
 pub mod describe;
+pub mod export;
 pub mod hub;
 pub mod imatrix;
 pub mod interrupt;

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ArgGroup;
-use indicatif::{ProgressBar, ProgressStyle};
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::{Conversion, Options};
@@ -79,10 +78,7 @@ pub fn run(args: &Convert) -> Result<()> {
         return Ok(());
     }
     eprint!("{summary}");
-    // indicatif draws nothing when stderr is no terminal.
-    let style =
-        "{msg} {bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
-    let progress = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
+    let progress = super::progress(0)?;
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();
     eprintln!("wrote {}", out.display());

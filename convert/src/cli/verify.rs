@@ -6,7 +6,6 @@ use std::num::NonZero;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use openvla::Options;
 use openvla_convert::verify::{Report, verify};
 
@@ -29,8 +28,8 @@ pub fn run(args: &Verify) -> Result<()> {
     if let Some(n) = args.threads {
         options.n_threads = usize::from(n.get());
     }
-    let style = "checksums {bar:40} {binary_bytes}/{binary_total_bytes}, {eta} left";
-    let progress = ProgressBar::new(0).with_style(ProgressStyle::with_template(style)?);
+    let progress = super::progress(0)?;
+    progress.set_message("checksums");
     let report = verify(&args.model, &options, &progress)?;
     progress.finish_and_clear();
     let mut out = std::io::stdout();

@@ -1,0 +1,27 @@
+//! `export-llama`: the Llama of a model file, for llama.cpp and what is built on it.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use openvla_convert::export::Export;
+
+/// Writes the Llama part of a model file as a plain llama.cpp model
+#[derive(clap::Args)]
+pub struct ExportLlama {
+    /// Model file that openvla-convert wrote
+    model: PathBuf,
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub fn run(args: &ExportLlama) -> Result<()> {
+    let export = Export::new(&args.model)?;
+    let bytes = export.data_bytes();
+    eprintln!("{} tensors of {}", export.n_tensor(), indicatif::BinaryBytes(bytes));
+    let progress = super::progress(bytes)?;
+    export.write(&args.output, &progress)?;
+    progress.finish_and_clear();
+    eprintln!("wrote {}", args.output.display());
+    Ok(())
+}

@@ -1,6 +1,7 @@
 //! Arguments of the program, and which command they are for.
 
 mod convert;
+mod inspect;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -16,12 +17,14 @@ pub struct Args {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Inspect(inspect::Inspect),
+}
 
 /// Runs what was asked for.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Some(command) => match command {},
+        Some(Command::Inspect(args)) => inspect::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
 }

@@ -1,15 +1,16 @@
 //! What a checkpoint's JSON files mean, as the runtime's [`Config`].
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
-use openvla::{ActionSpace, Config, General, Normalize, Preprocess, Resize, Statistics};
+use openvla::{
+    ActionSpace, BaseModel, Config, General, Normalize, Preprocess, Resize, Source, Statistics,
+};
 
+use crate::cards;
 use crate::names::{Layout, Shapes};
 use crate::plan::Encoding;
-use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, ResizeSize};
+use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, Origin, ResizeSize};
 use crate::tokenizer;
 
 /// Pillow's number for bicubic.
@@ -35,6 +36,8 @@ pub fn describe(
     let end = n_vocab.checked_sub(padding).with_context(|| {
         format!("config.json: vocab_size is {n_vocab}, of which pad_to_multiple_of is {padding}")
     })?;
+    let statistics = Statistics::parse(files.statistics.clone())
+        .context("dataset_statistics.json, or else config.json's norm_stats")?;
     let config = Config {
         general: general(files, shapes, layout, encoding),
         preprocess,
@@ -45,8 +48,8 @@ pub fn describe(
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
         vocabulary,
         actions: ActionSpace { end, n_bin: hf.n_action_bins },
-        statistics: Statistics::parse(files.statistics.clone())
-            .context("dataset_statistics.json, or else config.json's norm_stats")?,
+        cards: cards::cards(&statistics),
+        statistics,
     };
     config.check()?;
     ensure!(
@@ -127,7 +130,7 @@ fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
     Ok(Preprocess { size: height, resize, towers })
 }
 
-/// ref: `docs/gguf.md`, "GGUF Naming Convention"
+/// ref: `docs/gguf.md`, "GGUF Naming Convention" and "General metadata"
 fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) -> General {
     let n_param: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     let size_label = match n_param {
@@ -137,15 +140,31 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     };
     let single = layout.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
-    let finetune = finetune(&files.dir);
+    let finetune = finetune(files.adapter.as_ref().unwrap_or(&files.name));
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+    // Both backbones that have a prompt, Llama-2 and Vicuna 1.5, are under Llama 2's licence, and
+    // what derives from them inherits it, whatever a model card says.
+    // ref: README of openvla/openvla, "License"
+    let text = |text: &str| Some(text.to_owned());
     General {
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
-        license: ["llama2", "vicuna"]
-            .iter()
-            .any(|llm| files.config.llm_backbone_id.starts_with(llm))
-            .then(|| "llama2".to_owned()),
+        description: text("Robot policy: a camera image and an instruction in, a motion out."),
+        organization: finetune.is_none().then(|| "OpenVLA".to_owned()),
+        license: text("llama2"),
+        license_name: text(
+            "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
+        ),
+        license_link: text("https://ai.meta.com/llama/license/"),
+        repo_url: text("https://github.com/openvla/openvla"),
+        source: source(&files.origin),
+        base_models: match finetune {
+            Some(_) => base_models(&size_label, &version),
+            None => Vec::new(),
+        },
+        tags: ["robotics", "vla", "vision-language-action", "openvla"].map(String::from).to_vec(),
+        languages: vec!["en".to_owned()],
+        converter_version: text(env!("CARGO_PKG_VERSION")),
         size_label,
         finetune,
         version,
@@ -153,11 +172,30 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     }
 }
 
-/// What a folder's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was tuned
-/// for `libero-spatial`.
-fn finetune(dir: &Path) -> Option<String> {
-    let dir = dir.canonicalize().ok()?;
-    let name = dir.file_name()?.to_string_lossy();
+fn source(origin: &Origin) -> Source {
+    let Origin { repository, revision } = origin.clone();
+    let url = repository.as_ref().map(|name| format!("https://huggingface.co/{name}"));
+    Source { url: url.clone(), repo_url: url, repository, revision }
+}
+
+/// What a fine-tune of this size and version can only have been tuned from.
+fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
+    let repository = match (size_label, version) {
+        ("7B", "v1.0") => "openvla/openvla-7b",
+        ("7B", "v0.1") => "openvla/openvla-v01-7b",
+        _ => return Vec::new(),
+    };
+    vec![BaseModel {
+        name: "OpenVLA 7B".to_owned(),
+        version: Some(version.to_owned()),
+        organization: Some("OpenVLA".to_owned()),
+        repo_url: Some(format!("https://huggingface.co/{repository}")),
+    }]
+}
+
+/// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
+/// tuned for `libero-spatial`.
+fn finetune(name: &str) -> Option<String> {
     let name: String =
         name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
@@ -171,17 +209,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_names_what_a_model_was_tuned_for() {
-        let root = tempfile::tempdir().unwrap();
-        for (folder, wanted) in [
+    fn a_name_says_what_a_model_was_tuned_for() {
+        for (name, wanted) in [
             ("openvla-7b", None),
             ("openvla-v01-7b", None),
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
+            ("openvla-7b+my_data+b16+lora-r32", Some("my-data-b16-lora-r32")),
             ("my_robot--run.3", Some("my-robot-run-3")),
         ] {
-            let dir = root.path().join(folder);
-            std::fs::create_dir(&dir).unwrap();
-            assert_eq!(finetune(&dir).as_deref(), wanted, "{folder}");
+            assert_eq!(finetune(name).as_deref(), wanted, "{name}");
         }
+    }
+
+    #[test]
+    fn only_models_of_the_published_size_have_a_known_base() {
+        let url = |size, version| base_models(size, version).pop()?.repo_url;
+        let published = |name| Some(format!("https://huggingface.co/openvla/{name}"));
+        assert_eq!(url("7B", "v1.0"), published("openvla-7b"));
+        assert_eq!(url("7B", "v0.1"), published("openvla-v01-7b"));
+        assert_eq!(url("424K", "v1.0"), None);
+    }
+
+    #[test]
+    fn a_repository_is_a_source_and_a_folder_is_none() {
+        assert_eq!(source(&Origin::default()), Source::default());
+        let revision = Some("47a0ec7".to_owned());
+        let origin = Origin { repository: Some("openvla/openvla-7b".into()), revision };
+        let source = source(&origin);
+        assert_eq!(source.url.as_deref(), Some("https://huggingface.co/openvla/openvla-7b"));
+        assert_eq!((source.repository, source.revision), (origin.repository, origin.revision));
     }
 }

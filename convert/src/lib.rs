@@ -6,13 +6,17 @@
 //! | [`lora`] | an adapter's folder, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
+//! | [`cards`] | what each number of a motion is, as far as that is known |
 //! | [`plan`] | which type each tensor gets |
 //! | [`mod@write`] | read, sort, pad, convert, write |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
+//! | [`inspect`] | the way back: what a file says and holds |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
+pub mod cards;
 pub mod describe;
+pub mod inspect;
 pub mod lora;
 pub mod names;
 pub mod plan;
@@ -69,6 +73,7 @@ impl Conversion {
         let shapes: Shapes = (source.tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
+        source.files.adapter = adapter.map(source::folder_name);
         let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
         if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
             source.files.statistics = statistics;

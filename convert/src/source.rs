@@ -131,10 +131,25 @@ pub struct NormalizeParams {
     pub std: [f32; 3],
 }
 
+/// Where a checkpoint was downloaded from.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// On the Hugging Face Hub: `openvla/openvla-7b`.
+    pub repository: Option<String>,
+    /// The commit there.
+    pub revision: Option<String>,
+}
+
 /// What a checkpoint folder holds beside its tensors.
 pub struct Files {
     /// The folder.
     pub dir: PathBuf,
+    /// What the checkpoint is called: as its folder.
+    pub name: String,
+    /// Where it was downloaded from, if it is known.
+    pub origin: Origin,
+    /// What the LoRA adapter is called that is merged into it: as its folder.
+    pub adapter: Option<String>,
     /// `config.json`
     pub config: HfConfig,
     /// `preprocessor_config.json`
@@ -162,8 +177,23 @@ impl Files {
         let config: HfConfig = read_json(&dir.join("config.json"))?;
         let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
         let statistics = read_statistics(dir, &config)?;
-        Ok(Self { dir: dir.to_owned(), config, preprocessor, statistics })
+        let (name, origin) = (folder_name(dir), Origin::default());
+        Ok(Self {
+            dir: dir.to_owned(),
+            name,
+            origin,
+            adapter: None,
+            config,
+            preprocessor,
+            statistics,
+        })
     }
+}
+
+/// What a folder is called, whichever way it was named. Nothing for the root.
+pub fn folder_name(dir: &Path) -> String {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 impl Source {

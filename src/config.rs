@@ -3,7 +3,11 @@
 //! `read` is the only way to a [`Config`] of a file, and checks what graphs and arithmetic rely on,
 //! so nothing after it has to. `MODEL.md` documents the keys.
 
+mod cards;
 mod check;
+mod general;
+
+use std::collections::BTreeMap;
 
 use openvla_kernels::{Gguf, Header, Value};
 
@@ -12,6 +16,9 @@ use crate::preprocess::{Normalize, Preprocess, Resize};
 use crate::prompt::Prompt;
 use crate::tokenizer::{TokenType, Vocabulary};
 use crate::{Error, Result};
+
+pub use cards::{ActionCard, Dimension, Gripper};
+pub use general::{BaseModel, General, Source};
 
 /// Everything about a model except its tensors.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,25 +43,8 @@ pub struct Config {
     pub actions: ActionSpace,
     /// Bins to motions.
     pub statistics: Statistics,
-}
-
-/// `general.*`
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct General {
-    /// For people: "OpenVLA 7B".
-    pub name: String,
-    /// The first part of a file name: "OpenVLA".
-    pub basename: String,
-    /// Parameters: "7B", "349K".
-    pub size_label: String,
-    /// What it was tuned for, if anything: "LIBERO-Spatial".
-    pub finetune: Option<String>,
-    /// "v1.0"
-    pub version: String,
-    /// llama.cpp's `llama_ftype` number of the weights' type.
-    pub file_type: u32,
-    /// An SPDX name or "llama2".
-    pub license: Option<String>,
+    /// What motions are, by data set. Empty if the file does not say.
+    pub cards: BTreeMap<String, ActionCard>,
 }
 
 /// One vision tower.
@@ -145,6 +135,7 @@ impl Config {
                 n_bin: file.get(key::ACTION_BINS)?,
             },
             statistics: Statistics::parse(file.get(key::STATISTICS)?)?,
+            cards: cards::read(file)?,
         };
         config.check()?;
         Ok(config)
@@ -172,20 +163,13 @@ impl Config {
         to.set(key::ACTION_END, self.actions.end);
         to.set(key::ACTION_BINS, self.actions.n_bin);
         to.set(key::STATISTICS, self.statistics.json().to_owned());
+        cards::write(&self.cards, to);
     }
 }
 
-/// The keys that are no tower's own.
+/// The keys that are no tower's own and not `general.*`.
 mod key {
     pub const ARCHITECTURE: &str = "general.architecture";
-    pub const NAME: &str = "general.name";
-    pub const BASENAME: &str = "general.basename";
-    pub const SIZE_LABEL: &str = "general.size_label";
-    pub const FINETUNE: &str = "general.finetune";
-    pub const VERSION: &str = "general.version";
-    pub const FILE_TYPE: &str = "general.file_type";
-    pub const QUANTIZATION_VERSION: &str = "general.quantization_version";
-    pub const LICENSE: &str = "general.license";
     pub const FORMAT: &str = "openvla.format_version";
     pub const IMAGE_SIZE: &str = "openvla.image.size";
     pub const RESIZE: &str = "openvla.image.resize";
@@ -207,6 +191,7 @@ mod key {
     pub const ACTION_END: &str = "openvla.action.token_end";
     pub const ACTION_BINS: &str = "openvla.action.token_count";
     pub const STATISTICS: &str = "openvla.statistics";
+    pub const ACTION_CARDS: &str = "openvla.action_cards";
     pub const TOKENIZER: &str = "tokenizer.ggml.model";
     pub const TOKENS: &str = "tokenizer.ggml.tokens";
     pub const SCORES: &str = "tokenizer.ggml.scores";
@@ -222,10 +207,9 @@ mod key {
 pub const ARCHITECTURE: &str = "openvla";
 /// Changes when a reader of older files would misread a newer one.
 const FORMAT: u32 = 1;
-/// ggml's `GGML_QNT_VERSION`, which block formats the file uses.
-const QUANTIZATION_VERSION: u32 = 2;
 /// llama.cpp's name for SentencePiece BPE.
 const TOKENIZER: &str = "llama";
+
 fn check_format(file: &Gguf) -> Result<()> {
     let found: String = file.get(key::ARCHITECTURE)?;
     if found != ARCHITECTURE {
@@ -241,42 +225,9 @@ fn check_format(file: &Gguf) -> Result<()> {
     }
 }
 
-fn optional(file: &Gguf, key: &str) -> Result<Option<String>> {
-    Ok(file.metadata().contains_key(key).then(|| file.get(key)).transpose()?)
-}
-
 /// A count or width, which [`Config::check`] holds against its bounds.
 fn size(file: &Gguf, key: &str) -> Result<usize> {
     Ok(file.get::<u32>(key)? as usize)
-}
-
-impl General {
-    fn read(file: &Gguf) -> Result<Self> {
-        Ok(Self {
-            name: file.get(key::NAME)?,
-            basename: file.get(key::BASENAME)?,
-            size_label: file.get(key::SIZE_LABEL)?,
-            finetune: optional(file, key::FINETUNE)?,
-            version: file.get(key::VERSION)?,
-            file_type: file.get(key::FILE_TYPE)?,
-            license: optional(file, key::LICENSE)?,
-        })
-    }
-
-    fn write(&self, to: &mut Header) {
-        to.set(key::NAME, self.name.clone());
-        to.set(key::BASENAME, self.basename.clone());
-        to.set(key::SIZE_LABEL, self.size_label.clone());
-        if let Some(finetune) = &self.finetune {
-            to.set(key::FINETUNE, finetune.clone());
-        }
-        to.set(key::VERSION, self.version.clone());
-        to.set(key::FILE_TYPE, self.file_type);
-        to.set(key::QUANTIZATION_VERSION, QUANTIZATION_VERSION);
-        if let Some(license) = &self.license {
-            to.set(key::LICENSE, license.clone());
-        }
-    }
 }
 
 impl TowerConfig {

@@ -55,7 +55,10 @@ mod vision;
 pub mod format {}
 
 pub use action::{ActionSpace, Dataset, Statistics};
-pub use config::{ARCHITECTURE, Config, General, LlamaConfig, TowerConfig};
+pub use config::{
+    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig, Source,
+    TowerConfig,
+};
 pub use decode::decode;
 pub use error::{Error, Result};
 pub use image;

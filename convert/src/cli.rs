@@ -3,6 +3,7 @@
 mod convert;
 mod example;
 mod export;
+mod inspect;
 mod verify;
 
 use anyhow::Result;
@@ -23,6 +24,7 @@ pub struct Args {
 enum Command {
     Verify(verify::Verify),
     ExportLlama(export::ExportLlama),
+    Inspect(inspect::Inspect),
 }
 
 /// Runs what was asked for.
@@ -30,6 +32,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::ExportLlama(args)) => export::run(&args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
 }

@@ -3,11 +3,12 @@
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
-use openvla::{Config, General, Normalize, Preprocess, Resize, Statistics};
+use openvla::{BaseModel, Config, General, Normalize, Preprocess, Resize, Source, Statistics};
 
+use crate::cards;
 use crate::names::{Layout, Shapes};
 use crate::plan::Encoding;
-use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, ResizeSize};
+use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, Origin, ResizeSize};
 use crate::tokenizer;
 
 /// Pillow's number for bicubic.
@@ -29,6 +30,8 @@ pub fn describe(
     let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
     let preprocess = preprocess(&files.preprocessor, layout)
         .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
+    let statistics = Statistics::parse(files.statistics.clone())
+        .context("dataset_statistics.json, or else config.json's norm_stats")?;
     let config = Config {
         general: general(files, shapes, layout, encoding),
         preprocess,
@@ -39,8 +42,8 @@ pub fn describe(
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
         vocabulary,
         actions: hf.actions()?,
-        statistics: Statistics::parse(files.statistics.clone())
-            .context("dataset_statistics.json, or else config.json's norm_stats")?,
+        cards: cards::cards(&statistics),
+        statistics,
     };
     config.check()?;
     ensure!(
@@ -121,7 +124,7 @@ fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
     Ok(Preprocess { size: height, resize, towers })
 }
 
-/// ref: `docs/gguf.md`, "GGUF Naming Convention"
+/// ref: `docs/gguf.md`, "GGUF Naming Convention" and "General metadata"
 fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) -> General {
     let n_param: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     let size_label = match n_param {
@@ -131,20 +134,62 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     };
     let single = layout.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
-    let finetune = finetune(&files.name);
+    let finetune = finetune(files.adapter.as_ref().unwrap_or(&files.name));
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+    // Both backbones that have a prompt, Llama-2 and Vicuna 1.5, are under Llama 2's licence, and
+    // what derives from them inherits it, whatever a model card says.
+    // ref: README of openvla/openvla, "License"
+    let text = |text: &str| Some(text.to_owned());
     General {
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
-        license: ["llama2", "vicuna"]
-            .iter()
-            .any(|llm| files.config.llm_backbone_id.starts_with(llm))
-            .then(|| "llama2".to_owned()),
+        description: text("Robot policy: a camera image and an instruction in, a motion out."),
+        organization: finetune.is_none().then(|| "OpenVLA".to_owned()),
+        license: text("llama2"),
+        license_name: text(
+            "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
+        ),
+        license_link: text("https://ai.meta.com/llama/license/"),
+        repo_url: text("https://github.com/openvla/openvla"),
+        source: files.origin.as_ref().map(source).unwrap_or_default(),
+        base_models: match finetune {
+            Some(_) => base_models(&size_label, &version),
+            None => Vec::new(),
+        },
+        tags: ["robotics", "vla", "vision-language-action", "openvla"].map(String::from).to_vec(),
+        languages: vec!["en".to_owned()],
+        converter_version: text(env!("CARGO_PKG_VERSION")),
         size_label,
         finetune,
         version,
         file_type: encoding.file_type,
     }
+}
+
+fn source(origin: &Origin) -> Source {
+    let Origin { repository, revision } = origin.clone();
+    let url = Some(format!("https://huggingface.co/{repository}"));
+    Source {
+        url: url.clone(),
+        repo_url: url,
+        repository: Some(repository),
+        revision: Some(revision),
+    }
+}
+
+/// What a fine-tune of this size and version can only have been tuned from.
+fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
+    let repository = match (size_label, version) {
+        ("7B", "v1.0") => "openvla/openvla-7b",
+        ("7B", "v0.1") => "openvla/openvla-v01-7b",
+        _ => return Vec::new(),
+    };
+    vec![BaseModel {
+        name: "OpenVLA 7B".to_owned(),
+        version: Some(version.to_owned()),
+        organization: Some("OpenVLA".to_owned()),
+        repo_url: Some(format!("https://huggingface.co/{repository}")),
+    }]
 }
 
 /// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
@@ -168,9 +213,29 @@ mod tests {
             ("openvla-7b", None),
             ("openvla-v01-7b", None),
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
+            ("openvla-7b+my_data+b16+lora-r32", Some("my-data-b16-lora-r32")),
             ("my_robot--run.3", Some("my-robot-run-3")),
         ] {
             assert_eq!(finetune(name).as_deref(), wanted, "{name}");
         }
+    }
+
+    #[test]
+    fn only_models_of_the_published_size_have_a_known_base() {
+        let url = |size, version| base_models(size, version).pop()?.repo_url;
+        let published = |name| Some(format!("https://huggingface.co/openvla/{name}"));
+        assert_eq!(url("7B", "v1.0"), published("openvla-7b"));
+        assert_eq!(url("7B", "v0.1"), published("openvla-v01-7b"));
+        assert_eq!(url("424K", "v1.0"), None);
+    }
+
+    #[test]
+    fn a_repository_is_a_source() {
+        let (repository, revision) = ("openvla/openvla-7b".to_owned(), "47a0ec7".to_owned());
+        let origin = Origin { repository, revision };
+        let source = source(&origin);
+        assert_eq!(source.url.as_deref(), Some("https://huggingface.co/openvla/openvla-7b"));
+        assert_eq!(source.repository, Some(origin.repository));
+        assert_eq!(source.revision, Some(origin.revision));
     }
 }

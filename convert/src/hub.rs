@@ -38,31 +38,13 @@ pub enum Content {
     Adapter,
 }
 
-/// A folder to convert.
-#[derive(Debug)]
-pub struct Location {
-    /// The folder.
-    pub dir: PathBuf,
-    /// Where the Hub has it, if it came from there.
-    pub origin: Option<Origin>,
-}
-
-/// A repository of the Hub at one commit.
-#[derive(Debug)]
-pub struct Origin {
-    /// `user/repo`
-    pub repository: String,
-    /// The commit's hash.
-    pub revision: String,
-}
-
 /// The folder that `source` names, else the repository, which is fetched into the cache.
 ///
 /// # Errors
 /// Says what is neither, what the repository lacks, and why the Hub does not answer.
-pub fn locate(source: &Path, content: Content) -> Result<Location> {
+pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
     if source.exists() {
-        return Ok(Location { dir: source.to_owned(), origin: None });
+        return Ok(source.to_owned());
     }
     let shown = source.display();
     let id = source.to_str().and_then(Id::parse).with_context(|| {
@@ -111,11 +93,6 @@ impl<'a> Id<'a> {
     fn repo(&self) -> Repo {
         Repo::with_revision(self.repository.to_owned(), RepoType::Model, self.revision.to_owned())
     }
-
-    fn at(&self, revision: &str, dir: PathBuf) -> Location {
-        let (repository, revision) = (self.repository.to_owned(), revision.to_owned());
-        Location { dir, origin: Some(Origin { repository, revision }) }
-    }
 }
 
 impl Content {
@@ -158,24 +135,22 @@ impl Content {
 }
 
 /// What the cache has of a revision.
-fn cached(cache: &Cache, id: &Id, content: Content) -> Result<Location> {
+fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
     let repo = cache.repo(id.repo());
     let by_branch =
         repo.get(content.needed()[0][0]).and_then(|file| Some(file.parent()?.to_owned()));
     let by_commit = Some(repo.pointer_path(id.revision)).filter(|dir| dir.is_dir());
-    let dir = by_branch.or(by_commit).with_context(|| {
+    by_branch.or(by_commit).with_context(|| {
         format!(
             "HF_HUB_OFFLINE is set, and {} has nothing of its revision {}",
             cache.path().display(),
             id.revision
         )
-    })?;
-    let commit = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(id.at(&commit, dir))
+    })
 }
 
 /// Downloads what the cache lacks.
-fn fetch(cache: &Cache, id: &Id, content: Content) -> Result<Location> {
+fn fetch(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
     let hub = Hub::from_env(cache);
     let listing = hub.list(id.repository, id.revision)?;
     let find = |name: &str| listing.siblings.iter().find(|file| file.rfilename == name);
@@ -204,5 +179,5 @@ fn fetch(cache: &Cache, id: &Id, content: Content) -> Result<Location> {
     if id.revision != listing.sha {
         repo.create_ref(&listing.sha)?;
     }
-    Ok(id.at(&listing.sha, snapshot.dir))
+    Ok(snapshot.dir)
 }

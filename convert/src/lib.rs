@@ -7,6 +7,7 @@
 //! | [`lora`] | an adapter's folder, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
+//! | [`cards`] | what each number of a motion is, as far as that is known |
 //! | [`plan`] | which type each tensor gets |
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert |
@@ -15,14 +16,17 @@
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`export`] | a file's Llama to a file for llama.cpp |
+//! | [`inspect`] | the way back: what a file says and holds |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod beside;
+pub mod cards;
 pub mod describe;
 pub mod export;
 pub mod hub;
 pub mod imatrix;
+pub mod inspect;
 pub mod interrupt;
 pub mod lora;
 pub mod names;
@@ -120,6 +124,7 @@ impl Conversion {
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
         let adapter = options.adapter.as_deref();
+        source.files.adapter = adapter.map(source::name).transpose()?;
         let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
         if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
             source.files.statistics = statistics;

@@ -93,8 +93,8 @@ const BLOCK: usize = 32;
 /// The part of the model that a tensor of the file belongs to, for people.
 pub fn component(name: &str) -> &str {
     match name.split('.').next().unwrap_or(name) {
-        "blk" | "output_norm" => "Llama",
-        "token_embd" => "embedding",
+        "blk" | "output_norm" => "llama",
+        "token_embd" => "token_embedding",
         "output" => "head",
         itself => itself,
     }

@@ -227,7 +227,7 @@ pub fn summary(plan: &[Planned]) -> String {
         *bytes += planned.bytes();
     }
     let line = |what: &str, dtype: &str, n: usize, bytes: usize| {
-        format!("{what:<12} {dtype:<6} {n:>5} tensors {bytes:>14} bytes\n")
+        format!("{what:<15} {dtype:<6} {n:>5} tensors {bytes:>14} bytes\n")
     };
     let lines = groups.iter().map(|((what, dtype), (n, bytes))| {
         let dtype = dtype.to_string();

@@ -151,6 +151,15 @@ pub struct NormalizeParams {
     pub std: [f32; 3],
 }
 
+/// A repository of the Hugging Face Hub at one commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// `openvla/openvla-7b`
+    pub repository: String,
+    /// The commit's hash.
+    pub revision: String,
+}
+
 /// What a checkpoint folder holds beside its tensors.
 pub struct Files {
     /// The folder.
@@ -158,6 +167,10 @@ pub struct Files {
     /// What the checkpoint is called: as its folder, or as its repository if the folder is a
     /// snapshot in the Hub's cache, which is named after a commit.
     pub name: String,
+    /// Where it was downloaded from, if that is known.
+    pub origin: Option<Origin>,
+    /// What the LoRA adapter is called that is merged into it.
+    pub adapter: Option<String>,
     /// `config.json`
     pub config: HfConfig,
     /// `preprocessor_config.json`
@@ -187,22 +200,44 @@ impl Files {
         let config: HfConfig = read_json(&dir.join("config.json"))?;
         let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
         let statistics = read_statistics(dir, &config)?;
-        Ok(Self { dir: dir.to_owned(), name: name(dir)?, config, preprocessor, statistics })
+        Ok(Self {
+            dir: dir.to_owned(),
+            name: name(dir)?,
+            origin: origin(dir)?,
+            adapter: None,
+            config,
+            preprocessor,
+            statistics,
+        })
     }
 }
 
-/// A snapshot in the Hub's cache is `models--USER--REPO/snapshots/COMMIT`.
-fn name(dir: &Path) -> Result<String> {
+/// Where the Hub has what is in a folder: a snapshot in its cache is
+/// `models--USER--REPO/snapshots/COMMIT`.
+///
+/// # Errors
+/// If there is no such folder.
+pub fn origin(dir: &Path) -> Result<Option<Origin>> {
     let dir = dir.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;
     let folders: Vec<_> = dir.iter().rev().take(3).map(|name| name.to_string_lossy()).collect();
-    Ok(match folders.as_slice() {
-        [_, snapshots, repository]
-            if snapshots == "snapshots" && repository.starts_with("models--") =>
-        {
-            repository.rsplit("--").next().unwrap_or_default().to_owned()
-        }
-        folders => folders[0].clone().into_owned(),
-    })
+    let [revision, snapshots, repository] = folders.as_slice() else { return Ok(None) };
+    let repository = repository.strip_prefix("models--").filter(|_| snapshots == "snapshots");
+    Ok(repository.map(|repository| Origin {
+        repository: repository.replace("--", "/"),
+        revision: revision.clone().into_owned(),
+    }))
+}
+
+/// What a folder is called: as its repository if the Hub has it, whichever way it was named.
+///
+/// # Errors
+/// If there is no such folder.
+pub fn name(dir: &Path) -> Result<String> {
+    if let Some(Origin { repository, .. }) = origin(dir)? {
+        return Ok(repository.rsplit('/').next().unwrap_or_default().to_owned());
+    }
+    let dir = dir.canonicalize()?;
+    Ok(dir.file_name().unwrap_or_default().to_string_lossy().into_owned())
 }
 
 impl Source {

@@ -64,7 +64,7 @@ fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
     let total: u64 = all.split_whitespace().nth(3).unwrap().parse().unwrap();
     let cache = 2 * 2 * 64 * 2 * (256 + 64); // f16 keys and values of 64 channels and 2 layers
     assert!(said.contains(&format!("{total} bytes of weights, {cache} of keys and values")));
-    assert!(said.contains("Llama        IQ4_NL    12 tensors"), "{said}");
+    assert!(said.contains("llama           IQ4_NL    12 tensors"), "{said}");
     assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
     let built_in = std::fs::metadata(example().join("example.gguf")).unwrap().len();
     assert!(total < built_in && total > built_in * 9 / 10, "{total} of {built_in}");
@@ -86,14 +86,14 @@ fn types_of_single_tensors_can_be_chosen() {
     let (flag, second) = ("--tensor-type", "^blk\\.1\\.ffn=Q8_0");
     let (plain, chosen) =
         (planned(&["--outtype", "F16"]), planned(&["--outtype", "F16", flag, second]));
-    assert!(plain.contains(&"Llama F16 14".into()), "{plain:?}");
-    assert!(chosen.contains(&"Llama F16 11".into()) && chosen.contains(&"Llama Q8_0 3".into()));
+    assert!(plain.contains(&"llama F16 14".into()), "{plain:?}");
+    assert!(chosen.contains(&"llama F16 11".into()) && chosen.contains(&"llama Q8_0 3".into()));
     let last = planned(&["--outtype", "F16", flag, second, flag, "ffn_down=BF16"]);
     assert!(
-        last.contains(&"Llama BF16 2".into()) && last.contains(&"Llama Q8_0 2".into()),
+        last.contains(&"llama BF16 2".into()) && last.contains(&"llama Q8_0 2".into()),
         "{last:?}"
     );
-    let norms = |plan: &[String]| plan.iter().any(|line| line == "Llama F32 5");
+    let norms = |plan: &[String]| plan.iter().any(|line| line == "llama F32 5");
     assert!(norms(&planned(&[flag, "blk=Q8_0"])), "norms have no choice");
 
     let dir = tempfile::tempdir().unwrap();

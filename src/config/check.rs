@@ -1,6 +1,6 @@
 //! What graphs and arithmetic rely on, held against a [`Config`] before anything uses it.
 
-use super::{Config, key};
+use super::{Config, cards, key};
 use crate::action::ActionSpace;
 use crate::preprocess::{self, Normalize};
 use crate::{Error, Result};
@@ -48,7 +48,8 @@ impl Config {
             let (q, kv) = (key::N_HEAD, key::N_HEAD_KV);
             format!("`{q}` is {} and `{kv}` {} for {} channels", l.n_head, l.n_head_kv, l.dim)
         })?;
-        self.check_ids()
+        self.check_ids()?;
+        cards::check(&self.cards, &self.statistics)
     }
 
     /// Each number by itself: it may be a divisor, and decides how much is allocated.

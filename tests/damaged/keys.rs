@@ -6,10 +6,21 @@ use openvla_kernels::{Array, Value};
 
 use crate::model::{Model, Outcome, memory_stayed_small, refused, sound};
 
-/// Keys that a file may lack: for people, or for another way to resize.
-const OPTIONAL: [&str; 3] = ["general.finetune", "general.license", "general.quantization_version"];
-/// Nobody here reads it; other programs do.
-const UNREAD: &str = "general.quantization_version";
+/// Keys that a file may lack: for people.
+const OPTIONAL: [&str; 12] = [
+    "general.description",
+    "general.finetune",
+    "general.languages",
+    "general.license",
+    "general.license.link",
+    "general.license.name",
+    "general.organization",
+    "general.quantization_version",
+    "general.repo_url",
+    "general.tags",
+    "openvla.action_cards",
+    "openvla.converter.version",
+];
 
 const VARIANTS: [Variant; 2] = [Variant::OpenVla, Variant::V01];
 
@@ -40,7 +51,7 @@ fn every_key_is_named_when_it_is_of_another_kind() {
         Value::Array(Array::U32(vec![1])),
         Value::U64(1),
     ];
-    for (key, value) in model.metadata.iter().filter(|(key, _)| *key != UNREAD) {
+    for (key, value) in &model.metadata {
         let kind = |value: &Value| match value {
             Value::Array(array) => {
                 (std::mem::discriminant(value), Some(std::mem::discriminant(array)))
@@ -93,6 +104,7 @@ fn sizes_of_image_and_llama_that_cannot_be_are_refused_by_name() {
     let model = sound(Variant::OpenVla);
     let n = Value::U32;
     for (key, value, wanted) in [
+        ("general.quantization_version", n(3), "`general.quantization_version` is 3; this version"),
         ("openvla.format_version", n(0), "`openvla.format_version` is 0; this version reads 1"),
         ("openvla.format_version", n(2), "`openvla.format_version` is 2"),
         ("openvla.image.size", n(0), "`openvla.image.size` is 0, not 14 to 1024"),
@@ -216,6 +228,11 @@ fn words_that_cannot_be_are_refused() {
         (
             text("openvla.statistics", &format!("{{\"d\":{}", "{\"action\":".repeat(999))),
             "recursion",
+        ),
+        (text("openvla.action_cards", "no json"), "its action cards (`openvla.action_cards`): exp"),
+        (
+            text("openvla.action_cards", r#"{"d": {"dimensions": []}}"#),
+            "that of `d` disagrees with the statistics",
         ),
         (v01.with("openvla.image.letterbox_fill", vec![0, 0]), "letterbox_fill` is [0, 0]"),
         (v01.with("openvla.image.letterbox_fill", vec![0, 256, 0]), "three bytes are needed"),

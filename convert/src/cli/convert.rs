@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::ArgGroup;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
+use openvla_convert::source::{Origin, origin};
 use openvla_convert::{Conversion, Options};
 
 use super::example;
@@ -107,8 +108,8 @@ impl Convert {
 
 /// A folder, fetched from the Hub unless there is one of that name.
 fn folder(source: &Path, content: Content) -> Result<PathBuf> {
-    let hub::Location { dir, origin } = hub::locate(source, content)?;
-    if let Some(hub::Origin { repository, revision }) = origin {
+    let dir = hub::locate(source, content)?;
+    if let Some(Origin { repository, revision }) = origin(&dir)? {
         eprintln!("{repository} is at {revision}");
     }
     Ok(dir)

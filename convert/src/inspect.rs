@@ -1,0 +1,177 @@
+//! What a model file says and holds: the facts behind `openvla-convert inspect`.
+//!
+//! [`Report`] is what `--json` prints, one object with these names, which do not change:
+//!
+//! | name | what |
+//! |---|---|
+//! | `file`, `file_bytes` | the path as it was given; its size |
+//! | `type` | the name of `general.file_type`, such as "Q8_0"; null if this version has none |
+//! | `general` | `openvla::General`: `name`, `version`, `license`, `source`, … |
+//! | `parameters`, `tensor_bytes` | of all tensors, zeros of padding included |
+//! | `tensors` | by component and type: `component`, `type`, `tensors`, `parameters`, `bytes` |
+//! | `image` | `size`, `patch_size`, `resize`, `letterbox_fill`, `towers` of `name`, `mean`, `std` |
+//! | `prompt` | `template`, `suffix_token_id`, `context_length` |
+//! | `actions` | `token_end`, `token_count` |
+//! | `datasets` | action cards by data set: `dimensions` of `name`, `unit`, `q01`, `q99`, |
+//! | | `normalised`; `gripper` of `open`, `closed`; `rate_hz`; `note`. Unknown is absent |
+//! | `checksums`, `reference_cases` | whether the file carries them |
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use openvla::{ActionCard, Config, General, Resize, Statistics};
+use openvla_kernels::Gguf;
+use serde::Serialize;
+
+use crate::cards;
+use crate::names::component;
+use crate::plan::Encoding;
+
+/// What a model file says and holds. The fields' names are those of the module's table.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Report {
+    pub file: String,
+    pub file_bytes: u64,
+    pub r#type: Option<&'static str>,
+    pub general: General,
+    pub parameters: u64,
+    pub tensor_bytes: u64,
+    pub tensors: Vec<Component>,
+    pub image: Image,
+    pub prompt: Prompt,
+    pub actions: Actions,
+    pub datasets: BTreeMap<String, ActionCard>,
+    pub checksums: bool,
+    pub reference_cases: bool,
+    /// Finds a data set by the name that users type.
+    #[serde(skip)]
+    pub statistics: Statistics,
+}
+
+/// The tensors of one part of the model that are of one type.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Component {
+    /// A tower's name, `projector`, `token_embedding`, `llama`, `head` or `others`.
+    pub component: String,
+    pub r#type: String,
+    pub tensors: u64,
+    pub parameters: u64,
+    pub bytes: u64,
+}
+
+/// How an image becomes planes.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Image {
+    pub size: u32,
+    pub patch_size: usize,
+    pub resize: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub letterbox_fill: Option<[u8; 3]>,
+    pub towers: Vec<Tower>,
+}
+
+/// How one tower's planes are normalised.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Tower {
+    pub name: String,
+    pub mean: [f32; 3],
+    pub std: [f32; 3],
+}
+
+/// How an instruction becomes ids.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Prompt {
+    pub template: String,
+    pub suffix_token_id: u32,
+    pub context_length: usize,
+}
+
+/// Which ids are motions.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Actions {
+    pub token_end: u32,
+    pub token_count: u32,
+}
+
+/// Reads a model file. Its tensors' data are not looked at.
+///
+/// # Errors
+/// What is damaged, or that it is a file of another model.
+pub fn inspect(path: &Path) -> Result<Report> {
+    let file = Gguf::open(path)?;
+    let config = Config::read(&file)?;
+    let tensors = components(&file);
+    let has = |prefix: &str| file.metadata().keys().any(|key| key.starts_with(prefix));
+    let file_type = config.general.file_type;
+    Ok(Report {
+        file: path.display().to_string(),
+        file_bytes: file.bytes().len() as u64,
+        r#type: Encoding::ALL.iter().find(|e| e.file_type == file_type).map(|e| e.name),
+        parameters: tensors.iter().map(|group| group.parameters).sum(),
+        tensor_bytes: tensors.iter().map(|group| group.bytes).sum(),
+        tensors,
+        image: image(&config),
+        prompt: Prompt {
+            template: config.prompt.template,
+            suffix_token_id: config.prompt.suffix,
+            context_length: config.llama.n_ctx,
+        },
+        actions: Actions { token_end: config.actions.end, token_count: config.actions.n_bin },
+        // A file that was written before there were cards still has the statistics they start from.
+        datasets: match config.cards.is_empty() {
+            true => cards::cards(&config.statistics),
+            false => config.cards,
+        },
+        checksums: has("openvla.checksum"),
+        reference_cases: has("openvla.proof"),
+        general: config.general,
+        statistics: config.statistics,
+    })
+}
+
+fn image(config: &Config) -> Image {
+    let (resize, letterbox_fill) = match config.preprocess.resize {
+        Resize::Naive => ("resize-naive", None),
+        Resize::Crop => ("resize-crop", None),
+        Resize::Letterbox { fill } => ("letterbox", Some(fill)),
+    };
+    let towers = config.towers.iter().zip(&config.preprocess.towers);
+    Image {
+        size: config.preprocess.size,
+        patch_size: config.patch_size,
+        resize,
+        letterbox_fill,
+        towers: towers
+            .map(|(tower, planes)| Tower {
+                name: tower.name.clone(),
+                mean: planes.mean,
+                std: planes.std,
+            })
+            .collect(),
+    }
+}
+
+/// Tensors by part and type, in the order of the file.
+fn components(file: &Gguf) -> Vec<Component> {
+    let mut groups: Vec<Component> = Vec::new();
+    for info in file.tensors() {
+        let (component, dtype) = (component(&info.name).to_owned(), info.dtype.to_string());
+        let same = |group: &Component| group.component == component && group.r#type == dtype;
+        let i = groups.iter().position(same).unwrap_or_else(|| {
+            let empty = Component { component, r#type: dtype, tensors: 0, parameters: 0, bytes: 0 };
+            groups.push(empty);
+            groups.len() - 1
+        });
+        groups[i].tensors += 1;
+        groups[i].parameters += info.shape.iter().product::<usize>() as u64;
+        groups[i].bytes += info.range.len() as u64;
+    }
+    groups
+}

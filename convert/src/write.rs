@@ -1,12 +1,13 @@
 //! Runs a plan: reads a tensor, sorts and pads its rows, converts them on all cores, writes them.
 
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 use openvla_kernels::{ALIGNMENT, DType, Header};
+use tempfile::NamedTempFile;
 
 use crate::imatrix::Importance;
 use crate::lora::{Adapter, Delta};
@@ -32,35 +33,64 @@ pub fn write(
     out: &Path,
     progress: &ProgressBar,
 ) -> Result<()> {
-    let folder = match out.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let failed = || format!("cannot write {}", out.display());
-    ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
-    // Such as /dev/null, which would be replaced.
-    let replaceable = std::fs::metadata(out).map_or(true, |there| there.is_file());
-    ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
-    let temporary = tempfile::Builder::new()
-        .prefix(".openvla-")
-        .suffix(".gguf.part")
-        .permissions(permissions())
-        .tempfile_in(folder)
-        .with_context(|| format!("cannot write into {}", folder.display()))?;
-    let mut file = std::io::BufWriter::new(temporary);
-    file.write_all(&header.encode()).with_context(failed)?;
+    let mut file = Beside::create(out)?;
+    file.append(&header.encode())?;
     for planned in plan {
         let bytes = convert(from, planned)
             .with_context(|| format!("cannot convert {}", planned.part.sources.join(" + ")))?;
-        file.write_all(&bytes).with_context(failed)?;
-        let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
-        file.write_all(&[0; ALIGNMENT][..padding]).with_context(failed)?;
+        file.append(&bytes)?;
         progress.inc(bytes.len() as u64);
     }
-    let temporary = file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
-    temporary.as_file().sync_all().with_context(failed)?;
-    temporary.persist(out).map_err(|e| e.error).with_context(failed)?;
-    Ok(())
+    file.finish()
+}
+
+/// A file that is written beside its place; dropped, it leaves no trace.
+pub(crate) struct Beside<'a> {
+    out: &'a Path,
+    file: BufWriter<NamedTempFile>,
+}
+
+impl<'a> Beside<'a> {
+    /// Starts a file that will be at `out`.
+    pub fn create(out: &'a Path) -> Result<Self> {
+        let folder = match out.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
+        // Such as /dev/null, which would be replaced.
+        let replaceable = std::fs::metadata(out).map_or(true, |there| there.is_file());
+        ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
+        let file = tempfile::Builder::new()
+            .prefix(".openvla-")
+            .suffix(".gguf.part")
+            .permissions(permissions())
+            .tempfile_in(folder)
+            .with_context(|| format!("cannot write into {}", folder.display()))?;
+        Ok(Self { out, file: BufWriter::new(file) })
+    }
+
+    /// Adds bytes, and zeros up to [`ALIGNMENT`].
+    pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
+        for bytes in [bytes, &[0; ALIGNMENT][..padding]] {
+            self.file.write_all(bytes).with_context(|| cannot_write(self.out))?;
+        }
+        Ok(())
+    }
+
+    /// Moves the file to its place, whole and on the disk.
+    pub fn finish(self) -> Result<()> {
+        let failed = || cannot_write(self.out);
+        let file = self.file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
+        file.as_file().sync_all().with_context(failed)?;
+        file.persist(self.out).map_err(|e| e.error).with_context(failed)?;
+        Ok(())
+    }
+}
+
+fn cannot_write(out: &Path) -> String {
+    format!("cannot write {}", out.display())
 }
 
 /// A model is no secret: as any new file, not as a temporary one.

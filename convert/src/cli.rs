@@ -1,6 +1,7 @@
 //! Arguments of the program, and which command they are for.
 
 mod convert;
+mod imatrix;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -16,12 +17,14 @@ pub struct Args {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Imatrix(imatrix::Imatrix),
+}
 
 /// Runs what was asked for.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Some(command) => match command {},
+        Some(Command::Imatrix(args)) => imatrix::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
 }

@@ -10,9 +10,11 @@
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert, write |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
+//! | [`calibrate`] | a file and robot prompts to such an importance matrix |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
+pub mod calibrate;
 pub mod describe;
 pub mod imatrix;
 pub mod lora;

@@ -7,9 +7,10 @@
 //! Each stage is a graph that is built once. [`crate::OpenVla`] runs them in order; tests and
 //! benches run them one by one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use openvla_kernels::{Backend, DType, Gguf, Graph, State, Weights, shape};
+use openvla_kernels::{Backend, DType, Gguf, Graph, Observer, Squares, State, Weights, shape};
 
 use crate::Result;
 use crate::config::Config;
@@ -25,6 +26,7 @@ pub struct Network {
     vision: Graph,
     projector: Graph,
     llama: Llama,
+    observer: Observer,
 }
 
 impl Network {
@@ -34,7 +36,21 @@ impl Network {
     /// [`crate::Error::Kernels`] names a tensor that is missing, left over or of another shape, or
     /// what the device lacks.
     pub fn load(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
+        Self::new(Weights::load(file, backend)?, config, backend)
+    }
+
+    /// The same, which also sees what each matrix is multiplied by: [`Network::squares`]. It needs
+    /// memory for all activations of a stage together, about a gigabyte for openvla-7b.
+    ///
+    /// # Errors
+    /// As [`Network::load`].
+    pub fn observed(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let mut weights = Weights::load(file, backend)?;
+        let observer = weights.observe();
+        Ok(Self { observer, ..Self::new(weights, config, backend)? })
+    }
+
+    fn new(mut weights: Weights, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let vision = Vision::load(&mut weights, config)?;
         let projector = Projector::load(&mut weights, config)?;
         let llama = Llama::load(&mut weights, config, backend)?;
@@ -50,7 +66,8 @@ impl Network {
         let projector = Graph::build(backend, projector.max_nodes(), |g| {
             g.store(projector.build(g, g.state(&features)), &soft);
         })?;
-        Ok(Self { planes, features, soft, vision, projector, llama })
+        let observer = Observer::default();
+        Ok(Self { planes, features, soft, vision, projector, llama, observer })
     }
 
     /// Vision: normalised planes `[size, size, 3 · n_tower]` to patch features.
@@ -102,6 +119,11 @@ impl Network {
     /// no row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
         self.llama.step(token)
+    }
+
+    /// What each matrix was multiplied by so far, if the network is [`Network::observed`].
+    pub fn squares(&self) -> BTreeMap<String, Squares> {
+        self.observer.squares()
     }
 
     /// What vision left for the projector: `[Σ dim, n_patch]`.

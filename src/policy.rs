@@ -21,12 +21,14 @@ pub struct Options {
     pub n_threads: usize,
     /// What a token may be.
     pub decoding: Decoding,
+    /// Whether the networks note what their weights are multiplied by: see [`Network::observed`].
+    pub observe: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { n_threads, decoding: Decoding::default() }
+        Self { n_threads, decoding: Decoding::default(), observe: false }
     }
 }
 
@@ -117,7 +119,8 @@ impl OpenVla {
         let config = Config::read(file)?;
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
         let backend = Backend::cpu(options.n_threads)?;
-        let network = Network::load(file, &config, &backend)?;
+        let load = if options.observe { Network::observed } else { Network::load };
+        let network = load(file, &config, &backend)?;
         Ok(Self { config, tokenizer, network, decoding: options.decoding })
     }
 

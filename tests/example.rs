@@ -192,10 +192,14 @@ fn the_built_in_model_is_the_example() {
     let (fresh, built_in) =
         (Gguf::open(&fresh).unwrap(), Gguf::open(&example().join("example.gguf")).unwrap());
     let again = "openvla-convert --q4 example/openvla-example -o example/example.gguf writes it";
-    for (key, value) in fresh.metadata() {
-        assert!(built_in.metadata().get(key) == Some(value), "{key} differs; {again}");
+    // What was computed, as bytes below, may round differently.
+    let stated =
+        |key: &&String| !["openvla.proof.", "openvla.checksum."].iter().any(|p| key.starts_with(p));
+    let keys = |file: &Gguf| file.metadata().keys().filter(stated).cloned().collect::<Vec<_>>();
+    assert_eq!(keys(&fresh), keys(&built_in), "{again}");
+    for key in keys(&fresh) {
+        assert!(built_in.metadata()[&key] == fresh.metadata()[&key], "{key} differs; {again}");
     }
-    assert_eq!(fresh.metadata().len(), built_in.metadata().len(), "{again}");
     assert_eq!(fresh.tensors(), built_in.tensors(), "{again}");
     // Bytes may differ by the rounding of a processor's fused multiply-add, values hardly.
     for t in fresh.tensors() {

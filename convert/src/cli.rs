@@ -3,6 +3,7 @@
 mod convert;
 mod example;
 mod export;
+mod imatrix;
 mod inspect;
 mod verify;
 
@@ -25,6 +26,7 @@ enum Command {
     Verify(verify::Verify),
     ExportLlama(export::ExportLlama),
     Inspect(inspect::Inspect),
+    Imatrix(imatrix::Imatrix),
 }
 
 /// Runs what was asked for.
@@ -33,6 +35,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::ExportLlama(args)) => export::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Imatrix(args)) => imatrix::run(&args),
         None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
     }
 }

@@ -71,6 +71,10 @@ fn numbers(file: &Gguf, tensor: &TensorInfo) -> Result<Vec<f32>> {
     Ok(DType::F32.decode(&file.bytes()[tensor.range.clone()]))
 }
 
+/// The least importance. With none at all, ggml makes blocks of zeros of columns that calibration
+/// did not reach.
+const LEAST: f64 = 1e-9;
+
 /// Only ratios count, and numbers near 1 keep ggml's arithmetic far from overflow. `None` if
 /// nothing was ever multiplied by the tensor, or only zeros.
 fn normalized(name: &str, sums: Vec<f32>, count: f32) -> Result<Option<Vec<f32>>> {
@@ -80,6 +84,6 @@ fn normalized(name: &str, sums: Vec<f32>, count: f32) -> Result<Option<Vec<f32>>
         "its {name}{SUMS} holds numbers that no sum is"
     );
     let mean = sums.iter().map(|x| f64::from(*x)).sum::<f64>() / sums.len() as f64;
-    let ratios = || sums.iter().map(|x| (f64::from(*x) / mean) as f32).collect();
+    let ratios = || sums.iter().map(|x| (f64::from(*x) / mean).max(LEAST) as f32).collect();
     Ok((mean > 0.0 && count > 0.0).then(ratios))
 }

@@ -16,11 +16,13 @@
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`export`] | a file's Llama to a file for llama.cpp |
+//! | [`calibrate`] | a file and robot prompts to an importance matrix |
 //! | [`inspect`] | the way back: what a file says and holds |
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
 pub mod beside;
+pub mod calibrate;
 pub mod cards;
 pub mod describe;
 pub mod export;

@@ -66,7 +66,7 @@ fn people_read_what_a_file_is_and_holds() {
         "tuned for   libero-spatial\n".to_owned(),
         "licence     llama2, Llama 2 Community License".to_owned(),
         format!("converter   openvla-convert {}\n", env!("CARGO_PKG_VERSION")),
-        "checksums   none\n".to_owned(),
+        "checksums   in the file\n".to_owned(),
         "  llama           IQ4_NL       14        69,632   38.25 KiB\n".to_owned(),
         "image: 224 x 224 by resize-naive, patches of 14\n".to_owned(),
         r"prompt: In: What action should the robot take to {instruction}?\nOut:, then id"
@@ -108,7 +108,7 @@ fn programs_read_the_same() {
     let wanted = json!({"name": "x", "unit": "as recorded", "q01": -0.0262, "q99": 0.0281,
                         "normalised": true});
     assert_eq!(*x, wanted);
-    assert_eq!([&found["checksums"], &found["reference_cases"]], [false, false]);
+    assert_eq!([&found["checksums"], &found["reference_cases"]], [true, false]);
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! One stage's computation: built once with fixed shapes, allocated once, run many times.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
 use crate::memory::{Home, Place};
+use crate::observer::{Observed, Sink};
 use crate::{Backend, Error, Result, State, Tensor, Weight};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
@@ -15,6 +17,7 @@ pub struct Graph {
     context: NonNull<sys::ggml_context>,
     allocator: NonNull<sys::ggml_gallocr>,
     backend: Arc<Backend>,
+    observed: Vec<Observed>,
     /// Weights and states that nodes point to.
     _homes: Vec<Arc<Home>>,
 }
@@ -38,19 +41,21 @@ impl Graph {
     ) -> Result<Self> {
         let builder = Builder::new(backend, max_nodes);
         build(&builder);
-        let Builder { raw, context, homes, .. } = builder;
+        let Builder { raw, context, homes, observed, .. } = builder;
         // SAFETY: the buffer type of a live backend is never freed.
         let allocator = unsafe {
             sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend.raw()))
         };
         let allocator = NonNull::new(allocator).expect("ggml allocates a small struct");
-        let (backend, _homes) = (backend.clone(), homes.into_inner());
-        let graph = Self { raw, context, allocator, backend, _homes };
+        let (backend, observed, _homes) =
+            (backend.clone(), observed.into_inner(), homes.into_inner());
+        let mut graph = Self { raw, context, allocator, backend, observed, _homes };
         graph.check_support()?;
         let _idle = graph.backend.lock();
         // SAFETY: graph and allocator are live, and nothing runs on the backend meanwhile.
         if unsafe { sys::ggml_gallocr_alloc_graph(graph.allocator.as_ptr(), graph.raw.as_ptr()) } {
             drop(_idle);
+            graph.observed.retain(Observed::is_computed);
             return Ok(graph);
         }
         let (device, what) = (graph.backend.name().to_owned(), "a computation".to_owned());
@@ -68,6 +73,7 @@ impl Graph {
         let status =
             unsafe { sys::ggml_backend_graph_compute(self.backend.raw(), self.raw.as_ptr()) };
         if status == sys::GGML_STATUS_SUCCESS {
+            self.observed.iter().for_each(Observed::add);
             return Ok(());
         }
         let why = format!("computing a graph failed with ggml's status {status}");
@@ -117,6 +123,9 @@ pub struct Builder {
     pub(crate) context: NonNull<sys::ggml_context>,
     backend: Arc<Backend>,
     homes: RefCell<Vec<Arc<Home>>>,
+    /// Where to tell what these weights are multiplied by.
+    sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
+    observed: RefCell<Vec<Observed>>,
     nodes_left: std::cell::Cell<usize>,
 }
 
@@ -141,13 +150,19 @@ impl Builder {
             context,
             backend: backend.clone(),
             homes: RefCell::default(),
+            sinks: RefCell::default(),
+            observed: RefCell::default(),
             nodes_left: std::cell::Cell::new(max_nodes),
         }
     }
 
     /// A weight as a graph's operand.
     pub fn weight(&self, weight: &Weight) -> Tensor<'_> {
-        self.leaf(&weight.0)
+        let leaf = self.leaf(&weight.place);
+        if let Some(sink) = &weight.sink {
+            self.sinks.borrow_mut().insert(leaf.raw, sink.clone());
+        }
+        leaf
     }
 
     /// A state as a graph's operand: what it holds when the node that reads it runs.
@@ -173,6 +188,14 @@ impl Builder {
     pub(crate) fn run(&self, x: Tensor<'_>) {
         // SAFETY: the graph has room for as many nodes as the context, which counts them.
         unsafe { sys::ggml_build_forward_expand(self.raw.as_ptr(), x.raw.as_ptr()) }
+    }
+
+    /// What `weight` is multiplied by in place of `x`: the same, but kept if somebody observes it.
+    pub(crate) fn observe<'g>(&self, weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
+        let Some(sink) = self.sinks.borrow().get(&weight.raw).cloned() else { return x };
+        let x = x.kept();
+        self.observed.borrow_mut().push(Observed::new(x, sink));
+        x
     }
 
     /// A node that ggml just made in this context.

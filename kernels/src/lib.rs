@@ -7,6 +7,7 @@
 //! | [`Backend`] | a device that owns memory and computes |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
+//! | [`Observer`], [`Squares`] | what graphs multiply weights by |
 //! | [`Mapped`] | files and parts of files as byte slices |
 //!
 //! Shapes are ggml's everywhere: fastest dimension first, four numbers, ones at the end.
@@ -27,6 +28,7 @@ mod graph;
 mod header;
 mod mapped;
 mod memory;
+mod observer;
 mod tensor;
 mod value;
 
@@ -38,6 +40,7 @@ pub use graph::{Builder, Graph};
 pub use header::Header;
 pub use mapped::Mapped;
 pub use memory::{State, Weight, Weights};
+pub use observer::{Observer, Squares};
 pub use tensor::Tensor;
 pub use value::{Array, Value};
 

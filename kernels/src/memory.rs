@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::{Backend, DType, Error, Gguf, Result, Shape};
+use crate::observer::Sink;
+use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape};
 
 /// ggml tensors and the buffer they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
@@ -51,7 +52,11 @@ unsafe impl Sync for Place {}
 
 /// A tensor of the model file. Read-only; cloning it copies a handle.
 #[derive(Clone)]
-pub struct Weight(pub(crate) Place);
+pub struct Weight {
+    pub(crate) place: Place,
+    /// Gets the squares of what graphs multiply it by, if an [`Observer`] asked for them.
+    pub(crate) sink: Option<Sink>,
+}
 
 /// A tensor that graphs and the host write: an input, a stage's result, a KV cache.
 #[derive(Clone)]
@@ -60,12 +65,12 @@ pub struct State(pub(crate) Place);
 impl Weight {
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.0.dtype
+        self.place.dtype
     }
 
     /// Sizes, fastest first.
     pub fn shape(&self) -> Shape {
-        self.0.shape
+        self.place.shape
     }
 }
 
@@ -173,7 +178,7 @@ mod private {
 /// The tensors of a model file on a backend, each to be taken exactly once.
 pub struct Weights {
     file: String,
-    places: BTreeMap<String, Place>,
+    left: BTreeMap<String, Weight>,
 }
 
 impl Weights {
@@ -206,13 +211,22 @@ impl Weights {
         unsafe { sys::ggml_backend_buffer_set_usage(buffer.as_ptr(), usage) };
         let _file = in_place.then(|| file.clone());
         let home = Arc::new(Home { context, buffer, backend: backend.clone(), _file });
-        let place = |(info, raw): (&crate::TensorInfo, &NonNull<_>)| {
+        let weight = |(info, raw): (&crate::TensorInfo, &NonNull<_>)| {
             let place =
                 Place { raw: *raw, home: home.clone(), dtype: info.dtype, shape: info.shape };
-            (info.name.clone(), place)
+            (info.name.clone(), Weight { place, sink: None })
         };
-        let places = file.tensors().iter().zip(&raws).map(place).collect();
-        Ok(Self { file: file.file().to_owned(), places })
+        let left = file.tensors().iter().zip(&raws).map(weight).collect();
+        Ok(Self { file: file.file().to_owned(), left })
+    }
+
+    /// Makes graphs that multiply by the weights that are taken from now on tell what by. They need
+    /// memory for all those inputs together.
+    pub fn observe(&mut self) -> Observer {
+        let observe = |(name, weight): (&String, &mut Weight)| {
+            (name.clone(), weight.sink.get_or_insert_default().clone())
+        };
+        Observer(self.left.iter_mut().map(observe).collect())
     }
 
     /// Takes the tensor `name`, which must have exactly this shape.
@@ -221,14 +235,14 @@ impl Weights {
     /// [`Error::Tensor`] if it is missing, was taken before, or has another shape.
     pub fn take(&mut self, name: &str, shape: Shape) -> Result<Weight> {
         let error = |why: String| Error::Tensor { file: self.file.clone(), name: name.into(), why };
-        let place = self.places.remove(name).ok_or_else(|| error("is missing".into()))?;
-        if place.shape != shape {
-            return Err(error(format!("has shape {:?}; {shape:?} is needed", place.shape)));
+        let weight = self.left.remove(name).ok_or_else(|| error("is missing".into()))?;
+        if weight.shape() != shape {
+            return Err(error(format!("has shape {:?}; {shape:?} is needed", weight.shape())));
         }
-        if !place.dtype.is_float() {
-            return Err(error(format!("holds {} elements, not weights", place.dtype)));
+        if !weight.dtype().is_float() {
+            return Err(error(format!("holds {} elements, not weights", weight.dtype())));
         }
-        Ok(Weight(place))
+        Ok(weight)
     }
 
     /// Takes the tensor `name`, which must hold plain f32: norms, biases, embeddings of positions.
@@ -249,7 +263,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Tensor`] names one that is left: the file is of another model than the code.
     pub fn finish(self) -> Result<()> {
-        match self.places.into_keys().next() {
+        match self.left.into_keys().next() {
             None => Ok(()),
             Some(name) => {
                 let why = "belongs to no part of this model".to_owned();

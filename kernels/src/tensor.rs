@@ -66,12 +66,27 @@ impl<'g> Tensor<'g> {
         self.strides()[0] == self.dtype().block_bytes()
     }
 
+    /// The tensor whose bytes these are: itself, unless it is a view.
+    fn viewed(self) -> NonNull<sys::ggml_tensor> {
+        // SAFETY: as in `shape`.
+        NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw)
+    }
+
+    /// The same numbers, to be read after the whole graph has run. No other node gets their memory;
+    /// a state's, which others may write, are copied, which takes a node.
+    pub(crate) fn kept(self) -> Self {
+        // SAFETY: as in `shape`; a view's source lives as long as the view.
+        let is_state = unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE;
+        let kept = if is_state { self.contiguous() } else { self };
+        // SAFETY: live, as is what it views; it flags both, and ggml's allocator spares outputs.
+        unsafe { sys::ggml_set_output(kept.raw.as_ptr()) };
+        kept
+    }
+
     /// Whether its bytes are a weight's, which may be the file's own.
     fn is_weight(self) -> bool {
-        // SAFETY: as in `shape`.
-        let viewed = NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw);
         // SAFETY: as in `shape`; a view's source lives as long as the view.
-        let buffer = unsafe { viewed.as_ref() }.buffer;
+        let buffer = unsafe { self.viewed().as_ref() }.buffer;
         let weights = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
         // SAFETY: a tensor's buffer, if it has one yet, is live.
         !buffer.is_null() && unsafe { sys::ggml_backend_buffer_get_usage(buffer) } == weights
@@ -100,6 +115,7 @@ impl<'g> Tensor<'g> {
         let repeats = b[2].is_multiple_of(a[2]) && b[3].is_multiple_of(a[3]);
         assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
         assert!(self.is_contiguous() && x.is_contiguous(), "mul_mat: operands have gaps");
+        let x = self.builder.observe(self, x);
         let (context, raw) = self.args();
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
         self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) })

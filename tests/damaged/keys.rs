@@ -7,7 +7,7 @@ use openvla_kernels::{Array, Value};
 use crate::model::{Model, Outcome, memory_stayed_small, refused, sound};
 
 /// Keys that a file may lack: for people.
-const OPTIONAL: [&str; 12] = [
+const OPTIONAL: [&str; 13] = [
     "general.description",
     "general.finetune",
     "general.languages",
@@ -19,6 +19,7 @@ const OPTIONAL: [&str; 12] = [
     "general.repo_url",
     "general.tags",
     "openvla.action_cards",
+    "openvla.checksum.xxh64",
     "openvla.converter.version",
 ];
 

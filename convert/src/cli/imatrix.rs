@@ -1,0 +1,50 @@
+//! `imatrix`: a model, images and instructions to an importance matrix.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use openvla::Options;
+use openvla_convert::calibrate::Calibration;
+
+/// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more precise
+///
+/// The model acts on images and instructions like those it is for; the file says how large what
+/// each column of each matrix was multiplied by is, in llama.cpp's format. A few dozen different
+/// prompts are enough. Meanwhile the activations of a whole prompt are kept in memory.
+#[derive(clap::Args)]
+pub struct Imatrix {
+    /// Model file of any type, best F32 or BF16
+    model: PathBuf,
+    /// Folder of PNG, JPEG, WebP or BMP images, taken in the order of their names
+    #[arg(long, value_name = "FOLDER")]
+    images: PathBuf,
+    /// Text file with an instruction on each line; the first is for the first image, and so on, and
+    /// if there are fewer of one than of the other, they start again
+    #[arg(long, value_name = "FILE")]
+    instructions: PathBuf,
+    /// CPU threads [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub fn run(args: &Imatrix) -> Result<()> {
+    let mut options = Options::default();
+    if let Some(n) = args.threads {
+        options.n_threads = usize::from(n);
+    }
+    let calibration = Calibration::new(&args.model, &args.images, &args.instructions, options)?;
+    let n = calibration.pairs.len();
+    // indicatif draws nothing when stderr is no terminal.
+    let style = ProgressStyle::with_template("{bar:40} {pos} of {len} prompts, {eta} left")?;
+    let progress = ProgressBar::new(n as u64).with_style(style);
+    progress.tick(); // the first prompt of a large model takes minutes
+    let n_matrix = calibration.write(&args.output, &progress)?;
+    progress.finish_and_clear();
+    let out = args.output.display();
+    eprintln!("wrote {out}: {n_matrix} matrices, seen on {n} prompts");
+    Ok(())
+}

@@ -78,13 +78,14 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     };
     let damaged: Vec<String> =
         file.tensors().iter().zip(&proof.checksums).filter_map(damaged).collect();
+    let logits_error_limit = limit(&file);
+    drop(file); // gives its pages back before the model takes them
     let mut cases = Vec::new();
     if damaged.is_empty() && !proof.cases.is_empty() {
         let mut policy = OpenVla::open(path, options)?;
         let run = proof.cases.iter().map(|case| replay(&mut policy, case));
         cases = run.collect::<Result<Vec<_>>>()?;
     }
-    let logits_error_limit = limit(&file);
     let sound = damaged.is_empty() && cases.iter().all(|c| c.logits_error <= logits_error_limit);
     let n_checksum = proof.checksums.len();
     let file = path.display().to_string();

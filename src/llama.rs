@@ -17,6 +17,9 @@ use crate::config::{Config, LlamaConfig};
 use crate::layers::RmsNorm;
 use crate::{Error, Result};
 
+/// Tensors that rows are looked up in.
+pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
+
 pub(crate) struct Llama {
     model: Model,
     backend: Arc<Backend>,
@@ -150,7 +153,7 @@ impl Model {
         let actions = actions.start as usize..actions.end as usize;
         Ok(Self {
             config: c.clone(),
-            embedding: w.take("token_embd.weight", shape(&[c.dim, c.n_vocab]))?,
+            embedding: w.take(TABLES[0], shape(&[c.dim, c.n_vocab]))?,
             layers: (0..c.n_layer).map(|i| Layer::load(w, c, i)).collect::<Result<_>>()?,
             norm: RmsNorm::load(w, "output_norm", c.dim, c.eps)?,
             head: w.take("output.weight", shape(&[c.dim, c.n_vocab]))?,

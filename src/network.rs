@@ -14,7 +14,7 @@ use openvla_kernels::{Backend, DType, Gguf, Graph, Observer, Squares, State, Wei
 
 use crate::Result;
 use crate::config::Config;
-use crate::llama::Llama;
+use crate::llama::{Llama, TABLES};
 use crate::projector::Projector;
 use crate::vision::Vision;
 
@@ -36,7 +36,7 @@ impl Network {
     /// [`crate::Error::Kernels`] names a tensor that is missing, left over or of another shape, or
     /// what the device lacks.
     pub fn load(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
-        Self::new(Weights::load(file, backend)?, config, backend)
+        Self::new(Weights::repacked(file, backend, &TABLES)?, config, backend)
     }
 
     /// The same, which also sees what each matrix is multiplied by: [`Network::squares`]. It needs
@@ -45,7 +45,7 @@ impl Network {
     /// # Errors
     /// As [`Network::load`].
     pub fn observed(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
-        let mut weights = Weights::load(file, backend)?;
+        let mut weights = Weights::repacked(file, backend, &TABLES)?;
         let observer = weights.observe();
         Ok(Self { observer, ..Self::new(weights, config, backend)? })
     }

@@ -12,6 +12,7 @@ use crate::{Error, Result};
 pub struct Backend {
     raw: NonNull<sys::ggml_backend>,
     name: String,
+    n_threads: usize,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
@@ -40,8 +41,9 @@ impl Backend {
         // SAFETY: `raw` is a live backend, whose name is a C string that lives as long.
         let name = unsafe { CStr::from_ptr(sys::ggml_backend_name(raw.as_ptr())) };
         let name = name.to_string_lossy().into_owned();
-        let backend = Self { raw, name, gate: Mutex::new(()) };
-        backend.set_threads(n_threads);
+        let n_threads = n_threads.clamp(1, 512);
+        let backend = Self { raw, name, n_threads, gate: Mutex::new(()) };
+        backend.set_threads();
         Ok(Arc::new(backend))
     }
 
@@ -51,23 +53,35 @@ impl Backend {
     }
 
     /// Through the registry, since a CPU backend that was loaded at run time exports nothing else.
-    fn set_threads(&self, n_threads: usize) {
+    fn set_threads(&self) {
         type SetThreads = unsafe extern "C" fn(sys::ggml_backend_t, i32);
-        let name = c"ggml_backend_set_n_threads".as_ptr();
-        // SAFETY: `raw` is live, and so are its device and registry, which ggml never frees.
-        let found = unsafe {
-            let device = sys::ggml_backend_get_device(self.raw());
-            let registry = sys::ggml_backend_dev_backend_reg(device);
-            sys::ggml_backend_reg_get_proc_address(registry, name)
-        };
-        if let Some(found) = NonNull::new(found) {
+        if let Some(found) = self.function(c"ggml_backend_set_n_threads") {
             // SAFETY: under this name a registry gives a function of exactly this type
             // (`ggml_backend_set_n_threads_t` in ggml-backend.h).
             let set = unsafe { std::mem::transmute::<NonNull<c_void>, SetThreads>(found) };
-            let n = i32::try_from(n_threads.clamp(1, 512)).expect("512 fits");
+            let n = i32::try_from(self.n_threads).expect("512 fits");
             // SAFETY: `raw` is a live backend of that registry.
             unsafe { set(self.raw(), n) };
         }
+    }
+
+    /// Threads that it computes with.
+    pub(crate) fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    pub(crate) fn device(&self) -> sys::ggml_backend_dev_t {
+        // SAFETY: `raw` is live; ggml never frees devices.
+        unsafe { sys::ggml_backend_get_device(self.raw()) }
+    }
+
+    /// What the backend's registry has under a name, whose type its header says.
+    pub(crate) fn function(&self, name: &CStr) -> Option<NonNull<c_void>> {
+        // SAFETY: the device and its registry, which ggml never frees, are live.
+        NonNull::new(unsafe {
+            let registry = sys::ggml_backend_dev_backend_reg(self.device());
+            sys::ggml_backend_reg_get_proc_address(registry, name.as_ptr())
+        })
     }
 
     pub(crate) fn raw(&self) -> sys::ggml_backend_t {

@@ -125,6 +125,13 @@ impl Gguf {
         self.bytes.as_slice()
     }
 
+    /// Gives the memory of a range of the file back for now.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        if let Bytes::Mapped(mapped) = &self.bytes {
+            mapped.forget(range);
+        }
+    }
+
     /// The value of `key` as `T`.
     ///
     /// # Errors

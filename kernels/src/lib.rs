@@ -29,6 +29,7 @@ mod header;
 mod mapped;
 mod memory;
 mod observer;
+mod repack;
 mod tensor;
 mod value;
 

@@ -1,16 +1,20 @@
 //! Files, and parts of files, as byte slices.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
-use memmap2::{Advice, Mmap, MmapMut, MmapOptions};
+use memmap2::{Advice, Mmap, MmapMut, MmapOptions, UncheckedAdvice};
 
 use crate::{Error, Result};
 
 /// A read-only memory map. Dropping it gives its pages back.
 #[derive(Debug)]
-pub struct Mapped(Mmap);
+pub struct Mapped {
+    map: Mmap,
+    /// Of a file, where the system finds again what was forgotten.
+    of_file: bool,
+}
 
 impl Mapped {
     /// Maps a whole file.
@@ -44,7 +48,18 @@ impl Mapped {
         let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file)? };
         // Advice only: where a system refuses it, reading is slower and otherwise the same.
         let _ = map.advise(Advice::WillNeed);
-        Ok(Self(map))
+        Ok(Self { map, of_file: true })
+    }
+
+    /// Gives the pages of a range back to the system for now, if they are a file's.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        if self.of_file {
+            // SAFETY: the map is shared with a file and never written, so the same bytes are read
+            // again when they are asked for.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
     }
 
     /// Memory of its own, at the start of a page as a file's would be. `fill` gets zeros.
@@ -59,7 +74,7 @@ impl Mapped {
         #[cfg(target_os = "linux")]
         let _ = map.advise(Advice::HugePage); // fewer, cheaper page faults
         fill(&mut map)?;
-        Ok(Self(map.make_read_only()?))
+        Ok(Self { map: map.make_read_only()?, of_file: false })
     }
 }
 
@@ -67,6 +82,6 @@ impl Deref for Mapped {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use crate::observer::Sink;
+use crate::repack::{Entry, Layout};
 use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape};
 
 /// ggml tensors and the buffer they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
     context: NonNull<sys::ggml_context>,
-    buffer: NonNull<sys::ggml_backend_buffer>,
+    buffers: Vec<NonNull<sys::ggml_backend_buffer>>,
     pub(crate) backend: Arc<Backend>,
     /// The mapped file that the buffer points into, if it was not copied.
     _file: Option<Gguf>,
@@ -27,10 +28,10 @@ unsafe impl Sync for Home {}
 
 impl Drop for Home {
     fn drop(&mut self) {
-        // SAFETY: handles hold an `Arc` of the home, so none is left; buffer first, as its tensors
-        // lie in the context.
+        // SAFETY: handles hold an `Arc` of the home, so none is left; buffers first, as their
+        // tensors lie in the context.
         unsafe {
-            sys::ggml_backend_buffer_free(self.buffer.as_ptr());
+            self.buffers.iter().for_each(|buffer| sys::ggml_backend_buffer_free(buffer.as_ptr()));
             sys::ggml_free(self.context.as_ptr());
         }
     }
@@ -97,7 +98,7 @@ impl State {
         // SAFETY: a live buffer; no graph knows it yet.
         unsafe { sys::ggml_backend_buffer_clear(buffer.as_ptr(), 0) };
         let backend = backend.clone();
-        let home = Arc::new(Home { context, buffer, backend, _file: None });
+        let home = Arc::new(Home { context, buffers: vec![buffer], backend, _file: None });
         Ok(Self(Place { raw, home, dtype, shape }))
     }
 
@@ -187,6 +188,25 @@ impl Weights {
     /// # Errors
     /// [`Error::Format`] if there are none, [`Error::Memory`] if the device has no room for a copy.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
+        Self::place(file, backend, &[], |_| false)
+    }
+
+    /// The same, but with matrices in the layout that the device multiplies fastest by, where it
+    /// has one for their type: those are copied, on all of the backend's threads. `tables` names
+    /// the tensors that rows are looked up in, which stay as they are.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn repacked(file: &Gguf, backend: &Arc<Backend>, tables: &[&str]) -> Result<Self> {
+        Self::place(file, backend, &Layout::all(backend), |name| !tables.contains(&name))
+    }
+
+    fn place(
+        file: &Gguf,
+        backend: &Arc<Backend>,
+        layouts: &[Layout],
+        is_matrix: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
         if file.tensors().is_empty() {
             let why = "it holds no tensors".to_owned();
             return Err(Error::Format { file: file.file().to_owned(), why });
@@ -194,23 +214,36 @@ impl Weights {
         let context = context(file.tensors().len());
         let raws: Vec<_> =
             file.tensors().iter().map(|t| new_tensor(context, t.dtype, &t.shape)).collect();
+        let mut home = Home { context, buffers: Vec::new(), backend: backend.clone(), _file: None };
         let _idle = backend.lock();
-        let mapped = map(file, backend, &raws);
-        let in_place = mapped.is_some();
-        let Some(buffer) = mapped.or_else(|| copy(file, backend, context, &raws)) else {
-            // SAFETY: nothing else refers to the context.
-            unsafe { sys::ggml_free(context.as_ptr()) };
-            return Err(Error::Memory {
-                device: backend.name().to_owned(),
-                what: "the weights".to_owned(),
-                bytes: file.tensors().iter().map(|t| t.range.len()).sum(),
-            });
+        let no_room = |tensors: &[Entry<'_>]| Error::Memory {
+            device: backend.name().to_owned(),
+            what: "the weights".to_owned(),
+            bytes: tensors.iter().map(|(info, _)| info.range.len()).sum(),
         };
+        let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
+        for layout in layouts {
+            let suits =
+                |tensor: &Entry<'_>| is_matrix(&tensor.0.name) && layout.suits(backend, tensor);
+            let (suited, others) = left.into_iter().partition::<Vec<_>, _>(suits);
+            if !suited.is_empty() {
+                let buffer = layout.copy(file, backend, &suited);
+                home.buffers.push(buffer.ok_or_else(|| no_room(&suited))?);
+            }
+            left = others;
+        }
+        if !left.is_empty() {
+            let mapped = map(file, backend, &left);
+            home._file = mapped.is_some().then(|| file.clone());
+            let buffer = mapped.or_else(|| copy(file, backend, context, &left));
+            home.buffers.push(buffer.ok_or_else(|| no_room(&left))?);
+        }
         let usage = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
-        // SAFETY: a live buffer.
-        unsafe { sys::ggml_backend_buffer_set_usage(buffer.as_ptr(), usage) };
-        let _file = in_place.then(|| file.clone());
-        let home = Arc::new(Home { context, buffer, backend: backend.clone(), _file });
+        for buffer in &home.buffers {
+            // SAFETY: a live buffer.
+            unsafe { sys::ggml_backend_buffer_set_usage(buffer.as_ptr(), usage) };
+        }
+        let home = Arc::new(home);
         let weight = |(info, raw): (&crate::TensorInfo, &NonNull<_>)| {
             let place =
                 Place { raw: *raw, home: home.clone(), dtype: info.dtype, shape: info.shape };
@@ -277,10 +310,10 @@ impl Weights {
 fn map(
     file: &Gguf,
     backend: &Arc<Backend>,
-    raws: &[NonNull<sys::ggml_tensor>],
+    tensors: &[Entry<'_>],
 ) -> Option<NonNull<sys::ggml_backend_buffer>> {
-    let start = file.tensors().iter().map(|t| t.range.start).min()?;
-    let end = file.tensors().iter().map(|t| t.range.end).max()?;
+    let start = tensors.iter().map(|(info, _)| info.range.start).min()?;
+    let end = tensors.iter().map(|(info, _)| info.range.end).max()?;
     let base = file.bytes()[start..end].as_ptr();
     // SAFETY: a live backend has a default buffer type, which is never freed.
     let host = unsafe {
@@ -294,7 +327,7 @@ fn map(
     let buffer =
         unsafe { sys::ggml_backend_cpu_buffer_from_ptr(base.cast_mut().cast(), end - start) };
     let buffer = NonNull::new(buffer)?;
-    for (info, raw) in file.tensors().iter().zip(raws) {
+    for (info, raw) in tensors {
         let address = file.bytes()[info.range.clone()].as_ptr().cast_mut().cast::<c_void>();
         // SAFETY: `Gguf` checked that the tensor's bytes lie inside the file, so inside the buffer,
         // and the tensor has the size that range was computed from.
@@ -310,12 +343,12 @@ fn copy(
     file: &Gguf,
     backend: &Arc<Backend>,
     context: NonNull<sys::ggml_context>,
-    raws: &[NonNull<sys::ggml_tensor>],
+    tensors: &[Entry<'_>],
 ) -> Option<NonNull<sys::ggml_backend_buffer>> {
-    // SAFETY: the context holds tensors without data; the backend is live.
+    // SAFETY: the context holds tensors of which these have no data yet; the backend is live.
     let buffer = unsafe { sys::ggml_backend_alloc_ctx_tensors(context.as_ptr(), backend.raw()) };
     let buffer = NonNull::new(buffer)?;
-    for (info, raw) in file.tensors().iter().zip(raws) {
+    for (info, raw) in tensors {
         let bytes = &file.bytes()[info.range.clone()];
         // SAFETY: the tensor is allocated, and its size is what the range was computed from.
         unsafe {

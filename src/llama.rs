@@ -140,31 +140,11 @@ pub(crate) struct Cache {
 }
 
 /// Rows to run: what they are, where they stand, and what they may look at.
-#[derive(Clone, Copy)]
 pub(crate) struct Rows<'g> {
     pub x: Tensor<'g>,
     pub positions: Tensor<'g>,
     pub places: Tensor<'g>,
     pub mask: Tensor<'g>,
-    /// How many of the last are asked for. Of the others, a layer makes keys and values.
-    pub n_asked: usize,
-}
-
-impl<'g> Rows<'g> {
-    /// Those that are asked for.
-    fn asked(self) -> Self {
-        let from = self.x.shape()[1] - self.n_asked;
-        if from == 0 {
-            return self;
-        }
-        Self {
-            x: self.x.slice(1, from, self.n_asked),
-            positions: self.positions.slice(0, from, self.n_asked),
-            places: self.places.slice(0, from, self.n_asked),
-            mask: self.mask.slice(1, from, self.n_asked),
-            n_asked: self.n_asked,
-        }
-    }
 }
 
 impl Model {
@@ -211,13 +191,13 @@ impl Model {
         let prefill = Graph::build(backend, max_nodes, |g| {
             let x = self.embed_prompt(g, g.state(&ids), g.state(soft));
             let (positions, places) = (g.state(&positions), g.state(&places));
-            let rows = Rows { x, positions, places, mask: g.state(&mask), n_asked: n_row };
+            let rows = Rows { x, positions, places, mask: g.state(&mask) };
             g.store(self.build(g, rows, &cache), &logits);
         })?;
         let step = Graph::build(backend, max_nodes, |g| {
             let x = g.weight(&self.embedding).get_rows(g.state(&token.id));
             let (positions, places) = (g.state(&token.position), g.state(&token.place));
-            let rows = Rows { x, positions, places, mask: g.state(&token.mask), n_asked: 1 };
+            let rows = Rows { x, positions, places, mask: g.state(&token.mask) };
             g.store(self.build(g, rows, &cache), &logits);
         })?;
         Ok(Run { prefill, step, ids, token, logits, n_ctx, n_past: 0 })
@@ -243,12 +223,11 @@ impl Model {
     /// Runs rows through all layers, and the last of them through the head: `[n_vocab]`
     fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache) -> Tensor<'g> {
         let c = &self.config;
+        let n_row = rows.x.shape()[1];
         let layers = self.layers.iter().enumerate();
-        let x = layers.fold(rows.x, |x, (i, layer)| {
-            let n_asked = if i + 1 == c.n_layer { 1 } else { rows.n_asked };
-            layer.build(g, Rows { x, n_asked, ..rows }, cache, i, c)
-        });
-        let last = self.norm.build(g, x); // [dim]
+        let x =
+            layers.fold(rows.x, |x, (i, layer)| layer.build(g, &Rows { x, ..rows }, cache, i, c));
+        let last = self.norm.build(g, x.slice(1, n_row - 1, 1));
         let logits = g.weight(&self.head).mul_mat(last); // [n_vocab]
         let actions = g.weight(&self.action_head).mul_mat(last); // [256]
         let Range { start, end } = self.actions;
@@ -278,41 +257,39 @@ impl Layer {
         })
     }
 
-    /// `[dim, n_row] → [dim, n_asked]`; writes the rows' keys and values into layer `i` of the cache.
+    /// `[dim, n_row] → [dim, n_row]`; writes the rows' keys and values into layer `i` of the cache.
     pub fn build<'g>(
         &self,
         g: &'g Builder,
-        rows: Rows<'g>,
+        rows: &Rows<'g>,
         cache: &Cache,
         i: usize,
         c: &LlamaConfig,
     ) -> Tensor<'g> {
-        let x = rows.asked().x + self.attention(g, rows, cache, i, c);
+        let x = rows.x + self.attention(g, rows, cache, i, c);
         let y = self.ffn_norm.build(g, x);
-        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n_asked]
-        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n_asked]
+        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n_row]
+        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n_row]
         x + g.weight(&self.down).mul_mat(gate.swiglu(up))
     }
 
-    /// Every row looks at the cached rows that its mask shows. `[dim, n_row] → [dim, n_asked]`
+    /// Every row looks at the cached rows that its mask shows. `[dim, n_row] → [dim, n_row]`
     fn attention<'g>(
         &self,
         g: &'g Builder,
-        rows: Rows<'g>,
+        rows: &Rows<'g>,
         cache: &Cache,
         i: usize,
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
         let (head_dim, n_head_kv) = (c.head_dim(), c.n_head_kv);
-        let turn = |x: Tensor<'g>, n_head, positions: Tensor<'g>| {
-            x.reshape(&[head_dim, n_head, positions.shape()[0]]).rope(positions, c.rope_base)
+        let turn = |x: Tensor<'g>, n_head| {
+            x.reshape(&[head_dim, n_head, n_row]).rope(rows.positions, c.rope_base)
         };
-        let rows = Rows { x: self.attn_norm.build(g, rows.x), ..rows };
-        let (y, asked) = (rows.x, rows.asked());
-        let q = g.weight(&self.q).mul_mat(asked.x);
-        let q = turn(q, c.n_head, asked.positions); // [head_dim, n_head, n_asked]
-        let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv, rows.positions);
+        let y = self.attn_norm.build(g, rows.x);
+        let q = turn(g.weight(&self.q).mul_mat(y), c.n_head); // [head_dim, n_head, n_row]
+        let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
         let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
         let (k_cache, v_cache) = (cache.layer(g, &cache.k, i), cache.layer(g, &cache.v, i));
         k_cache.set_rows(k.reshape(&[n_head_kv * head_dim, n_row]), rows.places);
@@ -322,9 +299,9 @@ impl Layer {
             rows.permute([0, 2, 1, 3]) // [head_dim, n_kv, n_head_kv]
         };
         let scale = (head_dim as f32).sqrt().recip();
-        let q = q.permute([0, 2, 1, 3]); // [head_dim, n_asked, n_head]
-        let y = q.flash_attention(seen(k_cache), seen(v_cache), Some(asked.mask), scale);
-        g.weight(&self.out).mul_mat(y.reshape(&[dim, rows.n_asked]))
+        let q = q.permute([0, 2, 1, 3]); // [head_dim, n_row, n_head]
+        let y = q.flash_attention(seen(k_cache), seen(v_cache), Some(rows.mask), scale);
+        g.weight(&self.out).mul_mat(y.reshape(&[dim, n_row]))
     }
 }
 

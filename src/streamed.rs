@@ -215,8 +215,8 @@ impl Sequence {
         let shape = [c.dim, n_row];
         self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
             let (positions, places) = (g.state(&positions), g.state(&places));
-            let rows = Rows { x, positions, places, mask: g.state(&mask), n_asked: n_row };
-            layer.build(g, rows, &self.cache, i, c)
+            let rows = Rows { x, positions, places, mask: g.state(&mask) };
+            layer.build(g, &rows, &self.cache, i, c)
         })?;
         Ok(())
     }

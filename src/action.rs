@@ -3,6 +3,7 @@
 //! ref: `OpenVLAForActionPrediction.predict_action`, `ActionTokenizer`
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::Deserialize;
 
@@ -19,8 +20,14 @@ pub struct ActionSpace {
 
 impl ActionSpace {
     /// The action ids, lowest first: 31744..32000.
-    pub fn ids(self) -> std::ops::Range<u32> {
+    pub fn ids(self) -> Range<u32> {
         self.end - self.n_bin..self.end
+    }
+
+    /// Where they are among rows of the head, or logits.
+    pub fn rows(self) -> Range<usize> {
+        let Range { start, end } = self.ids();
+        start as usize..end as usize
     }
 
     /// The bin of any id: the reference clips ids that are no action ids, lower ones to the last
@@ -38,6 +45,29 @@ impl ActionSpace {
         };
         (edge(bin) + edge(bin + 1)) / 2.0
     }
+
+    /// The motion in -1..1 that tokens stand for: the centres of their bins.
+    pub fn normalized(self, tokens: &[u32]) -> Vec<f64> {
+        tokens.iter().map(|id| self.centre(self.bin(*id))).collect()
+    }
+}
+
+/// The first id of the largest logit among `ids`, as torch's `argmax` on the CPU.
+///
+/// # Errors
+/// [`Error::NotFinite`] names the `step`.
+pub fn argmax(logits: &[f32], ids: Range<u32>, step: usize) -> Result<u32> {
+    let mut best = ids.start;
+    for id in ids {
+        let logit = logits[id as usize];
+        if !logit.is_finite() {
+            return Err(Error::NotFinite { step });
+        }
+        if logit > logits[best as usize] {
+            best = id;
+        }
+    }
+    Ok(best)
 }
 
 /// How one data set's motions were scaled to -1..1.
@@ -130,6 +160,12 @@ impl Statistics {
         &self.datasets
     }
 
+    /// The first data set by name.
+    pub fn first(&self) -> (&str, &Dataset) {
+        let (name, dataset) = self.datasets.first_key_value().expect("`parse` refuses none");
+        (name, dataset)
+    }
+
     /// Dimensions of the longest motion.
     pub fn longest(&self) -> usize {
         self.datasets.values().map(|dataset| dataset.q01.len()).max().unwrap_or(0)
@@ -176,6 +212,14 @@ mod tests {
         }
         assert_eq!(SPACE.bin(31_744), SPACE.bin(31_745), "256 ids share 255 centres");
         assert!((SPACE.centre(SPACE.bin(31_999)) + 0.996_078_431_372_549).abs() < 1e-15);
+    }
+
+    #[test]
+    fn the_first_of_equal_logits_is_chosen_and_nan_is_refused() {
+        let logits = [0.0, 3.0, 1.0, 3.0, f32::NAN];
+        assert_eq!(argmax(&logits, 0..4, 0).unwrap(), 1);
+        assert_eq!(argmax(&logits, 2..4, 0).unwrap(), 3);
+        assert!(matches!(argmax(&logits, 0..5, 6), Err(Error::NotFinite { step: 6 })));
     }
 
     fn statistics(json: &str) -> Result<Statistics> {

@@ -6,6 +6,7 @@
 mod cards;
 mod check;
 mod general;
+mod proof;
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,7 @@ use crate::{Error, Result};
 
 pub use cards::{ActionCard, Dimension, Gripper};
 pub use general::{BaseModel, General, Source};
+pub use proof::{Proof, ProofCase};
 
 /// Everything about a model except its tensors.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,6 +97,15 @@ impl LlamaConfig {
     /// Channels per head: 128.
     pub fn head_dim(&self) -> usize {
         self.dim / self.n_head
+    }
+
+    /// Holds that so many rows of image, prompt and motion fit.
+    ///
+    /// # Errors
+    /// [`Error::InstructionTooLong`].
+    pub fn check_rows(&self, rows: usize) -> Result<()> {
+        let limit = self.n_ctx;
+        if rows > limit { Err(Error::InstructionTooLong { rows, limit }) } else { Ok(()) }
     }
 }
 
@@ -306,15 +317,21 @@ fn read_resize(file: &Gguf) -> Result<Resize> {
 }
 
 fn write_resize(resize: Resize, to: &mut Header) {
-    let name = match resize {
-        Resize::Naive => "resize-naive",
-        Resize::Crop => "resize-crop",
-        Resize::Letterbox { fill } => {
-            to.set(key::LETTERBOX_FILL, fill.map(i32::from).to_vec());
-            "letterbox"
+    if let Resize::Letterbox { fill } = resize {
+        to.set(key::LETTERBOX_FILL, fill.map(i32::from).to_vec());
+    }
+    to.set(key::RESIZE, resize.name().to_owned());
+}
+
+impl Resize {
+    /// What a file calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Naive => "resize-naive",
+            Self::Crop => "resize-crop",
+            Self::Letterbox { .. } => "letterbox",
         }
-    };
-    to.set(key::RESIZE, name.to_owned());
+    }
 }
 
 fn read_normalize(file: &Gguf, tower: &str) -> Result<Normalize> {

@@ -46,7 +46,6 @@ mod policy;
 mod preprocess;
 mod projector;
 pub mod prompt;
-mod proof;
 pub mod streamed;
 pub mod tokenizer;
 mod vision;
@@ -54,10 +53,10 @@ mod vision;
 #[doc = include_str!("MODEL.md")]
 pub mod format {}
 
-pub use action::{ActionSpace, Dataset, Statistics};
+pub use action::{ActionSpace, Dataset, Statistics, argmax};
 pub use config::{
-    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig, Source,
-    TowerConfig,
+    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig, Proof,
+    ProofCase, Source, TowerConfig,
 };
 pub use decode::decode;
 pub use error::{Error, Result};
@@ -65,4 +64,3 @@ pub use image;
 pub use network::Network;
 pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
-pub use proof::{Proof, ProofCase};

@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Weights, shape};
 
+use crate::Result;
 use crate::config::{Config, LlamaConfig};
 use crate::layers::RmsNorm;
-use crate::{Error, Result};
 
 /// Tensors that rows are looked up in.
 pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
@@ -149,8 +149,7 @@ pub(crate) struct Rows<'g> {
 
 impl Model {
     fn load(w: &mut Weights, config: &Config) -> Result<Self> {
-        let (c, actions) = (&config.llama, config.actions.ids());
-        let actions = actions.start as usize..actions.end as usize;
+        let (c, actions) = (&config.llama, config.actions.rows());
         Ok(Self {
             config: c.clone(),
             embedding: w.take(TABLES[0], shape(&[c.dim, c.n_vocab]))?,
@@ -166,9 +165,7 @@ impl Model {
     fn run(&self, backend: &Arc<Backend>, n_id: usize, soft: &State, n_new: usize) -> Result<Run> {
         let c = &self.config;
         let n_row = n_id + soft.shape()[1];
-        if n_row + n_new > c.n_ctx {
-            return Err(Error::InstructionTooLong { rows: n_row + n_new, limit: c.n_ctx });
-        }
+        c.check_rows(n_row + n_new)?;
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
         let n_ctx = (n_row + n_new).next_multiple_of(32);
         let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));

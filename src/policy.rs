@@ -7,11 +7,11 @@ use image::RgbImage;
 use openvla_kernels::{Backend, Gguf};
 use serde::Serialize;
 
-use crate::action::Dataset;
+use crate::Result;
+use crate::action::{Dataset, argmax};
 use crate::config::Config;
 use crate::network::Network;
 use crate::tokenizer::Tokenizer;
-use crate::{Error, Result};
 
 /// How a model is opened.
 #[derive(Debug, Clone)]
@@ -206,8 +206,7 @@ impl OpenVla {
 
     fn action(&self, chosen: Chosen, key: String, dataset: &Dataset, timing_ms: Timing) -> Action {
         let actions = self.config.actions;
-        let normalized: Vec<f64> =
-            chosen.tokens.iter().map(|id| actions.centre(actions.bin(*id))).collect();
+        let normalized = actions.normalized(&chosen.tokens);
         let all_actions = chosen.unconstrained.iter().all(|id| actions.ids().contains(id));
         Action {
             action: dataset.unnormalise(&normalized),
@@ -224,21 +223,6 @@ impl OpenVla {
 struct Chosen {
     tokens: Vec<u32>,
     unconstrained: Vec<u32>,
-}
-
-/// The first id of the largest logit among `ids`, as torch's `argmax` on the CPU.
-pub(crate) fn argmax(logits: &[f32], ids: std::ops::Range<u32>, step: usize) -> Result<u32> {
-    let mut best = ids.start;
-    for id in ids {
-        let logit = logits[id as usize];
-        if !logit.is_finite() {
-            return Err(Error::NotFinite { step });
-        }
-        if logit > logits[best as usize] {
-            best = id;
-        }
-    }
-    Ok(best)
 }
 
 struct Clock(Instant);
@@ -260,14 +244,6 @@ fn milliseconds(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_first_of_equal_logits_is_chosen_and_nan_is_refused() {
-        let logits = [0.0, 3.0, 1.0, 3.0, f32::NAN];
-        assert_eq!(argmax(&logits, 0..4, 0).unwrap(), 1);
-        assert_eq!(argmax(&logits, 2..4, 0).unwrap(), 3);
-        assert!(matches!(argmax(&logits, 0..5, 6), Err(Error::NotFinite { step: 6 })));
-    }
 
     #[test]
     fn a_policy_may_move_between_threads() {

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use openvla_kernels::{Backend, Builder, DType, Gguf, Graph, State, Tensor, Weights, shape};
 
+use crate::action::argmax;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layers::RmsNorm;
-use crate::llama::{Cache, Layer, Rows, mask_row};
-use crate::policy::argmax;
+use crate::llama::{Cache, Layer, Rows, TABLES, mask_row};
 use crate::projector::Projector;
 use crate::vision::Tower;
 
@@ -149,12 +149,10 @@ impl Run<'_> {
 /// The towers' channels side by side: `[Σ dim, n_patch]`.
 fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
     let rows = |patch: usize| {
-        let row = move |(x, tower): (&Vec<f32>, &crate::TowerConfig)| {
-            x[patch * tower.dim..][..tower.dim].to_vec()
-        };
-        towers.iter().zip(&config.towers).flat_map(row).collect::<Vec<_>>()
+        let towers = towers.iter().zip(&config.towers);
+        towers.flat_map(move |(x, tower)| &x[patch * tower.dim..][..tower.dim])
     };
-    (0..config.n_patch()).flat_map(rows).collect()
+    (0..config.n_patch()).flat_map(rows).copied().collect()
 }
 
 /// The rows of the embedding that cases and motions need, by id.
@@ -162,8 +160,9 @@ struct Embedding(BTreeMap<u32, Vec<f32>>);
 
 impl Embedding {
     fn of(file: &Gguf, config: &Config, cases: &[Case]) -> Result<Self> {
-        let tensor = file.tensors().iter().find(|tensor| tensor.name == "token_embd.weight");
-        let table = tensor.filter(|t| t.dtype == DType::F32 && t.shape[0] == config.llama.dim);
+        let table = file
+            .tensor(TABLES[0])
+            .filter(|t| t.dtype == DType::F32 && t.shape[0] == config.llama.dim);
         let table = table.ok_or_else(|| Error::Model {
             why: format!("its embedding is no F32 of {} columns", config.llama.dim),
         })?;

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use common::process::{assert_fails, stderr, stdout};
 use serde_json::Value;
 
 fn root() -> &'static Path {
@@ -19,25 +20,6 @@ fn table() -> String {
 fn openvla_run(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
     command.args(args).env_remove("OPENVLA_MODEL").stdin(Stdio::null()).output().unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
-}
-
-/// A mistake of the user's: exit code 1, nothing on stdout, and words that help.
-fn assert_fails(output: &Output, words: &[&str]) {
-    let said = stderr(output);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert_eq!(stdout(output), "", "errors go to stderr");
-    for word in words {
-        assert!(said.contains(word), "{word:?} is missing in:\n{said}");
-    }
-    assert!(said.contains("error: ") && !said.contains("panicked"), "{said}");
 }
 
 #[test]

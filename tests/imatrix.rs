@@ -239,8 +239,7 @@ fn every_matrix_is_counted() {
         let exact = subject.convert("F32", None);
         let file = Gguf::open(&subject.calibrate(&exact)).unwrap();
         let numbers = |name: &str| {
-            let tensor = file.tensors().iter().find(|tensor| tensor.name == name);
-            let tensor = tensor.unwrap_or_else(|| panic!("{name} is missing"));
+            let tensor = file.tensor(name).unwrap_or_else(|| panic!("{name} is missing"));
             DType::F32.decode(&file.bytes()[tensor.range.clone()])
         };
         let conversion = subject.conversion("F32", None).unwrap();
@@ -284,7 +283,7 @@ fn sums_are_of_what_went_in() {
     let exact = subject.convert("F32", None);
     let file = Gguf::open(&subject.calibrate(&exact)).unwrap();
     let name = "projector.fc1.weight.in_sum2";
-    let sums = file.tensors().iter().find(|tensor| tensor.name == name).unwrap();
+    let sums = file.tensor(name).unwrap();
     let mut policy = OpenVla::open(&exact, &options()).unwrap();
     let mut want = vec![0.0; sums.shape[0]];
     for i in 0..CALIBRATION.len() {

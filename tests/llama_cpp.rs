@@ -84,7 +84,7 @@ fn ours(policy: &mut OpenVla, soft: &[f32], prompt: &[u32], tokens: &[u32]) -> V
 
 /// The rows of the token embedding, `[dim, n]`.
 fn embeddings(file: &Gguf, ids: &[u32]) -> Vec<f32> {
-    let table = file.tensors().iter().find(|t| t.name == "token_embd.weight").unwrap();
+    let table = file.tensor("token_embd.weight").unwrap();
     let bytes = &file.bytes()[table.range.clone()];
     let row = table.dtype.row_bytes(table.shape[0]).unwrap();
     ids.iter().flat_map(|id| table.dtype.decode(&bytes[*id as usize * row..][..row])).collect()

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use openvla::image::RgbImage;
 use openvla::{OpenVla, Options};
-use openvla_kernels::{DType, Header, Mapped, Squares, shape};
+use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
 
 use crate::beside::Beside;
 use crate::imatrix::{COUNTS, SUMS, TYPE};
@@ -22,8 +22,6 @@ use crate::interrupt;
 const EXTENSIONS: [&str; 5] = ["png", "jpg", "jpeg", "webp", "bmp"];
 /// More bytes than a number for each column of openvla-7b.
 const ROOM: u64 = 1 << 24;
-/// ggml's limit on names of tensors, in bytes.
-const MAX_NAME: usize = 63;
 
 /// A model, and the prompts it is to act on. All of them were looked at, so that none fails late.
 pub struct Calibration {
@@ -77,8 +75,7 @@ impl Calibration {
     pub fn write(mut self, out: &Path, progress: &ProgressBar) -> Result<usize> {
         let mut file = Beside::create(out, ROOM)?;
         // Every data set's motions are made by the same networks; only their units differ.
-        let datasets = self.policy.config().statistics.datasets();
-        let key = datasets.keys().next().expect("statistics are of a data set").clone();
+        let key = self.policy.config().statistics.first().0.to_owned();
         for (path, instruction) in &self.pairs {
             interrupt::check()?;
             let act = self.policy.act(&decode(path)?, instruction, Some(&key));
@@ -110,7 +107,10 @@ impl Calibration {
         header.set("imatrix.chunk_count", u32::try_from(self.pairs.len())?);
         header.set("imatrix.chunk_size", u32::try_from(self.n_row)?);
         for (name, Squares { sums, .. }) in squares {
-            ensure!(name.len() + SUMS.len() <= MAX_NAME, "the name {name} is too long for a file");
+            ensure!(
+                name.len() + SUMS.len() <= MAX_TENSOR_NAME,
+                "the name {name} is too long for a file"
+            );
             header.tensor(&format!("{name}{SUMS}"), DType::F32, shape(&[sums.len()]));
             header.tensor(&format!("{name}{COUNTS}"), DType::F32, shape(&[1]));
         }
@@ -168,9 +168,6 @@ fn read_lines(path: &Path) -> Result<Vec<String>> {
 fn rows(policy: &OpenVla, instruction: &str) -> openvla::Result<usize> {
     let config = policy.config();
     let n_row = config.n_patch() + policy.prompt_ids(instruction)?.len();
-    let (rows, limit) = (n_row + config.statistics.longest(), config.llama.n_ctx);
-    match rows <= limit {
-        true => Ok(n_row),
-        false => Err(openvla::Error::InstructionTooLong { rows, limit }),
-    }
+    config.llama.check_rows(n_row + config.statistics.longest())?;
+    Ok(n_row)
 }

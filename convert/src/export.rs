@@ -151,8 +151,7 @@ fn tensors(file: &Gguf, l: &LlamaConfig) -> Result<Vec<TensorInfo>> {
     let head = [("token_embd", &table[..]), ("output_norm", &table[..1]), ("output", &table)]
         .map(|(part, shape)| (format!("{part}.weight"), shape));
     let find = |(name, wanted): (String, &[usize])| {
-        let found = file.tensors().iter().find(|tensor| tensor.name == name);
-        let found = found.with_context(|| format!("tensor `{name}` is missing"))?;
+        let found = file.tensor(&name).with_context(|| format!("tensor `{name}` is missing"))?;
         let (is, wanted) = (found.shape, shape(wanted));
         ensure!(is == wanted, "tensor `{name}` has shape {is:?}; {wanted:?} is needed");
         Ok(found.clone())

@@ -54,7 +54,7 @@ pub struct Report {
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Component {
-    /// A tower's name, `projector`, `token_embedding`, `llama`, `head` or `others`.
+    /// A tower's name, `projector`, `token_embedding`, `llama`, `head` or `action_head`.
     pub component: String,
     pub r#type: String,
     pub tensors: u64,
@@ -137,17 +137,16 @@ pub fn inspect(path: &Path) -> Result<Report> {
 }
 
 fn image(config: &Config) -> Image {
-    let (resize, letterbox_fill) = match config.preprocess.resize {
-        Resize::Naive => ("resize-naive", None),
-        Resize::Crop => ("resize-crop", None),
-        Resize::Letterbox { fill } => ("letterbox", Some(fill)),
-    };
+    let resize = config.preprocess.resize;
     let towers = config.towers.iter().zip(&config.preprocess.towers);
     Image {
         size: config.preprocess.size,
         patch_size: config.patch_size,
-        resize,
-        letterbox_fill,
+        resize: resize.name(),
+        letterbox_fill: match resize {
+            Resize::Letterbox { fill } => Some(fill),
+            Resize::Naive | Resize::Crop => None,
+        },
         towers: towers
             .map(|(tower, planes)| Tower {
                 name: tower.name.clone(),

@@ -131,7 +131,7 @@ impl Conversion {
         if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
             source.files.statistics = statistics;
         }
-        let encoding = options.encoding;
+        let Options { encoding, proof, n_threads, .. } = *options;
         let cannot = || format!("{} cannot be converted", checkpoint.display());
         describe::check_model(&source.files.config).with_context(cannot)?;
         let layout = names::layout(&source.files.config, &shapes).with_context(cannot)?;
@@ -143,7 +143,6 @@ impl Conversion {
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
-        let Options { encoding, proof, n_threads, .. } = *options;
         Ok(Self { source, adapter, importance, encoding, proof, n_threads, layout, config, plan })
     }
 

@@ -330,7 +330,7 @@ impl Table {
         let n_row = actions.n_bin as usize;
         let name = "action_head.weight".to_owned();
         self.add(name, &[dim, n_row], Role::ActionHead, &[head.into()]);
-        self.parts.last_mut().expect("one was added").first_row = actions.ids().start as usize;
+        self.parts.last_mut().expect("one was added").first_row = actions.rows().start;
         Ok(())
     }
 

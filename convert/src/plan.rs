@@ -78,6 +78,9 @@ const fn mixed(
 }
 
 impl Encoding {
+    /// What `--q4` means.
+    const Q4: Self = mixed("Q4_K_M", 15, DType::Q4_K, Layers::Half, DType::Q6_K);
+
     /// Every type that can be asked for.
     pub const ALL: [Self; 11] = [
         plain("F32", 0, DType::F32),
@@ -86,7 +89,7 @@ impl Encoding {
         plain("Q8_0", 7, DType::Q8_0),
         plain("Q6_K", 18, DType::Q6_K),
         mixed("Q5_K_M", 17, DType::Q5_K, Layers::Half, DType::Q6_K),
-        mixed("Q4_K_M", 15, DType::Q4_K, Layers::Half, DType::Q6_K),
+        Self::Q4,
         mixed("Q4_K_S", 14, DType::Q4_K, Layers::FirstEighth, DType::Q5_K),
         plain("Q4_0", 2, DType::Q4_0),
         mixed("IQ4_NL", 25, DType::IQ4_NL, Layers::FirstEighth, DType::Q5_K),
@@ -130,9 +133,8 @@ fn fitting(dtype: DType, row: usize) -> DType {
 }
 
 impl Default for Encoding {
-    /// Q4_K_M: what `--q4` means.
     fn default() -> Self {
-        Self::ALL[6]
+        Self::Q4
     }
 }
 

@@ -50,7 +50,7 @@ pub fn bytes(config: &Config, plan: &[Planned]) -> u64 {
 }
 
 fn n_token(config: &Config) -> usize {
-    config.statistics.datasets().values().next().map_or(0, |dataset| dataset.q01.len())
+    config.statistics.first().1.q01.len()
 }
 
 /// Runs the cases part by part. `part` gives the model's tensors with a prefix, in F32.
@@ -62,7 +62,7 @@ pub fn cases(
     n_threads: usize,
     part: impl FnMut(&str) -> Result<Gguf>,
 ) -> Result<Vec<ProofCase>> {
-    let (unnorm_key, _) = config.statistics.datasets().iter().next().context("no statistics")?;
+    let (unnorm_key, _) = config.statistics.first();
     let tokenizer = Tokenizer::new(&config.vocabulary)?;
     let pictures: Vec<RgbImage> =
         CASES.iter().map(|(name, _)| picture(name)).collect::<Result<_>>()?;
@@ -79,7 +79,7 @@ pub fn cases(
             image: (*image).to_owned(),
             image_hash: hash(picture),
             instruction: (*instruction).to_owned(),
-            unnorm_key: unnorm_key.clone(),
+            unnorm_key: unnorm_key.to_owned(),
             tokens: decoded.tokens,
             logits: decoded.logits,
         },

@@ -4,12 +4,11 @@
 //! Each step of a case is given the reference's tokens so far, so that one wrong choice counts
 //! once.
 
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use indicatif::ProgressBar;
-use openvla::{Config, OpenVla, Options, Proof, ProofCase};
+use openvla::{Config, OpenVla, Options, Proof, ProofCase, argmax};
 use openvla_kernels::{DType, Gguf, TensorInfo};
 use serde::Serialize;
 
@@ -113,7 +112,7 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
         case.image
     );
     let config = policy.config();
-    let (actions, ids) = (config.actions, usize_range(config.actions.ids()));
+    let actions = config.actions;
     let (_, dataset) = config.statistics.select(Some(&case.unnorm_key))?;
     let dataset = dataset.clone();
     let planes = config.preprocess.planes(&picture)?;
@@ -124,18 +123,13 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
     let mut logits = network.prefill(&prompt)?;
     let (mut tokens, mut worst) = (Vec::new(), 0.0_f64);
     for (step, (expected, wanted)) in case.tokens.iter().zip(&case.logits).enumerate() {
-        let got = &logits[ids.clone()];
-        ensure!(got.iter().all(|x| x.is_finite()), "a logit of step {step} is not a number");
-        worst = worst.max(relative_error(got, wanted));
-        tokens.push(actions.ids().start + first_largest(got));
+        tokens.push(argmax(&logits, actions.ids(), step)?);
+        worst = worst.max(relative_error(&logits[actions.rows()], wanted));
         if step + 1 < case.tokens.len() {
             logits = network.step(*expected)?;
         }
     }
-    let motion = |tokens: &[u32]| {
-        let centres = tokens.iter().map(|id| actions.centre(actions.bin(*id)));
-        dataset.unnormalise(&centres.collect::<Vec<_>>())
-    };
+    let motion = |tokens: &[u32]| dataset.unnormalise(&actions.normalized(tokens));
     let pairs = || tokens.iter().zip(&case.tokens);
     let off =
         motion(&tokens).iter().zip(motion(&case.tokens)).map(|(a, b)| (a - b).abs()).collect();
@@ -150,16 +144,6 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
         action_off: off,
         logits_error: worst,
     })
-}
-
-fn usize_range(ids: Range<u32>) -> Range<usize> {
-    ids.start as usize..ids.end as usize
-}
-
-/// As decoding chooses: the first of equal logits.
-fn first_largest(logits: &[f32]) -> u32 {
-    let better = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
-    (0..logits.len()).fold(0, better) as u32
 }
 
 /// Of logits around their mean, since what is added to all of them changes nothing.

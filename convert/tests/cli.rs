@@ -1,44 +1,11 @@
 //! `openvla-convert` as a user meets it: what it prints, where, and how it ends.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod common;
 
+use std::process::Command;
+
+use common::{assert_fails, checkpoint, example, openvla_convert, stderr, stdout};
 use openvla_example::{COMMITTED, Size, Spec};
-
-fn example() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../example")
-}
-
-fn checkpoint() -> String {
-    example().canonicalize().unwrap().join("openvla-example").display().to_string()
-}
-
-fn openvla_convert(args: &[&str], dir: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_openvla-convert"))
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
-}
-
-/// A mistake of the user's: exit code 1, nothing on stdout, and words that help.
-fn assert_fails(output: &Output, words: &[&str]) {
-    let said = stderr(output);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert_eq!(stdout(output), "", "errors go to stderr");
-    for word in words {
-        assert!(said.contains(word), "{word:?} is missing in:\n{said}");
-    }
-    assert!(said.contains("error: ") && !said.contains("panicked"), "{said}");
-}
 
 #[test]
 fn converting_names_the_file_and_keeps_stdout_clean() {
@@ -66,7 +33,7 @@ fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
     assert!(said.contains(&format!("{total} bytes of weights, {cache} of keys and values")));
     assert!(said.contains("llama           IQ4_NL    12 tensors"), "{said}");
     assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
-    let built_in = std::fs::metadata(example().join("example.gguf")).unwrap().len();
+    let built_in = std::fs::metadata(example("example.gguf")).unwrap().len();
     assert!(total < built_in && total > built_in * 9 / 10, "{total} of {built_in}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

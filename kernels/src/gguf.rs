@@ -27,7 +27,7 @@ pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
 pub(crate) const VERSION: u32 = 3;
 const MAX_KEYS: u64 = 100_000;
 /// ggml keeps names in 64 bytes, the last one zero.
-pub(crate) const MAX_TENSOR_NAME: usize = 63;
+pub const MAX_TENSOR_NAME: usize = 63;
 
 /// Where a tensor lies, and how to read it. Checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,6 +118,11 @@ impl Gguf {
     /// All tensors, in the file's order.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    /// The tensor of that name, if there is one.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
     }
 
     /// The whole file.

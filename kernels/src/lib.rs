@@ -36,7 +36,7 @@ mod value;
 pub use backend::Backend;
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use gguf::{ALIGNMENT, Gguf, TensorInfo};
+pub use gguf::{ALIGNMENT, Gguf, MAX_TENSOR_NAME, TensorInfo};
 pub use graph::{Builder, Graph};
 pub use header::Header;
 pub use mapped::Mapped;

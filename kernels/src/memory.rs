@@ -188,7 +188,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Format`] if there are none, [`Error::Memory`] if the device has no room for a copy.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
-        Self::place(file, backend, &[], |_| false)
+        Self::place(file, backend, &[], &[])
     }
 
     /// The same, but with matrices in the layout that the device multiplies fastest by, where it
@@ -198,14 +198,14 @@ impl Weights {
     /// # Errors
     /// As [`Weights::load`].
     pub fn repacked(file: &Gguf, backend: &Arc<Backend>, tables: &[&str]) -> Result<Self> {
-        Self::place(file, backend, &Layout::all(backend), |name| !tables.contains(&name))
+        Self::place(file, backend, &Layout::all(backend), tables)
     }
 
     fn place(
         file: &Gguf,
         backend: &Arc<Backend>,
         layouts: &[Layout],
-        is_matrix: impl Fn(&str) -> bool,
+        tables: &[&str],
     ) -> Result<Self> {
         if file.tensors().is_empty() {
             let why = "it holds no tensors".to_owned();
@@ -223,9 +223,9 @@ impl Weights {
         };
         let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
         for layout in layouts {
-            let suits =
-                |tensor: &Entry<'_>| is_matrix(&tensor.0.name) && layout.suits(backend, tensor);
-            let (suited, others) = left.into_iter().partition::<Vec<_>, _>(suits);
+            let (suited, others) = left.into_iter().partition::<Vec<_>, _>(|tensor| {
+                !tables.contains(&tensor.0.name.as_str()) && layout.suits(backend, tensor)
+            });
             if !suited.is_empty() {
                 let buffer = layout.copy(file, backend, &suited);
                 home.buffers.push(buffer.ok_or_else(|| no_room(&suited))?);
@@ -359,7 +359,7 @@ fn copy(
 }
 
 /// A ggml context with room for the headers of `n` tensors.
-fn context(n: usize) -> NonNull<sys::ggml_context> {
+pub(crate) fn context(n: usize) -> NonNull<sys::ggml_context> {
     // SAFETY: reads a constant.
     let overhead = unsafe { sys::ggml_tensor_overhead() };
     let params = sys::ggml_init_params {

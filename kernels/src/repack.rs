@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
+use crate::memory::context;
 use crate::{Backend, Gguf, TensorInfo};
 
 /// A tensor of a file, and its header in a context.
@@ -44,19 +45,13 @@ impl Layout {
 
     /// Whether the backend multiplies by this tensor, which has no data yet, in this layout.
     pub fn suits(self, backend: &Backend, (info, raw): &Entry<'_>) -> bool {
-        let params = sys::ggml_init_params {
-            // SAFETY: reads a constant.
-            mem_size: 3 * unsafe { sys::ggml_tensor_overhead() },
-            mem_buffer: std::ptr::null_mut(),
-            no_alloc: true,
-        };
         if !info.dtype.is_quantized() || info.shape[2..] != [1, 1] {
             return false;
         }
+        let context = context(2);
         // SAFETY: the context is freed below, and so is the empty buffer, to which the tensor then
         // points no more; a product of a matrix and a row of its length is well-formed.
         unsafe {
-            let context = NonNull::new(sys::ggml_init(params)).expect("room for two headers");
             let buffer = sys::ggml_backend_buft_alloc_buffer(self.0.as_ptr(), 0);
             (*raw.as_ptr()).buffer = buffer;
             let columns = i64::try_from(info.shape[0]).expect("sizes were checked");

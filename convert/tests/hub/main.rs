@@ -1,10 +1,13 @@
 //! `openvla-convert` with a repository instead of a folder, against a look-alike of the Hub.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod server;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use common::{assert_fails, example, stderr};
 use openvla_convert::Conversion;
 use openvla_convert::plan::Encoding;
 use server::{COMMIT, End, Files, Hub, Request};
@@ -14,13 +17,9 @@ const ID: &str = "robots/openvla-example";
 const FILE: &str = "OpenVLA-424K-example-v1.0-Q8_0.gguf";
 const WEIGHTS: &str = "model.safetensors";
 
-fn checkpoint() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/openvla-example")
-}
-
 /// The example checkpoint's files, and one that converting does not read.
 fn files() -> Files {
-    std::fs::read_dir(checkpoint())
+    std::fs::read_dir(example("openvla-example"))
         .unwrap()
         .map(|entry| entry.unwrap())
         .map(|entry| {
@@ -69,7 +68,7 @@ impl User {
         let other = tempfile::tempdir().unwrap();
         let wanted = other.path().join("wanted.gguf");
         let encoding = "Q8_0".parse::<Encoding>().unwrap();
-        let conversion = Conversion::new(&checkpoint(), &encoding.into()).unwrap();
+        let conversion = Conversion::new(&example("openvla-example"), &encoding.into()).unwrap();
         conversion.write(&wanted, &indicatif::ProgressBar::hidden()).unwrap();
         let wanted = std::fs::read(wanted).unwrap();
         let data = usize::try_from(conversion.data_bytes()).unwrap();
@@ -78,20 +77,11 @@ impl User {
 
     /// Exit code 1, words that help, and nothing written but perhaps the cache.
     fn assert_fails(&self, output: &Output, words: &[&str]) {
-        let said = stderr(output);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        for word in words {
-            assert!(said.contains(word), "{word:?} is missing in:\n{said}");
-        }
-        assert!(said.contains("error: ") && !said.contains("panicked"), "{said}");
+        assert_fails(output, words);
         let left = std::fs::read_dir(self.dir.path()).unwrap().map(|f| f.unwrap().file_name());
         let left: Vec<_> = left.filter(|name| name != "huggingface").collect();
         assert_eq!(left, [""; 0], "nothing is left behind");
     }
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
 }
 
 fn well(_: &Request) -> End {
@@ -343,7 +333,7 @@ fn an_adapter_may_be_a_repository_too() {
     ]);
     let hub = Hub::serve(files, well);
     let user = User::of(&hub);
-    let folder = checkpoint().display().to_string();
+    let folder = common::checkpoint();
     user.assert_converted(&user.run(&[&folder, "--lora", ID, "--q8", "--no-proof"]));
     assert_eq!(hub.bodies(), ["adapter_config.json", "adapter_model.safetensors"]);
 }

@@ -6,7 +6,7 @@
 
 use openvla_kernels::{Gguf, Header, Value};
 
-use crate::config::Config;
+use super::Config;
 use crate::{Error, Result};
 
 /// Everything a file can be held against.

@@ -58,6 +58,28 @@ pub enum Error {
         /// The names there are.
         known: Vec<String>,
     },
+    /// The device that was asked for is not there.
+    #[error("there is no device `{wanted}` here{}", why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
+    NoDevice {
+        /// As it was asked for.
+        wanted: String,
+        /// The GPUs there are.
+        found: Vec<String>,
+        /// What ggml complained about, if it did.
+        why: Option<String>,
+    },
+    /// A GPU has too little memory free for its part of the model.
+    #[error("{device} has {} free and needs {}", gigabytes(*free), gigabytes(*needed))]
+    DeviceMemory {
+        /// The GPU.
+        device: String,
+        /// Bytes of its part, and what it needs beside.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// Layers of the Llama that would fit, if the rest of the model does.
+        fits: Option<usize>,
+    },
     /// A logit was not a number; a motion made of it would be arbitrary.
     #[error("the model computed a logit that is not a finite number at step {step}")]
     NotFinite {
@@ -81,9 +103,26 @@ impl Error {
             Self::NotFinite { .. } => {
                 Some("the file may be damaged; try a wider type, such as --bf16".into())
             }
+            Self::NoDevice { found, .. } if found.is_empty() => Some(
+                "--device auto takes what there is; a program built with `--features cuda` and its \
+                 libraries beside it uses NVIDIA GPUs"
+                    .into(),
+            ),
+            Self::NoDevice { found, .. } => Some(format!("there are: {}", found.join(", "))),
+            Self::DeviceMemory { fits: Some(n), .. } => Some(format!(
+                "-ngl {n} keeps {n} layers on GPUs and the rest on the CPU; a file of a smaller \
+                 type, such as --q4, needs less"
+            )),
+            Self::DeviceMemory { fits: None, .. } => {
+                Some("not even the vision towers fit; --device cpu needs no GPU".into())
+            }
             Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } => None,
         }
     }
+}
+
+fn gigabytes(bytes: usize) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 /// "did you mean" for a name that is close to a known one, and the list of those there are.

@@ -20,6 +20,25 @@ use crate::layers::RmsNorm;
 /// Tensors that rows are looked up in.
 pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
 
+/// What a tensor belongs to.
+pub(crate) enum Part {
+    /// What comes before the first layer.
+    Front,
+    Layer(usize),
+    /// What comes after the last.
+    Head,
+}
+
+/// The part of a model with `n_layer` layers that a tensor of this name belongs to.
+pub(crate) fn part(name: &str, n_layer: usize) -> Part {
+    let block = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next());
+    match block.and_then(|i| i.parse().ok()) {
+        Some(i) if i < n_layer => Part::Layer(i),
+        None if name.starts_with("output") || name.starts_with("action_head") => Part::Head,
+        _ => Part::Front,
+    }
+}
+
 pub(crate) struct Llama {
     model: Model,
     backend: Arc<Backend>,

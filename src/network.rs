@@ -10,7 +10,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use openvla_kernels::{Backend, DType, Gguf, Graph, Observer, Squares, State, Weights, shape};
+use openvla_kernels::{
+    Backend, DType, Gguf, Graph, Observer, Squares, State, Usage, Weights, shape,
+};
 
 use crate::Result;
 use crate::config::Config;
@@ -20,6 +22,7 @@ use crate::vision::Vision;
 
 /// Vision towers, projector and Llama, ready to run.
 pub struct Network {
+    backend: Arc<Backend>,
     planes: State,
     features: State,
     soft: State,
@@ -30,13 +33,19 @@ pub struct Network {
 }
 
 impl Network {
-    /// Takes every tensor of the file, and builds the stages that do not depend on the prompt.
+    /// Takes every tensor of the file, each on the device of `backend` that `place` has for it, and
+    /// builds the stages that do not depend on the prompt.
     ///
     /// # Errors
     /// [`crate::Error::Kernels`] names a tensor that is missing, left over or of another shape, or
     /// what the device lacks.
-    pub fn load(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
-        Self::new(Weights::repacked(file, backend, &TABLES)?, config, backend)
+    pub fn load(
+        file: &Gguf,
+        config: &Config,
+        backend: &Arc<Backend>,
+        place: &dyn Fn(&str) -> usize,
+    ) -> Result<Self> {
+        Self::new(Weights::placed(file, backend, &TABLES, place)?, config, backend)
     }
 
     /// The same, which also sees what each matrix is multiplied by: [`Network::squares`]. It needs
@@ -44,8 +53,13 @@ impl Network {
     ///
     /// # Errors
     /// As [`Network::load`].
-    pub fn observed(file: &Gguf, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
-        let mut weights = Weights::repacked(file, backend, &TABLES)?;
+    pub fn observed(
+        file: &Gguf,
+        config: &Config,
+        backend: &Arc<Backend>,
+        place: &dyn Fn(&str) -> usize,
+    ) -> Result<Self> {
+        let mut weights = Weights::placed(file, backend, &TABLES, place)?;
         let observer = weights.observe();
         Ok(Self { observer, ..Self::new(weights, config, backend)? })
     }
@@ -66,8 +80,8 @@ impl Network {
         let projector = Graph::build(backend, projector.max_nodes(), |g| {
             g.store(projector.build(g, g.state(&features)), &soft);
         })?;
-        let observer = Observer::default();
-        Ok(Self { planes, features, soft, vision, projector, llama, observer })
+        let (backend, observer) = (backend.clone(), Observer::default());
+        Ok(Self { backend, planes, features, soft, vision, projector, llama, observer })
     }
 
     /// Vision: normalised planes `[size, size, 3 · n_tower]` to patch features.
@@ -124,6 +138,11 @@ impl Network {
     /// What each matrix was multiplied by so far, if the network is [`Network::observed`].
     pub fn squares(&self) -> BTreeMap<String, Squares> {
         self.observer.squares()
+    }
+
+    /// What is allocated on each device now: the GPUs, then the CPU.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.backend.usage()
     }
 
     /// What vision left for the projector: `[Σ dim, n_patch]`.

@@ -4,19 +4,24 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use image::RgbImage;
-use openvla_kernels::{Backend, Gguf};
+use openvla_kernels::{Backend, Gguf, Usage};
 use serde::Serialize;
 
 use crate::Result;
 use crate::action::{Dataset, argmax};
 use crate::config::Config;
 use crate::network::Network;
+use crate::placement::{Devices, Needs, Placement};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
+    /// The devices to run on.
+    pub devices: Devices,
+    /// How many of the Llama's layers lie on GPUs, if there are any. The default is all.
+    pub n_gpu_layers: Option<usize>,
     /// CPU threads. The default is one for each core.
     pub n_threads: usize,
     /// What a token may be.
@@ -28,7 +33,13 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { n_threads, decoding: Decoding::default(), observe: false }
+        Self {
+            devices: Devices::default(),
+            n_gpu_layers: None,
+            n_threads,
+            decoding: Decoding::default(),
+            observe: false,
+        }
     }
 }
 
@@ -118,9 +129,13 @@ impl OpenVla {
     fn load(file: &Gguf, options: &Options) -> Result<Self> {
         let config = Config::read(file)?;
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        let backend = Backend::cpu(options.n_threads)?;
+        let gpus = options.devices.gpus()?;
+        let needs = Needs::new(file, &config);
+        let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
+        let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
+        let backend = Backend::open(&gpus, options.n_threads)?;
         let load = if options.observe { Network::observed } else { Network::load };
-        let network = load(file, &config, &backend)?;
+        let network = load(file, &config, &backend, &|name| placement.device(name))?;
         Ok(Self { config, tokenizer, network, decoding: options.decoding })
     }
 
@@ -163,6 +178,11 @@ impl OpenVla {
     /// What the model file says about itself.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// What the model takes on each device: the GPUs, then the CPU.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.network.usage()
     }
 
     /// The prompt's ids for an instruction.

@@ -60,6 +60,18 @@ fn the_same_step_gives_the_same_numbers_whatever_the_threads() {
 }
 
 #[test]
+fn it_says_what_it_ran_on_and_a_device_that_is_not_there_is_named() {
+    let output = openvla_run(&[&table(), "put eggplant into pot", "--device", "cpu", "-ngl", "2"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("CPU: "), "the device and its memory: {}", stderr(&output));
+    let output = openvla_run(&[&table(), "put eggplant into pot", "--device", "nothing:7"]);
+    assert_fails(&output, &["no device `nothing:7`", "hint: --device auto"]);
+    let output = openvla_run(&[&table(), "put eggplant into pot", "--device", "cuda:x"]);
+    assert_eq!(output.status.code(), Some(2), "usage");
+    assert!(stderr(&output).contains("`x` is no number"), "{}", stderr(&output));
+}
+
+#[test]
 fn an_image_may_come_from_stdin() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_openvla-run"))
         .args(["-", "put eggplant into pot", "--json"])

@@ -1,117 +1,173 @@
-//! A device that owns memory and computes graphs.
+//! What a model runs on: GPUs, if any, and the CPU, which takes what they leave.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::{Error, Result};
+use crate::buffer::{Counts, Usage, Use};
+use crate::device::{complaint, start};
+use crate::{Device, Error, Result};
 
-/// A ggml backend: today the CPU. Values of this type prove that ggml has started.
+/// Devices that own memory and compute together. Values of this type prove that ggml has started.
 pub struct Backend {
-    raw: NonNull<sys::ggml_backend>,
-    name: String,
+    /// GPUs in the order they were named, then the CPU.
+    places: Vec<Place>,
     n_threads: usize,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
 
+/// A device of a [`Backend`].
+struct Place {
+    raw: NonNull<sys::ggml_backend>,
+    name: String,
+    counts: Counts,
+}
+
 // SAFETY: ggml ties no backend to a thread, and every use of `raw` that changes anything happens
-// under `gate`.
-unsafe impl Send for Backend {}
+// under the gate.
+unsafe impl Send for Place {}
 // SAFETY: as above.
-unsafe impl Sync for Backend {}
+unsafe impl Sync for Place {}
 
 impl Backend {
-    /// The CPU with that many threads.
+    /// The CPU alone, with that many threads.
     ///
     /// # Errors
-    /// [`Error::Device`] if ggml was built without its CPU backend.
+    /// [`Error::Device`] if ggml has no CPU backend.
     pub fn cpu(n_threads: usize) -> Result<Arc<Self>> {
-        silence();
-        let kind = sys::GGML_BACKEND_DEVICE_TYPE_CPU;
-        // SAFETY: the registry is built on first use, behind C++'s own lock; a null parameter
-        // string is its documented default.
-        let raw = unsafe { sys::ggml_backend_init_by_type(kind, std::ptr::null()) };
-        let raw = NonNull::new(raw).ok_or_else(|| Error::Device {
-            device: "CPU".into(),
-            why: "ggml was built without its CPU backend".into(),
-        })?;
-        // SAFETY: `raw` is a live backend, whose name is a C string that lives as long.
-        let name = unsafe { CStr::from_ptr(sys::ggml_backend_name(raw.as_ptr())) };
-        let name = name.to_string_lossy().into_owned();
+        Self::open(&[], n_threads)
+    }
+
+    /// GPUs, and the CPU with that many threads.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if one of them cannot be used.
+    pub fn open(gpus: &[Device], n_threads: usize) -> Result<Arc<Self>> {
+        start();
+        // SAFETY: ggml has started.
+        let cpu = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
+        if cpu.is_null() {
+            let why = "ggml's CPU module (libggml-cpu-*.so) is not beside the program".to_owned();
+            return Err(Error::Device { device: "CPU".into(), why });
+        }
+        let devices = gpus.iter().map(Device::raw).chain([cpu]);
+        let places = devices.map(Place::new).collect::<Result<_>>()?;
         let n_threads = n_threads.clamp(1, 512);
-        let backend = Self { raw, name, n_threads, gate: Mutex::new(()) };
+        let backend = Self { places, n_threads, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
 
-    /// The device's name for messages.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// How many devices it has: the GPUs, then the CPU.
+    pub fn n_device(&self) -> usize {
+        self.places.len()
+    }
+
+    /// A device's name for messages.
+    ///
+    /// # Panics
+    /// If there are fewer devices.
+    pub fn name(&self, device: usize) -> &str {
+        &self.places[device].name
+    }
+
+    /// What is allocated on each device now.
+    pub fn usage(&self) -> Vec<Usage> {
+        let usage = |Place { name, counts, .. }: &Place| Usage {
+            device: name.clone(),
+            weights: counts.get(Use::Weights),
+            states: counts.get(Use::States),
+            graphs: counts.get(Use::Graphs),
+        };
+        self.places.iter().map(usage).collect()
+    }
+
+    pub(crate) fn counts(&self, device: usize) -> &Counts {
+        &self.places[device].counts
+    }
+
+    /// The CPU's place among the devices: the last.
+    pub(crate) fn host(&self) -> usize {
+        self.places.len() - 1
     }
 
     /// Through the registry, since a CPU backend that was loaded at run time exports nothing else.
     fn set_threads(&self) {
         type SetThreads = unsafe extern "C" fn(sys::ggml_backend_t, i32);
-        if let Some(found) = self.function(c"ggml_backend_set_n_threads") {
+        if let Some(found) = self.host_function(c"ggml_backend_set_n_threads") {
             // SAFETY: under this name a registry gives a function of exactly this type
             // (`ggml_backend_set_n_threads_t` in ggml-backend.h).
             let set = unsafe { std::mem::transmute::<NonNull<c_void>, SetThreads>(found) };
             let n = i32::try_from(self.n_threads).expect("512 fits");
-            // SAFETY: `raw` is a live backend of that registry.
-            unsafe { set(self.raw(), n) };
+            // SAFETY: a live backend of that registry.
+            unsafe { set(self.raw(self.host()), n) };
         }
     }
 
-    /// Threads that it computes with.
+    /// Threads that the CPU computes with.
     pub(crate) fn n_threads(&self) -> usize {
         self.n_threads
     }
 
-    pub(crate) fn device(&self) -> sys::ggml_backend_dev_t {
-        // SAFETY: `raw` is live; ggml never frees devices.
-        unsafe { sys::ggml_backend_get_device(self.raw()) }
+    pub(crate) fn device(&self, device: usize) -> sys::ggml_backend_dev_t {
+        // SAFETY: a live backend; ggml never frees devices.
+        unsafe { sys::ggml_backend_get_device(self.raw(device)) }
     }
 
-    /// What the backend's registry has under a name, whose type its header says.
-    pub(crate) fn function(&self, name: &CStr) -> Option<NonNull<c_void>> {
+    /// What the CPU's registry has under a name, whose type its header says.
+    pub(crate) fn host_function(&self, name: &CStr) -> Option<NonNull<c_void>> {
         // SAFETY: the device and its registry, which ggml never frees, are live.
         NonNull::new(unsafe {
-            let registry = sys::ggml_backend_dev_backend_reg(self.device());
+            let registry = sys::ggml_backend_dev_backend_reg(self.device(self.host()));
             sys::ggml_backend_reg_get_proc_address(registry, name.as_ptr())
         })
     }
 
-    pub(crate) fn raw(&self) -> sys::ggml_backend_t {
-        self.raw.as_ptr()
+    pub(crate) fn raw(&self, device: usize) -> sys::ggml_backend_t {
+        self.places[device].raw.as_ptr()
     }
 
-    /// Waits for the device to be idle and keeps it so. A panic elsewhere leaves nothing broken
+    /// All of them, the CPU last.
+    pub(crate) fn raws(&self) -> Vec<sys::ggml_backend_t> {
+        self.places.iter().map(|place| place.raw.as_ptr()).collect()
+    }
+
+    /// Waits for the devices to be idle and keeps them so. A panic elsewhere leaves nothing broken
     /// that the next graph does not write anew, so a poisoned lock is as good as a clean one.
     pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Backend {
+impl Place {
+    fn new(device: sys::ggml_backend_dev_t) -> Result<Self> {
+        // SAFETY: a device of the registry, whose name is a C string that lives as long; a null
+        // parameter string is ggml's documented default.
+        let (name, raw) = unsafe {
+            let name = CStr::from_ptr(sys::ggml_backend_dev_name(device));
+            let raw = sys::ggml_backend_dev_init(device, std::ptr::null());
+            (name.to_string_lossy().into_owned(), raw)
+        };
+        let why = || complaint().unwrap_or_else(|| "ggml cannot start it".to_owned());
+        match NonNull::new(raw) {
+            Some(raw) => Ok(Self { raw, name, counts: Counts::default() }),
+            None => Err(Error::Device { device: name, why: why() }),
+        }
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         // SAFETY: everything allocated on the backend holds an `Arc` of it, so nothing is left.
-        unsafe { sys::ggml_backend_free(self.raw()) }
+        unsafe { sys::ggml_backend_free(self.raw.as_ptr()) }
     }
 }
 
 impl std::fmt::Debug for Backend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Backend").field(&self.name).finish()
+        f.debug_list().entries(self.places.iter().map(|place| &place.name)).finish()
     }
-}
-
-/// ggml logs to stderr by itself; a library has no business there, and failures come back as errors.
-fn silence() {
-    unsafe extern "C" fn drop_message(_: sys::ggml_log_level, _: *const c_char, _: *mut c_void) {}
-    static ONCE: Once = Once::new();
-    // SAFETY: the callback touches nothing, and `ONCE` keeps two threads from setting it at once.
-    ONCE.call_once(|| unsafe { sys::ggml_log_set(Some(drop_message), std::ptr::null_mut()) });
 }

@@ -1,21 +1,26 @@
 //! One stage's computation: built once with fixed shapes, allocated once, run many times.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
+use crate::buffer::{Counts, Use};
 use crate::memory::{Home, Place};
 use crate::observer::{Observed, Sink};
 use crate::{Backend, Error, Result, State, Tensor, Weight};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
+///
+/// Each operation runs where its weights are, else where its operands are; ggml's scheduler copies
+/// what goes from one device to the next. It plans once, when the graph is built, so that a device
+/// sees the same graph at the same addresses every time and can replay it.
 pub struct Graph {
     raw: NonNull<sys::ggml_cgraph>,
     context: NonNull<sys::ggml_context>,
-    allocator: NonNull<sys::ggml_gallocr>,
+    scheduler: NonNull<sys::ggml_backend_sched>,
     backend: Arc<Backend>,
     observed: Vec<Observed>,
     /// Weights and states that nodes point to.
@@ -30,7 +35,7 @@ impl Graph {
     /// Builds a graph of at most `max_nodes` operations and allocates what lies between them.
     ///
     /// # Errors
-    /// [`Error::Device`] if the backend lacks an operation, [`Error::Memory`] if it has no room.
+    /// [`Error::Device`] if no device has an operation, [`Error::Memory`] if one has no room.
     ///
     /// # Panics
     /// If `build` makes more nodes, or an operation whose shapes do not fit.
@@ -41,67 +46,98 @@ impl Graph {
     ) -> Result<Self> {
         let builder = Builder::new(backend, max_nodes);
         build(&builder);
-        let Builder { raw, context, homes, observed, .. } = builder;
-        // SAFETY: the buffer type of a live backend is never freed.
-        let allocator = unsafe {
-            sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend.raw()))
+        let Builder { raw, context, homes, observed, nodes_left, leaves, .. } = builder;
+        let size = max_nodes - nodes_left.get() + leaves.get();
+        let mut raws = backend.raws();
+        let (list, n) = (raws.as_mut_ptr(), i32::try_from(raws.len()).expect("a few devices"));
+        // SAFETY: live backends, the CPU last; null stands for their own buffer types.
+        let scheduler = unsafe {
+            sys::ggml_backend_sched_new(list, std::ptr::null_mut(), n, size, false, false)
         };
-        let allocator = NonNull::new(allocator).expect("ggml allocates a small struct");
+        let scheduler = NonNull::new(scheduler).expect("ggml allocates its scheduler");
         let (backend, observed, _homes) =
             (backend.clone(), observed.into_inner(), homes.into_inner());
-        let mut graph = Self { raw, context, allocator, backend, observed, _homes };
+        let mut graph = Self { raw, context, scheduler, backend, observed, _homes };
         graph.check_support()?;
-        let _idle = graph.backend.lock();
-        // SAFETY: graph and allocator are live, and nothing runs on the backend meanwhile.
-        if unsafe { sys::ggml_gallocr_alloc_graph(graph.allocator.as_ptr(), graph.raw.as_ptr()) } {
-            drop(_idle);
-            graph.observed.retain(Observed::is_computed);
-            return Ok(graph);
+        let idle = graph.backend.lock();
+        // SAFETY: graph and scheduler are live, every node has a device that computes it, and
+        // nothing runs there meanwhile.
+        let allocated =
+            unsafe { sys::ggml_backend_sched_alloc_graph(scheduler.as_ptr(), graph.raw.as_ptr()) };
+        drop(idle);
+        if !allocated {
+            let device = graph.backend.name(0).to_owned();
+            let bytes = (0..graph.backend.n_device()).map(|device| graph.bytes(device)).sum();
+            return Err(Error::Memory { device, what: "a computation".to_owned(), bytes });
         }
-        let (device, what) = (graph.backend.name().to_owned(), "a computation".to_owned());
-        Err(Error::Memory { device, what, bytes: graph.bytes() })
+        graph.observed.retain(Observed::is_computed);
+        graph.count(Counts::add);
+        Ok(graph)
     }
 
     /// Runs the graph and waits for it.
     ///
     /// # Errors
-    /// [`Error::Device`] if the device fails.
+    /// [`Error::Device`] if a device fails.
     pub fn compute(&mut self) -> Result<()> {
         let _idle = self.backend.lock();
-        // SAFETY: the graph is allocated on this backend, its shapes were asserted node by node,
+        // SAFETY: the graph is allocated on these devices, its shapes were asserted node by node,
         // and nothing else runs there.
-        let status =
-            unsafe { sys::ggml_backend_graph_compute(self.backend.raw(), self.raw.as_ptr()) };
+        let status = unsafe {
+            sys::ggml_backend_sched_graph_compute(self.scheduler.as_ptr(), self.raw.as_ptr())
+        };
         if status == sys::GGML_STATUS_SUCCESS {
             self.observed.iter().for_each(Observed::add);
             return Ok(());
         }
         let why = format!("computing a graph failed with ggml's status {status}");
-        Err(Error::Device { device: self.backend.name().to_owned(), why })
+        Err(Error::Device { device: self.backend.name(0).to_owned(), why })
     }
 
-    /// Bytes that lie between its operations, on the device.
-    pub fn bytes(&self) -> usize {
-        // SAFETY: the allocator is live and has one buffer type.
-        unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator.as_ptr(), 0) }
+    /// Bytes that lie between its operations on one device.
+    fn bytes(&self, device: usize) -> usize {
+        let backend = self.backend.raw(device);
+        // SAFETY: the scheduler is live and knows the backend.
+        unsafe { sys::ggml_backend_sched_get_buffer_size(self.scheduler.as_ptr(), backend) }
     }
 
-    /// ggml aborts when a backend meets an operation it lacks, so ask before.
+    fn count(&self, change: fn(&Counts, Use, usize)) {
+        for device in 0..self.backend.n_device() {
+            change(self.backend.counts(device), Use::Graphs, self.bytes(device));
+        }
+    }
+
+    /// ggml aborts when no device has an operation, or when that of the memory that it writes has
+    /// not; so ask before.
     fn check_support(&self) -> Result<()> {
+        let raws = self.backend.raws();
         // SAFETY: the graph is live, and every index is below its count.
         let nodes = unsafe {
             let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
             (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect::<Vec<_>>()
         };
         for node in nodes {
-            // SAFETY: backend and node are live.
-            if unsafe { sys::ggml_backend_supports_op(self.backend.raw(), node) } {
+            // SAFETY: node and backends are live; a view's source lives as long as the view, and so
+            // does a buffer as long as its tensors.
+            let can = unsafe {
+                let written =
+                    (*node).view_src.as_ref().map_or((*node).buffer, |whole| whole.buffer);
+                let reaches = |raw| {
+                    written.is_null()
+                        || sys::ggml_backend_supports_buft(
+                            raw,
+                            sys::ggml_backend_buffer_get_type(written),
+                        )
+                };
+                raws.iter().any(|raw| reaches(*raw) && sys::ggml_backend_supports_op(*raw, node))
+            };
+            if can {
                 continue;
             }
             // SAFETY: the node is live; its description is a C string of ggml's constant tables.
             let op = unsafe { std::ffi::CStr::from_ptr(sys::ggml_op_desc(node)) };
             let why = format!("cannot compute {} for these shapes", op.to_string_lossy());
-            return Err(Error::Device { device: self.backend.name().to_owned(), why });
+            return Err(Error::Device { device: self.backend.name(0).to_owned(), why });
         }
         Ok(())
     }
@@ -109,9 +145,10 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        self.count(Counts::subtract);
         // SAFETY: both are live, and tensors of other homes are not freed with the context.
         unsafe {
-            sys::ggml_gallocr_free(self.allocator.as_ptr());
+            sys::ggml_backend_sched_free(self.scheduler.as_ptr());
             sys::ggml_free(self.context.as_ptr());
         }
     }
@@ -126,7 +163,9 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
-    nodes_left: std::cell::Cell<usize>,
+    nodes_left: Cell<usize>,
+    /// Weights and states that nodes were given, each time.
+    leaves: Cell<usize>,
 }
 
 impl Builder {
@@ -152,7 +191,8 @@ impl Builder {
             homes: RefCell::default(),
             sinks: RefCell::default(),
             observed: RefCell::default(),
-            nodes_left: std::cell::Cell::new(max_nodes),
+            nodes_left: Cell::new(max_nodes),
+            leaves: Cell::new(0),
         }
     }
 
@@ -216,6 +256,7 @@ impl Builder {
         if !homes.iter().any(|home| Arc::ptr_eq(home, &place.home)) {
             homes.push(place.home.clone());
         }
+        self.leaves.set(self.leaves.get() + 1);
         Tensor { builder: self, raw: place.raw }
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
 //! | [`DType`] | element types, and quantising rows into them |
-//! | [`Backend`] | a device that owns memory and computes |
+//! | [`Device`], [`Backend`], [`Usage`] | GPUs there are; those a model runs on, with the CPU; what it takes there |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
 //! | [`Observer`], [`Squares`] | what graphs multiply weights by |
@@ -21,6 +21,8 @@
 //! A backend runs one thing at a time, behind a lock, so handles may be used from any thread.
 
 mod backend;
+mod buffer;
+mod device;
 mod dtype;
 mod error;
 mod gguf;
@@ -34,6 +36,8 @@ mod tensor;
 mod value;
 
 pub use backend::Backend;
+pub use buffer::Usage;
+pub use device::Device;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gguf::{ALIGNMENT, Gguf, MAX_TENSOR_NAME, TensorInfo};

@@ -7,16 +7,18 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
+use crate::buffer::{Buffer, Use};
 use crate::observer::Sink;
 use crate::repack::{Entry, Layout};
-use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape};
+use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape, TensorInfo};
 
-/// ggml tensors and the buffer they lie in. Kept alive by every handle into it.
+/// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
-    context: NonNull<sys::ggml_context>,
-    buffers: Vec<NonNull<sys::ggml_backend_buffer>>,
+    /// Freed before the context that their tensors lie in.
+    _buffers: Vec<Buffer>,
+    _context: Context,
     pub(crate) backend: Arc<Backend>,
-    /// The mapped file that the buffer points into, if it was not copied.
+    /// The mapped file that a buffer points into, if it was not copied.
     _file: Option<Gguf>,
 }
 
@@ -26,22 +28,12 @@ unsafe impl Send for Home {}
 // SAFETY: as above.
 unsafe impl Sync for Home {}
 
-impl Drop for Home {
-    fn drop(&mut self) {
-        // SAFETY: handles hold an `Arc` of the home, so none is left; buffers first, as their
-        // tensors lie in the context.
-        unsafe {
-            self.buffers.iter().for_each(|buffer| sys::ggml_backend_buffer_free(buffer.as_ptr()));
-            sys::ggml_free(self.context.as_ptr());
-        }
-    }
-}
-
 /// One tensor in a [`Home`].
 #[derive(Clone)]
 pub(crate) struct Place {
     pub(crate) raw: NonNull<sys::ggml_tensor>,
     pub(crate) home: Arc<Home>,
+    device: usize,
     dtype: DType,
     shape: Shape,
 }
@@ -76,30 +68,43 @@ impl Weight {
 }
 
 impl State {
-    /// A zeroed tensor on `backend`.
+    /// A zeroed tensor on the first device of `backend`.
     ///
     /// # Errors
     /// [`Error::Memory`] if the device has no room.
     pub fn zeros(backend: &Arc<Backend>, dtype: DType, shape: Shape) -> Result<Self> {
-        let context = context(1);
-        let raw = new_tensor(context, dtype, &shape);
+        Self::on(backend, 0, dtype, shape)
+    }
+
+    /// A zeroed tensor on the device that `weight` is on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the device has no room.
+    pub fn beside(weight: &Weight, dtype: DType, shape: Shape) -> Result<Self> {
+        Self::on(&weight.place.home.backend, weight.place.device, dtype, shape)
+    }
+
+    fn on(backend: &Arc<Backend>, device: usize, dtype: DType, shape: Shape) -> Result<Self> {
+        let context = Context::new(1);
+        let raw = context.tensor(dtype, &shape);
         let bytes = dtype.row_bytes(shape[0]).expect("plain types have rows of any length")
             * shape[1..].iter().product::<usize>();
         let _idle = backend.lock();
-        // SAFETY: the context holds one tensor without data; the backend is live.
-        let buffer =
-            unsafe { sys::ggml_backend_alloc_ctx_tensors(context.as_ptr(), backend.raw()) };
-        let Some(buffer) = NonNull::new(buffer) else {
-            // SAFETY: nothing else refers to the context.
-            unsafe { sys::ggml_free(context.as_ptr()) };
-            let (device, what) = (backend.name().to_owned(), "the model's state".to_owned());
+        // SAFETY: the context holds one tensor without data; the backend is live, and the buffer
+        // is nobody else's.
+        let buffer = unsafe {
+            let buffer = sys::ggml_backend_alloc_ctx_tensors(context.raw(), backend.raw(device));
+            Buffer::new(buffer, backend, device, Use::States)
+        };
+        let Some(buffer) = buffer else {
+            let (device, what) = (backend.name(device).to_owned(), "the model's state".to_owned());
             return Err(Error::Memory { device, what, bytes });
         };
         // SAFETY: a live buffer; no graph knows it yet.
-        unsafe { sys::ggml_backend_buffer_clear(buffer.as_ptr(), 0) };
-        let backend = backend.clone();
-        let home = Arc::new(Home { context, buffers: vec![buffer], backend, _file: None });
-        Ok(Self(Place { raw, home, dtype, shape }))
+        unsafe { sys::ggml_backend_buffer_clear(buffer.raw(), 0) };
+        let (backend, _buffers) = (backend.clone(), vec![buffer]);
+        let home = Arc::new(Home { _buffers, _context: context, backend, _file: None });
+        Ok(Self(Place { raw, home, device, dtype, shape }))
     }
 
     /// Sizes, fastest first.
@@ -183,70 +188,79 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Puts the file's tensors on `backend`. The CPU reads them where the file is mapped.
+    /// Leaves the file's tensors where it is mapped, for the CPU.
     ///
     /// # Errors
-    /// [`Error::Format`] if there are none, [`Error::Memory`] if the device has no room for a copy.
+    /// [`Error::Format`] if there are none, [`Error::Memory`] if there is no room for a copy of a
+    /// file that cannot be used where it is.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
-        Self::place(file, backend, &[], &[])
+        Self::new(file, backend, &[], &|_, _| false)
     }
 
-    /// The same, but with matrices in the layout that the device multiplies fastest by, where it
-    /// has one for their type: those are copied, on all of the backend's threads. `tables` names
-    /// the tensors that rows are looked up in, which stay as they are.
+    /// Puts each tensor on the device that `place` names, in the layout that this device computes
+    /// fastest with, if it has one; those are copied, on all of the backend's threads. What a GPU
+    /// cannot compute with goes to the CPU. `tables` names the tensors that rows are looked up in.
     ///
     /// # Errors
-    /// As [`Weights::load`].
-    pub fn repacked(file: &Gguf, backend: &Arc<Backend>, tables: &[&str]) -> Result<Self> {
-        Self::place(file, backend, &Layout::all(backend), tables)
+    /// [`Error::Format`] if there are none, [`Error::Memory`] if a device has no room.
+    pub fn placed(
+        file: &Gguf,
+        backend: &Arc<Backend>,
+        tables: &[&str],
+        place: &dyn Fn(&str) -> usize,
+    ) -> Result<Self> {
+        Self::new(file, backend, &Layout::all(backend), &|layout, tensor| {
+            let name = tensor.0.name.as_str();
+            let here = place(name) == layout.device || layout.device == backend.host();
+            here && layout.suits(backend, tensor, tables.contains(&name))
+        })
     }
 
-    fn place(
+    fn new(
         file: &Gguf,
         backend: &Arc<Backend>,
         layouts: &[Layout],
-        tables: &[&str],
+        suits: &dyn Fn(&Layout, &Entry<'_>) -> bool,
     ) -> Result<Self> {
         if file.tensors().is_empty() {
             let why = "it holds no tensors".to_owned();
             return Err(Error::Format { file: file.file().to_owned(), why });
         }
-        let context = context(file.tensors().len());
+        let context = Context::new(file.tensors().len());
         let raws: Vec<_> =
-            file.tensors().iter().map(|t| new_tensor(context, t.dtype, &t.shape)).collect();
-        let mut home = Home { context, buffers: Vec::new(), backend: backend.clone(), _file: None };
-        let _idle = backend.lock();
-        let no_room = |tensors: &[Entry<'_>]| Error::Memory {
-            device: backend.name().to_owned(),
+            file.tensors().iter().map(|t| context.tensor(t.dtype, &t.shape)).collect();
+        let no_room = |device: usize, tensors: &[Entry<'_>]| Error::Memory {
+            device: backend.name(device).to_owned(),
             what: "the weights".to_owned(),
             bytes: tensors.iter().map(|(info, _)| info.range.len()).sum(),
         };
+        let _idle = backend.lock();
+        let mut buffers: Vec<Buffer> = Vec::new();
+        let mut devices = BTreeMap::new();
         let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
         for layout in layouts {
-            let (suited, others) = left.into_iter().partition::<Vec<_>, _>(|tensor| {
-                !tables.contains(&tensor.0.name.as_str()) && layout.suits(backend, tensor)
-            });
-            if !suited.is_empty() {
-                let buffer = layout.copy(file, backend, &suited);
-                home.buffers.push(buffer.ok_or_else(|| no_room(&suited))?);
+            let (here, others): (Vec<_>, _) = left.into_iter().partition(|t| suits(layout, t));
+            if !here.is_empty() {
+                let buffer = layout.copy(file, backend, &here);
+                buffers.push(buffer.ok_or_else(|| no_room(layout.device, &here))?);
+                devices.extend(here.iter().map(|(info, _)| (info.name.as_str(), layout.device)));
             }
             left = others;
         }
+        let mut mapped = None;
         if !left.is_empty() {
-            let mapped = map(file, backend, &left);
-            home._file = mapped.is_some().then(|| file.clone());
-            let buffer = mapped.or_else(|| copy(file, backend, context, &left));
-            home.buffers.push(buffer.ok_or_else(|| no_room(&left))?);
+            let buffer = map(file, backend, &left);
+            mapped = buffer.is_some().then(|| file.clone());
+            let buffer = buffer.or_else(|| Layout::plain(backend).copy(file, backend, &left));
+            buffers.push(buffer.ok_or_else(|| no_room(backend.host(), &left))?);
         }
-        let usage = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
-        for buffer in &home.buffers {
-            // SAFETY: a live buffer.
-            unsafe { sys::ggml_backend_buffer_set_usage(buffer.as_ptr(), usage) };
-        }
-        let home = Arc::new(home);
-        let weight = |(info, raw): (&crate::TensorInfo, &NonNull<_>)| {
-            let place =
-                Place { raw: *raw, home: home.clone(), dtype: info.dtype, shape: info.shape };
+        let backend = backend.clone();
+        let home = Arc::new(Home { _buffers: buffers, _context: context, backend, _file: mapped });
+        let weight = |(info, raw): (&TensorInfo, &NonNull<_>)| {
+            let device = devices.get(info.name.as_str()).copied();
+            let device = device.unwrap_or(home.backend.host());
+            let (dtype, shape) = (info.dtype, info.shape);
+            let place = Place { raw: *raw, home: home.clone(), device, dtype, shape };
             (info.name.clone(), Weight { place, sink: None })
         };
         let left = file.tensors().iter().zip(&raws).map(weight).collect();
@@ -306,79 +320,65 @@ impl Weights {
     }
 }
 
-/// Points the tensors into the file's own bytes, if the backend computes in host memory.
-fn map(
-    file: &Gguf,
-    backend: &Arc<Backend>,
-    tensors: &[Entry<'_>],
-) -> Option<NonNull<sys::ggml_backend_buffer>> {
+/// Points the tensors into the file's own bytes, which the CPU reads where they are mapped.
+fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buffer> {
     let start = tensors.iter().map(|(info, _)| info.range.start).min()?;
     let end = tensors.iter().map(|(info, _)| info.range.end).max()?;
     let base = file.bytes()[start..end].as_ptr();
-    // SAFETY: a live backend has a default buffer type, which is never freed.
-    let host = unsafe {
-        sys::ggml_backend_buft_is_host(sys::ggml_backend_get_default_buffer_type(backend.raw()))
-    };
-    if !host || !base.addr().is_multiple_of(crate::ALIGNMENT) {
+    if !base.addr().is_multiple_of(crate::ALIGNMENT) {
         return None;
     }
     // SAFETY: the slice outlives the buffer, since `Home` keeps the file. ggml takes a mutable
     // pointer, but writes only where a graph says so, and `Weight` gives graphs no way to.
-    let buffer =
-        unsafe { sys::ggml_backend_cpu_buffer_from_ptr(base.cast_mut().cast(), end - start) };
-    let buffer = NonNull::new(buffer)?;
+    let buffer = unsafe {
+        let raw = sys::ggml_backend_cpu_buffer_from_ptr(base.cast_mut().cast(), end - start);
+        Buffer::new(raw, backend, backend.host(), Use::Weights)
+    }?;
     for (info, raw) in tensors {
         let address = file.bytes()[info.range.clone()].as_ptr().cast_mut().cast::<c_void>();
         // SAFETY: `Gguf` checked that the tensor's bytes lie inside the file, so inside the buffer,
         // and the tensor has the size that range was computed from.
-        let status =
-            unsafe { sys::ggml_backend_tensor_alloc(buffer.as_ptr(), raw.as_ptr(), address) };
+        let status = unsafe { sys::ggml_backend_tensor_alloc(buffer.raw(), raw.as_ptr(), address) };
         assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a host buffer takes any tensor");
     }
     Some(buffer)
 }
 
-/// Allocates the tensors on the backend and copies the file's bytes there.
-fn copy(
-    file: &Gguf,
-    backend: &Arc<Backend>,
-    context: NonNull<sys::ggml_context>,
-    tensors: &[Entry<'_>],
-) -> Option<NonNull<sys::ggml_backend_buffer>> {
-    // SAFETY: the context holds tensors of which these have no data yet; the backend is live.
-    let buffer = unsafe { sys::ggml_backend_alloc_ctx_tensors(context.as_ptr(), backend.raw()) };
-    let buffer = NonNull::new(buffer)?;
-    for (info, raw) in tensors {
-        let bytes = &file.bytes()[info.range.clone()];
-        // SAFETY: the tensor is allocated, and its size is what the range was computed from.
-        unsafe {
-            sys::ggml_backend_tensor_set(raw.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
-        }
+/// A ggml context: room for tensors' headers, without their data.
+pub(crate) struct Context(NonNull<sys::ggml_context>);
+
+impl Context {
+    /// For `n` tensors.
+    pub fn new(n: usize) -> Self {
+        // SAFETY: reads a constant.
+        let overhead = unsafe { sys::ggml_tensor_overhead() };
+        let params = sys::ggml_init_params {
+            mem_size: (n + 1) * overhead,
+            mem_buffer: std::ptr::null_mut(),
+            no_alloc: true,
+        };
+        // SAFETY: the parameters ask ggml to allocate the memory itself.
+        Self(
+            NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for a few tensor headers"),
+        )
     }
-    Some(buffer)
+
+    pub fn raw(&self) -> *mut sys::ggml_context {
+        self.0.as_ptr()
+    }
+
+    /// A tensor's header. There must be room for it.
+    fn tensor(&self, dtype: DType, shape: &Shape) -> NonNull<sys::ggml_tensor> {
+        let sizes = shape.map(|n| i64::try_from(n).expect("sizes were checked"));
+        // SAFETY: the context is live; ggml reads four sizes.
+        let raw = unsafe { sys::ggml_new_tensor(self.raw(), dtype.number(), 4, sizes.as_ptr()) };
+        NonNull::new(raw).expect("the context has room")
+    }
 }
 
-/// A ggml context with room for the headers of `n` tensors.
-pub(crate) fn context(n: usize) -> NonNull<sys::ggml_context> {
-    // SAFETY: reads a constant.
-    let overhead = unsafe { sys::ggml_tensor_overhead() };
-    let params = sys::ggml_init_params {
-        mem_size: (n + 1) * overhead,
-        mem_buffer: std::ptr::null_mut(),
-        no_alloc: true,
-    };
-    // SAFETY: the parameters ask ggml to allocate the memory itself.
-    NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for a few tensor headers")
-}
-
-/// A tensor header in `context`, which has room for it.
-fn new_tensor(
-    context: NonNull<sys::ggml_context>,
-    dtype: DType,
-    shape: &Shape,
-) -> NonNull<sys::ggml_tensor> {
-    let sizes = shape.map(|n| i64::try_from(n).expect("sizes were checked"));
-    // SAFETY: the context is live; ggml reads four sizes.
-    let raw = unsafe { sys::ggml_new_tensor(context.as_ptr(), dtype.number(), 4, sizes.as_ptr()) };
-    NonNull::new(raw).expect("the context has room")
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: handles hold an `Arc` of what holds the context, so none is left.
+        unsafe { sys::ggml_free(self.raw()) }
+    }
 }

@@ -1,94 +1,135 @@
-//! Layouts that a device multiplies faster by than by the file's own: ggml's CPU interleaves the
-//! rows of some matrices, so that one instruction works on several of them.
+//! Where a device keeps weights: in its own memory, or on the CPU in layouts that it multiplies
+//! faster by than by the file's own. ggml's CPU interleaves the rows of some matrices, so that one
+//! instruction works on several of them.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::memory::context;
+use crate::buffer::{Buffer, Use};
+use crate::memory::Context;
 use crate::{Backend, Gguf, TensorInfo};
 
 /// A tensor of a file, and its header in a context.
 pub(crate) type Entry<'a> = (&'a TensorInfo, NonNull<sys::ggml_tensor>);
 
-/// A buffer type of the backend whose tensors can be nothing but the left operand of a product.
+/// A kind of memory for weights, on one of a backend's devices.
 #[derive(Clone, Copy)]
-pub(crate) struct Layout(NonNull<sys::ggml_backend_buffer_type>);
-
-/// No type's blocks, nor any instruction, asks for more.
-const ALIGNMENT: usize = 128;
+pub(crate) struct Layout {
+    raw: NonNull<sys::ggml_backend_buffer_type>,
+    pub device: usize,
+    /// Whether its tensors can be nothing but quantised left operands of products, on the CPU.
+    is_packed: bool,
+}
 
 impl Layout {
-    /// Those that the backend has, the best first.
+    /// Those that the backend has, the best first: each GPU's memory, then the CPU's packed layouts.
     pub fn all(backend: &Backend) -> Vec<Self> {
+        let gpus = (0..backend.host()).map(|device| Self::default_of(backend, device));
+        gpus.chain(Self::packed(backend)).collect()
+    }
+
+    /// The CPU's memory as it is.
+    pub fn plain(backend: &Backend) -> Self {
+        Self::default_of(backend, backend.host())
+    }
+
+    fn default_of(backend: &Backend, device: usize) -> Self {
+        // SAFETY: a live device; it has a buffer type, which is never freed.
+        let raw = unsafe { sys::ggml_backend_dev_buffer_type(backend.device(device)) };
+        let raw = NonNull::new(raw).expect("every device has memory");
+        Self { raw, device, is_packed: false }
+    }
+
+    fn packed(backend: &Backend) -> Vec<Self> {
         type Get =
             unsafe extern "C" fn(sys::ggml_backend_dev_t) -> *mut sys::ggml_backend_buffer_type_t;
-        let Some(found) = backend.function(c"ggml_backend_dev_get_extra_bufts") else {
+        let Some(found) = backend.host_function(c"ggml_backend_dev_get_extra_bufts") else {
             return Vec::new();
         };
         // SAFETY: under this name a registry gives a function of exactly this type
         // (`ggml_backend_dev_get_extra_bufts_t` in ggml-backend.h).
         let get = unsafe { std::mem::transmute::<NonNull<c_void>, Get>(found) };
+        let device = backend.host();
         let mut layouts = Vec::new();
         // SAFETY: the device is that of the registry.
-        let mut list = unsafe { get(backend.device()) };
+        let mut list = unsafe { get(backend.device(device)) };
         while !list.is_null() {
             // SAFETY: the list, which is never freed, ends with a null pointer.
-            let Some(layout) = NonNull::new(unsafe { *list }) else { break };
-            layouts.push(Self(layout));
+            let Some(raw) = NonNull::new(unsafe { *list }) else { break };
+            layouts.push(Self { raw, device, is_packed: true });
             list = list.wrapping_add(1);
         }
         layouts
     }
 
-    /// Whether the backend multiplies by this tensor, which has no data yet, in this layout.
-    pub fn suits(self, backend: &Backend, (info, raw): &Entry<'_>) -> bool {
-        if !info.dtype.is_quantized() || info.shape[2..] != [1, 1] {
+    /// Whether its device computes with this tensor, which has no data yet, in this layout: looks
+    /// rows up in a table, multiplies by a matrix. Vectors suit everything but packed layouts.
+    pub fn suits(self, backend: &Backend, (info, raw): &Entry<'_>, is_table: bool) -> bool {
+        let is_matrix = info.shape[1] > 1 && info.shape[2..] == [1, 1];
+        if self.is_packed && (is_table || !is_matrix || !info.dtype.is_quantized()) {
             return false;
         }
-        let context = context(2);
-        // SAFETY: the context is freed below, and so is the empty buffer, to which the tensor then
-        // points no more; a product of a matrix and a row of its length is well-formed.
+        if !is_matrix {
+            return true;
+        }
+        let context = Context::new(2);
+        let columns = i64::try_from(info.shape[0]).expect("sizes were checked");
+        // SAFETY: the empty buffer, to which the tensor then points no more, is freed here; looking
+        // one row up, and a product of a matrix and a row of its length, are well-formed.
         unsafe {
-            let buffer = sys::ggml_backend_buft_alloc_buffer(self.0.as_ptr(), 0);
+            let buffer = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), 0);
             (*raw.as_ptr()).buffer = buffer;
-            let columns = i64::try_from(info.shape[0]).expect("sizes were checked");
-            let row = sys::ggml_new_tensor_1d(context.as_ptr(), sys::GGML_TYPE_F32, columns);
-            let product = sys::ggml_mul_mat(context.as_ptr(), raw.as_ptr(), row);
-            let suits = sys::ggml_backend_dev_supports_op(backend.device(), product);
+            let of = |kind, n| sys::ggml_new_tensor_1d(context.raw(), kind, n);
+            let node = match is_table {
+                true => sys::ggml_get_rows(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_I32, 1)),
+                false => {
+                    sys::ggml_mul_mat(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_F32, columns))
+                }
+            };
+            let suits = sys::ggml_backend_dev_supports_op(backend.device(self.device), node);
             (*raw.as_ptr()).buffer = std::ptr::null_mut();
             sys::ggml_backend_buffer_free(buffer);
-            sys::ggml_free(context.as_ptr());
             suits
         }
     }
 
     /// Copies tensors that it suits, and that have no data yet, into a buffer of this layout, as
-    /// many at a time as the backend has threads. `None` if there is no room.
+    /// many at a time as the CPU has threads. `None` if there is no room.
     pub fn copy(
         self,
         file: &Gguf,
-        backend: &Backend,
+        backend: &Arc<Backend>,
         tensors: &[Entry<'_>],
-    ) -> Option<NonNull<sys::ggml_backend_buffer>> {
-        let padded = |info: &TensorInfo| info.range.len().next_multiple_of(ALIGNMENT);
-        let bytes: usize = tensors.iter().map(|(info, _)| padded(info)).sum();
+    ) -> Option<Buffer> {
         // SAFETY: a live buffer type.
-        let buffer =
-            unsafe { sys::ggml_backend_buft_alloc_buffer(self.0.as_ptr(), bytes + ALIGNMENT) };
-        let buffer = NonNull::new(buffer)?;
-        // SAFETY: a live buffer of host memory.
-        let base = unsafe { sys::ggml_backend_buffer_get_base(buffer.as_ptr()) };
-        let mut address = base.wrapping_byte_add(base.align_offset(ALIGNMENT));
-        for (info, raw) in tensors {
+        let alignment = unsafe { sys::ggml_backend_buft_get_alignment(self.raw.as_ptr()) };
+        let padded = |raw: &NonNull<sys::ggml_tensor>| {
+            // SAFETY: a live buffer type and a live tensor.
+            let size =
+                unsafe { sys::ggml_backend_buft_get_alloc_size(self.raw.as_ptr(), raw.as_ptr()) };
+            size.next_multiple_of(alignment)
+        };
+        let bytes: usize = tensors.iter().map(|(_, raw)| padded(raw)).sum();
+        // SAFETY: a live buffer type; the buffer is nobody else's.
+        let buffer = unsafe {
+            let raw = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), bytes + alignment);
+            Buffer::new(raw, backend, self.device, Use::Weights)
+        }?;
+        // SAFETY: a live buffer; its base is an address on its device, not to be read here.
+        let base = unsafe { sys::ggml_backend_buffer_get_base(buffer.raw()) };
+        let mut address =
+            base.wrapping_byte_add(base.addr().next_multiple_of(alignment) - base.addr());
+        for (_, raw) in tensors {
             // SAFETY: the tensor has no data yet, and its bytes from here on lie inside the buffer,
             // which has room for all of them, padded.
             let status =
-                unsafe { sys::ggml_backend_tensor_alloc(buffer.as_ptr(), raw.as_ptr(), address) };
+                unsafe { sys::ggml_backend_tensor_alloc(buffer.raw(), raw.as_ptr(), address) };
             assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a layout takes what it suits");
-            address = address.wrapping_byte_add(padded(info));
+            address = address.wrapping_byte_add(padded(raw));
         }
         let (next, tensors) = (AtomicUsize::new(0), Unshared(tensors));
         let work = || {

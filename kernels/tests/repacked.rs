@@ -40,7 +40,7 @@ fn products_are_the_same() {
         let path = dir.path().join("w.gguf");
         std::fs::write(&path, &file).unwrap();
         for file in [read(&file).unwrap(), Gguf::open(&path).unwrap()] {
-            let mut weights = Weights::repacked(&file, backend(), &[]).unwrap();
+            let mut weights = Weights::placed(&file, backend(), &[], &|_| 0).unwrap();
             for (dtype, matrix) in TYPES.into_iter().zip(&rounded) {
                 let weight = weights.take(&dtype.to_string(), shape(&[N_IN, n_row])).unwrap();
                 for n in [1, 3, 20] {
@@ -67,7 +67,7 @@ fn tables_are_left_alone() {
     let (file, rounded) = matrices(8);
     let file = read(&file).unwrap();
     let look_up = |tables: &[&str]| {
-        let mut weights = Weights::repacked(&file, backend(), tables).unwrap();
+        let mut weights = Weights::placed(&file, backend(), tables, &|_| 0).unwrap();
         let weight = weights.take("Q4_0", shape(&[N_IN, 8])).unwrap();
         let ids = common::zeros(DType::I32, &[1]);
         ids.write(&[5_i32]);

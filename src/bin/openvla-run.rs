@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use openvla::{Action, Dataset, Decoding, OpenVla, Options};
+use openvla::{Action, Dataset, Decoding, Devices, OpenVla, Options, Usage};
 
 /// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
@@ -31,13 +31,21 @@ struct Args {
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]
     reference_decoding: bool,
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: Devices,
+    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
+    #[arg(long, value_name = "N")]
+    n_gpu_layers: Option<usize>,
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
     threads: Option<u16>,
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    // As llama.cpp's programs spell it; clap knows no short names of three letters.
+    let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
+    match run(&Args::parse_from(std::env::args_os().map(spelled))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -59,6 +67,7 @@ fn run(args: &Args) -> Result<()> {
              is this what it was trained for?"
         );
     }
+    policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
     let mut out = std::io::stdout().lock();
     if args.json {
         return Ok(writeln!(out, "{}", serde_json::to_string(&action)?)?);
@@ -70,6 +79,8 @@ fn run(args: &Args) -> Result<()> {
 
 fn open(args: &Args) -> Result<OpenVla> {
     let mut options = Options::default();
+    options.devices = args.device.clone();
+    options.n_gpu_layers = args.n_gpu_layers;
     if let Some(n) = args.threads {
         options.n_threads = usize::from(n);
     }
@@ -87,6 +98,16 @@ fn open(args: &Args) -> Result<OpenVla> {
             Ok(OpenVla::built_in("the built-in example", EXAMPLE, &options)?)
         }
     }
+}
+
+/// What a device had to hold.
+fn report(Usage { device, weights, states, graphs, .. }: &Usage) {
+    let [weights, states, graphs] = [weights, states, graphs].map(|bytes| *bytes as f64 / 1e6);
+    eprintln!(
+        "{device}: {:.1} MB (weights {weights:.1}, cache and states {states:.1}, between operations \
+         {graphs:.1})",
+        weights + states + graphs
+    );
 }
 
 /// More than any camera's picture.

@@ -1,0 +1,9 @@
+//! Lets programs find ggml's shared libraries: beside themselves, else where they were built.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    // Set by openvla-kernels if ggml is in shared libraries.
+    if let Ok(libraries) = std::env::var("DEP_OPENVLA_KERNELS_LIBRARIES") {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN:{libraries}");
+    }
+}

@@ -1,0 +1,98 @@
+//! Memory on a device, counted while it lives.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use llama_cpp_sys_2 as sys;
+
+use crate::Backend;
+
+/// What memory is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    Weights,
+    States,
+    Graphs,
+}
+
+/// Bytes that a model takes on one device, by what they are for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// The device's name.
+    pub device: String,
+    /// Weights, those that stay in the mapped file included.
+    pub weights: usize,
+    /// Inputs, what stages hand on, and the KV cache.
+    pub states: usize,
+    /// What lies between the operations of graphs.
+    pub graphs: usize,
+}
+
+/// The count of one device.
+#[derive(Default)]
+pub(crate) struct Counts([AtomicUsize; 3]);
+
+impl Counts {
+    pub fn add(&self, what: Use, bytes: usize) {
+        self.0[what as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub fn subtract(&self, what: Use, bytes: usize) {
+        self.0[what as usize].fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub fn get(&self, what: Use) -> usize {
+        self.0[what as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// A buffer of ggml's, freed when it is dropped. Its tensors' context must outlive it.
+pub(crate) struct Buffer {
+    raw: NonNull<sys::ggml_backend_buffer>,
+    backend: Arc<Backend>,
+    pub device: usize,
+    what: Use,
+}
+
+impl Buffer {
+    /// Takes over a buffer on one of the backend's devices. `None` stays `None`: ggml had no room.
+    ///
+    /// # Safety
+    /// `raw` must be null, or a live buffer that nothing else frees.
+    pub unsafe fn new(
+        raw: *mut sys::ggml_backend_buffer,
+        backend: &Arc<Backend>,
+        device: usize,
+        what: Use,
+    ) -> Option<Self> {
+        let raw = NonNull::new(raw)?;
+        let usage = match what {
+            Use::Weights => sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS,
+            Use::States | Use::Graphs => sys::GGML_BACKEND_BUFFER_USAGE_ANY,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { sys::ggml_backend_buffer_set_usage(raw.as_ptr(), usage) };
+        let buffer = Self { raw, backend: backend.clone(), device, what };
+        backend.counts(device).add(what, buffer.bytes());
+        Some(buffer)
+    }
+
+    pub fn raw(&self) -> sys::ggml_backend_buffer_t {
+        self.raw.as_ptr()
+    }
+
+    fn bytes(&self) -> usize {
+        // SAFETY: a live buffer.
+        unsafe { sys::ggml_backend_buffer_get_size(self.raw.as_ptr()) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.backend.counts(self.device).subtract(self.what, self.bytes());
+        // SAFETY: nothing else frees it, and its owner lets no tensor of it outlive it.
+        unsafe { sys::ggml_backend_buffer_free(self.raw.as_ptr()) }
+    }
+}

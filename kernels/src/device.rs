@@ -1,0 +1,132 @@
+//! What computers have to compute with: ggml's registry, and what ggml says while it looks.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr::NonNull;
+use std::sync::{Mutex, Once, PoisonError};
+
+use llama_cpp_sys_2 as sys;
+
+/// A device other than the CPU: one GPU. The CPU is always there and needs no name.
+#[derive(Debug, Clone)]
+pub struct Device {
+    raw: NonNull<sys::ggml_backend_device>,
+    /// Its name among all: `CUDA0`.
+    pub name: String,
+    /// What it is: `NVIDIA H200`.
+    pub description: String,
+    /// The kind of device, as ggml calls it: `CUDA`.
+    pub kind: String,
+    /// Whether it has memory of its own.
+    pub is_discrete: bool,
+}
+
+// SAFETY: ggml makes its devices once, never frees them, and only reads them afterwards.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Every GPU that ggml finds, in its order. The first call loads ggml's modules.
+    pub fn all() -> Vec<Self> {
+        start();
+        // SAFETY: ggml has started; every index is below the count, and devices are never freed.
+        let raws = unsafe {
+            let n = sys::ggml_backend_dev_count();
+            (0..n).filter_map(|i| NonNull::new(sys::ggml_backend_dev_get(i)))
+        };
+        raws.filter_map(Self::new).collect()
+    }
+
+    fn new(raw: NonNull<sys::ggml_backend_device>) -> Option<Self> {
+        // SAFETY: a device of the registry; ggml answers with C strings that live as long.
+        unsafe {
+            let kind = sys::ggml_backend_dev_type(raw.as_ptr());
+            let is_discrete = kind == sys::GGML_BACKEND_DEVICE_TYPE_GPU;
+            if !is_discrete && kind != sys::GGML_BACKEND_DEVICE_TYPE_IGPU {
+                return None;
+            }
+            let registry = sys::ggml_backend_dev_backend_reg(raw.as_ptr());
+            Some(Self {
+                raw,
+                name: text(sys::ggml_backend_dev_name(raw.as_ptr())),
+                description: text(sys::ggml_backend_dev_description(raw.as_ptr())),
+                kind: text(sys::ggml_backend_reg_name(registry)),
+                is_discrete,
+            })
+        }
+    }
+
+    /// Bytes that are free on it now, and all of its bytes.
+    pub fn memory(&self) -> (usize, usize) {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: a live device; ggml writes two numbers.
+        unsafe { sys::ggml_backend_dev_memory(self.raw.as_ptr(), &mut free, &mut total) };
+        (free, total)
+    }
+
+    /// The last error that ggml logged: why a GPU is missing.
+    pub fn complaint() -> Option<String> {
+        complaint()
+    }
+
+    pub(crate) fn raw(&self) -> sys::ggml_backend_dev_t {
+        self.raw.as_ptr()
+    }
+}
+
+/// # Safety
+/// `text` must point to a C string.
+unsafe fn text(text: *const c_char) -> String {
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+/// The last thing ggml complained about: why there is no device, or why it failed.
+pub(crate) fn complaint() -> Option<String> {
+    COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+static COMPLAINT: Mutex<Option<String>> = Mutex::new(None);
+
+/// Starts ggml, once. It logs to stderr by itself; a library has no business there, and what
+/// matters comes back with errors.
+pub(crate) fn start() {
+    unsafe extern "C" fn keep(level: sys::ggml_log_level, said: *const c_char, _: *mut c_void) {
+        if level == sys::GGML_LOG_LEVEL_ERROR && !said.is_null() {
+            // SAFETY: ggml logs C strings.
+            let said = unsafe { text(said) };
+            let mut complaint = COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner);
+            *complaint = Some(said.trim().to_owned());
+        }
+    }
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the callback keeps to its own memory, and `ONCE` to one thread.
+        unsafe { sys::ggml_log_set(Some(keep), std::ptr::null_mut()) };
+        #[cfg(feature = "dynamic")]
+        load_modules();
+    });
+}
+
+/// Loads ggml's modules from beside the program, else from where they were built. ggml by itself
+/// would look in the current directory too, where anything may lie.
+#[cfg(feature = "dynamic")]
+fn load_modules() {
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStrExt;
+
+    let program = std::env::current_exe().ok();
+    let beside = program.as_deref().and_then(std::path::Path::parent);
+    let built = std::path::Path::new(env!("OPENVLA_GGML_MODULES"));
+    for folder in beside.into_iter().chain([built]) {
+        let Ok(folder) = CString::new(folder.as_os_str().as_bytes()) else { continue };
+        // SAFETY: a C string; the registry is used by this thread alone, see `start`.
+        unsafe {
+            sys::ggml_backend_load_all_from_path(folder.as_ptr());
+            let cpu = sys::GGML_BACKEND_DEVICE_TYPE_CPU;
+            if !sys::ggml_backend_dev_by_type(cpu).is_null() {
+                return;
+            }
+        }
+    }
+}

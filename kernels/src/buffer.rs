@@ -52,12 +52,14 @@ impl Counts {
 pub(crate) struct Buffer {
     raw: NonNull<sys::ggml_backend_buffer>,
     backend: Arc<Backend>,
-    pub device: usize,
+    device: usize,
     what: Use,
+    bytes: usize,
 }
 
 impl Buffer {
-    /// Takes over a buffer on one of the backend's devices. `None` stays `None`: ggml had no room.
+    /// Takes over a buffer on one of the backend's devices, of which `bytes` are used. Null gives
+    /// `None`: ggml had no room.
     ///
     /// # Safety
     /// `raw` must be null, or a live buffer that nothing else frees.
@@ -66,6 +68,7 @@ impl Buffer {
         backend: &Arc<Backend>,
         device: usize,
         what: Use,
+        bytes: usize,
     ) -> Option<Self> {
         let raw = NonNull::new(raw)?;
         let usage = match what {
@@ -74,24 +77,18 @@ impl Buffer {
         };
         // SAFETY: the caller's promise.
         unsafe { sys::ggml_backend_buffer_set_usage(raw.as_ptr(), usage) };
-        let buffer = Self { raw, backend: backend.clone(), device, what };
-        backend.counts(device).add(what, buffer.bytes());
-        Some(buffer)
+        backend.counts(device).add(what, bytes);
+        Some(Self { raw, backend: backend.clone(), device, what, bytes })
     }
 
     pub fn raw(&self) -> sys::ggml_backend_buffer_t {
         self.raw.as_ptr()
     }
-
-    fn bytes(&self) -> usize {
-        // SAFETY: a live buffer.
-        unsafe { sys::ggml_backend_buffer_get_size(self.raw.as_ptr()) }
-    }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.backend.counts(self.device).subtract(self.what, self.bytes());
+        self.backend.counts(self.device).subtract(self.what, self.bytes);
         // SAFETY: nothing else frees it, and its owner lets no tensor of it outlive it.
         unsafe { sys::ggml_backend_buffer_free(self.raw.as_ptr()) }
     }

@@ -94,7 +94,7 @@ impl State {
         // is nobody else's.
         let buffer = unsafe {
             let buffer = sys::ggml_backend_alloc_ctx_tensors(context.raw(), backend.raw(device));
-            Buffer::new(buffer, backend, device, Use::States)
+            Buffer::new(buffer, backend, device, Use::States, bytes)
         };
         let Some(buffer) = buffer else {
             let (device, what) = (backend.name(device).to_owned(), "the model's state".to_owned());
@@ -325,6 +325,7 @@ fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buf
     let start = tensors.iter().map(|(info, _)| info.range.start).min()?;
     let end = tensors.iter().map(|(info, _)| info.range.end).max()?;
     let base = file.bytes()[start..end].as_ptr();
+    let bytes = tensors.iter().map(|(info, _)| info.range.len()).sum(); // others lie between them
     if !base.addr().is_multiple_of(crate::ALIGNMENT) {
         return None;
     }
@@ -332,7 +333,7 @@ fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buf
     // pointer, but writes only where a graph says so, and `Weight` gives graphs no way to.
     let buffer = unsafe {
         let raw = sys::ggml_backend_cpu_buffer_from_ptr(base.cast_mut().cast(), end - start);
-        Buffer::new(raw, backend, backend.host(), Use::Weights)
+        Buffer::new(raw, backend, backend.host(), Use::Weights, bytes)
     }?;
     for (info, raw) in tensors {
         let address = file.bytes()[info.range.clone()].as_ptr().cast_mut().cast::<c_void>();

@@ -117,7 +117,7 @@ impl Layout {
         // SAFETY: a live buffer type; the buffer is nobody else's.
         let buffer = unsafe {
             let raw = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), bytes + alignment);
-            Buffer::new(raw, backend, self.device, Use::Weights)
+            Buffer::new(raw, backend, self.device, Use::Weights, bytes)
         }?;
         // SAFETY: a live buffer; its base is an address on its device, not to be read here.
         let base = unsafe { sys::ggml_backend_buffer_get_base(buffer.raw()) };

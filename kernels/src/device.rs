@@ -101,11 +101,26 @@ pub(crate) fn start() {
     }
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: the callback keeps to its own memory, and `ONCE` to one thread.
-        unsafe { sys::ggml_log_set(Some(keep), std::ptr::null_mut()) };
+        // SAFETY: the callbacks keep to their own memory, and `ONCE` to one thread.
+        unsafe {
+            sys::ggml_log_set(Some(keep), std::ptr::null_mut());
+            sys::ggml_set_abort_callback(Some(end));
+        }
         #[cfg(feature = "dynamic")]
         load_modules();
     });
+}
+
+/// Where ggml cannot go on, it aborts: a GPU out of memory in the middle of a graph, or gone. There
+/// is no way back through its frames, so the program ends here, with words and exit code 1 in place
+/// of a core dump.
+unsafe extern "C" fn end(said: *const c_char) {
+    // SAFETY: ggml passes a C string.
+    let said = unsafe { text(said) };
+    let before = complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default();
+    eprintln!("error: the device failed: {said}{before}");
+    // SAFETY: ends the process at once; a failed device's own clean-up might never end.
+    unsafe { libc::_exit(1) }
 }
 
 /// Loads ggml's modules from beside the program, else from where they were built. ggml by itself

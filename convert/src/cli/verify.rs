@@ -6,7 +6,7 @@ use std::num::NonZero;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use openvla::Options;
+use openvla::{Devices, Options};
 use openvla_convert::verify::{Report, verify};
 
 /// Checks a model file: every tensor's checksum, and what the checkpoint did in f32 against what
@@ -18,6 +18,9 @@ pub struct Verify {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: Devices,
     /// Threads to compute with [default: all cores]
     #[arg(short, long)]
     threads: Option<NonZero<u16>>,
@@ -25,6 +28,7 @@ pub struct Verify {
 
 pub fn run(args: &Verify) -> Result<()> {
     let mut options = Options::default();
+    options.devices = args.device.clone();
     if let Some(n) = args.threads {
         options.n_threads = usize::from(n.get());
     }

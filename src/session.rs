@@ -73,8 +73,8 @@ impl Session {
         for (guess, tokens) in self.history.iter().zip(self.history.iter().skip(1)) {
             let n = tokens.len().saturating_sub(1); // the last needs no draft
             rows += n;
-            for i in 0..n {
-                match guess.get(i) == Some(&tokens[i]) {
+            for (i, token) in tokens[..n].iter().enumerate() {
+                match guess.get(i) == Some(token) {
                     true => saved += 1,
                     false => rows += n - 1 - i, // drafted again
                 }

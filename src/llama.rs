@@ -65,7 +65,7 @@ const SEEN: u16 = 0x0000;
 const HIDDEN: u16 = 0xFC00;
 
 impl Llama {
-    /// Rows that ggml's kernels for a single row take at once, nearly for the price of one.
+    /// Rows that ggml's CUDA kernels for a single row take at once, nearly for the price of one.
     pub const MAX_ROWS: usize = 8;
 
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
@@ -118,6 +118,7 @@ impl Llama {
     pub fn step(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
         let (n, all) = (tokens.len(), self.checked(tokens));
         let run = self.run.as_mut().expect("a prefill comes first");
+        assert!(n > 0, "a step is a token or more");
         assert!(run.n_past + n <= run.n_ctx, "more steps than the longest motion has tokens");
         let pass = match run.steps.entry(n) {
             Entry::Occupied(pass) => pass.into_mut(),

@@ -47,8 +47,8 @@ pub enum Draft {
     Auto,
 }
 
-/// What a row more costs in a pass of few rows, in passes of one: see `benches/SPEED.md`.
-const ROW_COST: f64 = 0.4;
+/// What a row more costs a CPU, in passes of one row: see `benches/SPEED.md`.
+const ROW_COST: f64 = 0.6;
 
 /// What the next token is chosen among.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -123,7 +123,8 @@ impl OpenVla {
     /// Opens a model file that `openvla-convert` wrote.
     ///
     /// # Errors
-    /// [`Error::Kernels`] if it is not a sound GGUF file, [`Error::Model`] if it is another model's.
+    /// [`crate::Error::Kernels`] if it is not a sound GGUF file, [`crate::Error::Model`] if it is
+    /// another model's.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
         Self::load(&Gguf::open(path.as_ref())?, options)
     }
@@ -153,8 +154,9 @@ impl OpenVla {
     /// is one.
     ///
     /// # Errors
-    /// [`Error::UnknownStatistics`] and [`Error::AmbiguousStatistics`] before anything is computed;
-    /// [`Error::Image`], [`Error::InstructionTooLong`], [`Error::NotFinite`].
+    /// [`crate::Error::UnknownStatistics`] and [`crate::Error::AmbiguousStatistics`] before anything
+    /// is computed; [`crate::Error::Image`], [`crate::Error::InstructionTooLong`],
+    /// [`crate::Error::NotFinite`].
     pub fn act(
         &mut self,
         image: &RgbImage,
@@ -164,9 +166,10 @@ impl OpenVla {
         self.act_in(&mut Session::default(), image, instruction, unnorm_key)
     }
 
-    /// One step of a session: the same motion as [`OpenVla::act`]'s, in fewer passes of the Llama if
-    /// [`Options::draft`] lets it guess from the steps before. A pass over several tokens may round
-    /// otherwise than one over a single token: then a tie between two may fall otherwise.
+    /// One step of a session: what [`OpenVla::act`] does, in fewer passes of the Llama if
+    /// [`Options::draft`] lets it guess from the steps before. Each token is the best one after those
+    /// before it, in the numbers of the pass that it comes of. Where ggml rounds many rows otherwise
+    /// than one, near-ties may fall otherwise than in `act`.
     ///
     /// # Errors
     /// As [`OpenVla::act`]; the session is then as before, or begins anew.
@@ -227,7 +230,7 @@ impl OpenVla {
     /// The prompt's ids for an instruction.
     ///
     /// # Errors
-    /// [`Error::Model`] if the tokenizer refuses the text.
+    /// [`crate::Error::Model`] if the tokenizer refuses the text.
     pub fn prompt_ids(&self, instruction: &str) -> Result<Vec<u32>> {
         self.config.prompt.ids(&self.tokenizer, instruction)
     }

@@ -10,7 +10,7 @@
 //! changed it, is in `SPEED.md`.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
 use openvla::image::RgbImage;
@@ -90,20 +90,16 @@ impl Bench {
             b.iter(|| network.prefill(&ids).unwrap());
         });
         group.throughput(Throughput::Bytes(self.step_bytes));
-        group.bench_function("decode step", |b| {
-            b.iter_custom(|n| {
-                let mut time = Duration::ZERO;
-                for i in 0..n as usize {
-                    if i.is_multiple_of(n_step) {
-                        network.prefill(&ids).unwrap(); // the cache has room for one motion
-                    }
-                    let start = Instant::now();
-                    network.step(token).unwrap();
-                    time += start.elapsed();
-                }
-                time
+        network.prefill(&ids).unwrap();
+        for n in [1, n_step] {
+            let tokens = vec![token; n];
+            group.bench_function(format!("decode, rows at once: {n}"), |b| {
+                b.iter(|| {
+                    network.step_drafted(&tokens).unwrap();
+                    network.forget(n);
+                });
             });
-        });
+        }
     }
 
     /// The whole. Every motion must be the first one again.

@@ -20,7 +20,8 @@
 //! | `vision` | DINOv2 and SigLIP | `[2176, 256]` patch features |
 //! | `projector` | an MLP | `[4096, 256]` soft tokens |
 //! | `prompt`, `tokenizer` | template, SentencePiece BPE | ids: BOS … 29871 |
-//! | `llama` | Llama-2: BOS, soft tokens, the other ids | `[32064]` logits, seven times |
+//! | `session` | the motion before | a guess of the tokens |
+//! | `llama` | Llama-2: BOS, soft tokens, the other ids; guesses | `[32064]` logits, seven times |
 //! | `action` | bins, data-set statistics | seven numbers |
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
@@ -32,7 +33,7 @@
 //! - Stage files do not know each other; only `policy` and `network` do.
 //! - No key of the file is named outside `config`, no tensor outside the `load` functions.
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
-//!   length changed.
+//!   length changed, or a pass has a number of drafts that no pass before it had.
 //! - No code here depends on the device, and none is unsafe: both are matters of `openvla-kernels`.
 
 mod action;
@@ -47,6 +48,7 @@ mod policy;
 mod preprocess;
 mod projector;
 pub mod prompt;
+mod session;
 pub mod streamed;
 pub mod tokenizer;
 mod vision;
@@ -65,5 +67,6 @@ pub use image;
 pub use network::Network;
 pub use openvla_kernels::Usage;
 pub use placement::Devices;
-pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
+pub use policy::{Action, Decoding, Draft, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
+pub use session::{Drafted, Session, Totals};

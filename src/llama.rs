@@ -1,17 +1,24 @@
-//! The Llama-2 decoder: one prefill over `[BOS] + soft tokens + prompt`, then one row per token.
+//! The Llama-2 decoder: one prefill over `[BOS] + soft tokens + prompt`, then a row per token.
 //!
 //! in   prompt ids, and `[4096, n_patch]` soft tokens that follow the first of them
 //! out  `[32064]` logits of the last row
 //!
-//! Graphs have fixed shapes and are kept: one prefill per prompt length, one step for every token.
-//! A step looks at the whole cache, of which a mask hides what is not written yet.
+//! A pass may also run drafts, tokens that are only guessed, and gives the logits after each of
+//! them. Rows whose guess was wrong are forgotten: the next pass overwrites them.
+//!
+//! Graphs have fixed shapes and are kept: for each prompt length one for each number of rows. A
+//! step looks at the whole cache, of which a mask hides what is not written yet, or forgotten.
 //!
 //! ref: transformers 4.40.1 `LlamaModel.forward`, `PrismaticForConditionalGeneration.forward`
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
-use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Weights, shape};
+use openvla_kernels::{
+    Backend, Builder, DType, Graph, Shape, State, Tensor, Weight, Weights, shape,
+};
 
 use crate::Result;
 use crate::config::{Config, LlamaConfig};
@@ -49,22 +56,29 @@ pub(crate) struct Llama {
 
 /// What is built for one prompt length.
 struct Run {
-    prefill: Graph,
-    step: Graph,
-    ids: State,
-    token: Row,
-    logits: State,
+    cache: Cache,
     n_ctx: usize,
+    /// Ids of the prompt, without drafts.
+    n_id: usize,
+    /// Rows of the prompt, without drafts.
+    n_row: usize,
     /// Rows written so far: the position of the next.
     n_past: usize,
+    /// By the number of drafts.
+    prefills: BTreeMap<usize, Pass>,
+    /// By the number of tokens.
+    steps: BTreeMap<usize, Pass>,
 }
 
-/// The inputs of a step.
-struct Row {
-    id: State,
-    position: State,
-    place: State,
+/// A graph for a number of rows, with what it reads and gives.
+struct Pass {
+    graph: Graph,
+    ids: State,
+    positions: State,
+    places: State,
     mask: State,
+    /// `[n_vocab, n]`, of the last rows.
+    logits: State,
 }
 
 /// f16 zero and minus infinity: what a mask is made of.
@@ -72,55 +86,110 @@ const SEEN: u16 = 0x0000;
 const HIDDEN: u16 = 0xFC00;
 
 impl Llama {
+    /// Rows that ggml's CUDA kernels for a single row take at once, nearly for the price of one.
+    pub const MAX_ROWS: usize = 8;
+
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let model = Model::load(w, c)?;
         let n_token_max = c.statistics.longest();
         Ok(Self { model, backend: backend.clone(), n_token_max, run: None })
     }
 
-    /// Reads the prompt `ids`, with the soft tokens after the first, and gives the logits of the
-    /// first token, `[n_vocab]`.
+    /// Drafts that a prefill of `n_row` rows takes nearly for free: ggml's CUDA kernels compute
+    /// whole tiles, 288 rows in the time of 257, and 336 in that of 289.
+    pub fn room(n_row: usize) -> usize {
+        (n_row.next_multiple_of(48) - n_row).min(Self::MAX_ROWS - 1)
+    }
+
+    /// Reads the prompt `ids`, with the soft tokens after the first, and then `drafts`. Gives the
+    /// logits of the first token, `[n_vocab]`, and of the one after each draft.
     ///
     /// # Panics
-    /// If there are fewer than two ids, or one is no row of the embedding.
-    pub fn prefill(&mut self, ids: &[u32], soft: &State) -> Result<Vec<f32>> {
+    /// If there are fewer than two ids, one is no row of the embedding, or there are as many drafts
+    /// as the longest motion has tokens.
+    pub fn prefill(&mut self, ids: &[u32], soft: &State, drafts: &[u32]) -> Result<Vec<Vec<f32>>> {
         assert!(ids.len() > 1, "a prompt is BOS and more");
-        ids.iter().for_each(|id| self.check(*id));
-        let n_row = ids.len() + soft.shape()[1];
-        if self.run.as_ref().is_none_or(|run| run.ids.shape()[0] != ids.len()) {
+        assert!(drafts.len() < self.n_token_max, "more drafts than the longest motion has tokens");
+        let all = self.checked(&[ids, drafts].concat());
+        if self.run.as_ref().is_none_or(|run| run.n_id != ids.len()) {
             self.run = None; // gives its memory back before the next takes some
-            self.run = Some(self.model.run(&self.backend, ids.len(), soft, self.n_token_max)?);
+            let n_row = ids.len() + soft.shape()[1];
+            self.run = Some(self.model.run(ids.len(), n_row, self.n_token_max)?);
         }
         let run = self.run.as_mut().expect("built above");
-        run.ids.write(&ids.iter().map(|id| *id as i32).collect::<Vec<_>>());
-        run.prefill.compute()?;
+        let n_row = run.n_row + drafts.len();
+        let pass = match run.prefills.entry(drafts.len()) {
+            Entry::Occupied(pass) => pass.into_mut(),
+            Entry::Vacant(place) => {
+                let sizes = [all.len(), n_row, n_row, 1 + drafts.len()];
+                let pass = self.model.pass(&self.backend, &run.cache, sizes, Some(soft))?;
+                pass.stand(0);
+                place.insert(pass)
+            }
+        };
         run.n_past = n_row;
-        Ok(run.logits.read())
+        pass.run(&all)
     }
 
-    /// Appends one token and gives the logits of the next, `[n_vocab]`.
+    /// Appends tokens and gives the logits after each, `[n_vocab]`.
     ///
     /// # Panics
-    /// Without a prefill before, after more tokens than the longest motion has, or if the token is
-    /// no row of the embedding.
-    pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
-        self.check(token);
+    /// Without a prefill before, without tokens, with more than the longest motion has left, or if
+    /// one is no row of the embedding.
+    pub fn step(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        let (n, all) = (tokens.len(), self.checked(tokens));
         let run = self.run.as_mut().expect("a prefill comes first");
-        assert!(run.n_past < run.n_ctx, "more steps than the longest motion has tokens");
-        let position = run.n_past;
-        run.token.id.write(&[token as i32]);
-        run.token.position.write(&[position as i32]);
-        run.token.place.write(&[position as i64]);
-        run.token.mask.write(&mask_row(position, run.n_ctx));
-        run.step.compute()?;
-        run.n_past += 1;
-        Ok(run.logits.read())
+        assert!(n > 0, "a step is a token or more");
+        assert!(run.n_past + n <= run.n_ctx, "more steps than the longest motion has tokens");
+        let pass = match run.steps.entry(n) {
+            Entry::Occupied(pass) => pass.into_mut(),
+            Entry::Vacant(place) => {
+                let sizes = [n, n, run.n_ctx, n];
+                place.insert(self.model.pass(&self.backend, &run.cache, sizes, None)?)
+            }
+        };
+        pass.stand(run.n_past);
+        run.n_past += n;
+        pass.run(&all)
     }
 
-    /// ggml would abort the process.
-    fn check(&self, id: u32) {
+    /// Takes the last `n` rows back: tokens that were drafted wrongly.
+    ///
+    /// # Panics
+    /// If there are fewer after the prompt.
+    pub fn forget(&mut self, n: usize) {
+        let run = self.run.as_mut().expect("a prefill comes first");
+        assert!(run.n_past - run.n_row >= n, "the prompt is never forgotten");
+        run.n_past -= n;
+    }
+
+    /// As the device has them. ggml would abort the process.
+    fn checked(&self, ids: &[u32]) -> Vec<i32> {
         let n_vocab = self.model.config.n_vocab;
-        assert!((id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
+        let check = |id: &u32| {
+            assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
+            *id as i32
+        };
+        ids.iter().map(check).collect()
+    }
+}
+
+impl Pass {
+    /// Its rows stand from `position` on.
+    fn stand(&self, position: usize) {
+        let [n_kv, n_row, ..] = self.mask.shape();
+        let at = position..position + n_row;
+        self.positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
+        self.places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
+        self.mask.write(&at.flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
+    }
+
+    /// Gives the logits of the last rows, `[n_vocab]` each.
+    fn run(&mut self, ids: &[i32]) -> Result<Vec<Vec<f32>>> {
+        self.ids.write(ids);
+        self.graph.compute()?;
+        let rows = self.logits.read();
+        Ok(rows.chunks(self.logits.shape()[0]).map(<[f32]>::to_vec).collect())
     }
 }
 
@@ -152,11 +221,14 @@ pub(crate) struct Layer {
     down: Weight,
 }
 
-/// Keys and values of all rows and layers, both `[n_head_kv · head_dim, n_ctx, n_layer]`.
-pub(crate) struct Cache {
+/// Keys and values of one layer, both `[n_head_kv · head_dim, n_ctx]`.
+pub(crate) struct LayerCache {
     k: State,
     v: State,
 }
+
+/// All layers'.
+type Cache = Vec<LayerCache>;
 
 /// Rows to run: what they are, where they stand, and what they may look at.
 pub(crate) struct Rows<'g> {
@@ -180,43 +252,45 @@ impl Model {
         })
     }
 
-    /// Builds both graphs for prompts of `n_id` ids.
-    fn run(&self, backend: &Arc<Backend>, n_id: usize, soft: &State, n_new: usize) -> Result<Run> {
+    /// Makes room for prompts of `n_id` ids and `n_row` rows, and `n_new` rows after.
+    fn run(&self, n_id: usize, n_row: usize, n_new: usize) -> Result<Run> {
         let c = &self.config;
-        let n_row = n_id + soft.shape()[1];
         c.check_rows(n_row + n_new)?;
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
         let n_ctx = (n_row + n_new).next_multiple_of(32);
+        let dtype = self.cache_dtype();
+        let layer = |layer: &Layer| {
+            LayerCache::new(c, n_ctx, |shape| Ok(State::beside(&layer.k, dtype, shape)?))
+        };
+        let cache = self.layers.iter().map(layer).collect::<Result<_>>()?;
+        let (prefills, steps) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Run { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps })
+    }
+
+    /// Builds a graph for `n_id` ids, which with the soft tokens after the first are `n_row` rows.
+    /// They look at `n_kv` rows, and the last `n_out` of them have logits.
+    fn pass(
+        &self,
+        backend: &Arc<Backend>,
+        cache: &Cache,
+        [n_id, n_row, n_kv, n_out]: [usize; 4],
+        soft: Option<&State>,
+    ) -> Result<Pass> {
+        let c = &self.config;
         let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
-        let cache = Cache::new(backend, self.cache_dtype(), c, n_ctx)?;
         let ids = state(DType::I32, &[n_id])?;
         let positions = state(DType::I32, &[n_row])?;
         let places = state(DType::I64, &[n_row])?;
-        let mask = state(DType::F16, &[n_row, n_row])?;
-        positions.write(&(0..n_row as i32).collect::<Vec<_>>());
-        places.write(&(0..n_row as i64).collect::<Vec<_>>());
-        mask.write(&(0..n_row).flat_map(|row| mask_row(row, n_row)).collect::<Vec<_>>());
-        let token = Row {
-            id: state(DType::I32, &[1])?,
-            position: state(DType::I32, &[1])?,
-            place: state(DType::I64, &[1])?,
-            mask: state(DType::F16, &[n_ctx, 1])?,
-        };
-        let logits = state(DType::F32, &[c.n_vocab])?;
+        let mask = state(DType::F16, &[n_kv, n_row])?;
+        let logits = state(DType::F32, &[c.n_vocab, n_out])?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
-        let prefill = Graph::build(backend, max_nodes, |g| {
-            let x = self.embed_prompt(g, g.state(&ids), g.state(soft));
+        let graph = Graph::build(backend, max_nodes, |g| {
+            let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
             let (positions, places) = (g.state(&positions), g.state(&places));
             let rows = Rows { x, positions, places, mask: g.state(&mask) };
-            g.store(self.build(g, rows, &cache), &logits);
+            g.store(self.build(g, rows, cache, n_out), &logits);
         })?;
-        let step = Graph::build(backend, max_nodes, |g| {
-            let x = g.weight(&self.embedding).get_rows(g.state(&token.id));
-            let (positions, places) = (g.state(&token.position), g.state(&token.place));
-            let rows = Rows { x, positions, places, mask: g.state(&token.mask) };
-            g.store(self.build(g, rows, &cache), &logits);
-        })?;
-        Ok(Run { prefill, step, ids, token, logits, n_ctx, n_past: 0 })
+        Ok(Pass { graph, ids, positions, places, mask, logits })
     }
 
     /// Half precision, as everybody's caches; full for full-precision files, whose point is to
@@ -228,24 +302,25 @@ impl Model {
         }
     }
 
-    /// `[emb(BOS)] + soft tokens + emb(the other ids)`: `[dim, n_row]`
-    fn embed_prompt<'g>(&self, g: &'g Builder, ids: Tensor<'g>, soft: Tensor<'g>) -> Tensor<'g> {
+    /// `[emb(BOS)] + soft tokens + emb(the other ids)`, or the ids alone: `[dim, n_row]`
+    fn embed<'g>(&self, g: &'g Builder, ids: Tensor<'g>, soft: Option<Tensor<'g>>) -> Tensor<'g> {
         let (table, n_id) = (g.weight(&self.embedding), ids.shape()[0]);
+        let Some(soft) = soft else { return table.get_rows(ids) };
         let bos = table.get_rows(ids.slice(0, 0, 1));
         let rest = table.get_rows(ids.slice(0, 1, n_id - 1));
         bos.concat(soft, 1).concat(rest, 1)
     }
 
-    /// Runs rows through all layers, and the last of them through the head: `[n_vocab]`
-    fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache) -> Tensor<'g> {
+    /// Runs rows through all layers, and the last `n` of them through the head: `[n_vocab, n]`
+    fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache, n: usize) -> Tensor<'g> {
         let c = &self.config;
         let n_row = rows.x.shape()[1];
-        let layers = self.layers.iter().enumerate();
+        let layers = self.layers.iter().zip(cache);
         let x =
-            layers.fold(rows.x, |x, (i, layer)| layer.build(g, &Rows { x, ..rows }, cache, i, c));
-        let last = self.norm.build(g, x.slice(1, n_row - 1, 1));
-        let logits = g.weight(&self.head).mul_mat(last); // [n_vocab]
-        let actions = g.weight(&self.action_head).mul_mat(last); // [256]
+            layers.fold(rows.x, |x, (layer, cache)| layer.build(g, &Rows { x, ..rows }, cache, c));
+        let last = self.norm.build(g, x.slice(1, n_row - n, n));
+        let logits = g.weight(&self.head).mul_mat(last); // [n_vocab, n]
+        let actions = g.weight(&self.action_head).mul_mat(last); // [256, n]
         let Range { start, end } = self.actions;
         let (before, after) = (logits.slice(0, 0, start), logits.slice(0, end, c.n_vocab - end));
         before.concat(actions, 0).concat(after, 0)
@@ -273,16 +348,15 @@ impl Layer {
         })
     }
 
-    /// `[dim, n_row] → [dim, n_row]`; writes the rows' keys and values into layer `i` of the cache.
+    /// `[dim, n_row] → [dim, n_row]`; writes the rows' keys and values into the cache.
     pub fn build<'g>(
         &self,
         g: &'g Builder,
         rows: &Rows<'g>,
-        cache: &Cache,
-        i: usize,
+        cache: &LayerCache,
         c: &LlamaConfig,
     ) -> Tensor<'g> {
-        let x = rows.x + self.attention(g, rows, cache, i, c);
+        let x = rows.x + self.attention(g, rows, cache, c);
         let y = self.ffn_norm.build(g, x);
         let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n_row]
         let up = g.weight(&self.up).mul_mat(y); // [n_ff, n_row]
@@ -294,8 +368,7 @@ impl Layer {
         &self,
         g: &'g Builder,
         rows: &Rows<'g>,
-        cache: &Cache,
-        i: usize,
+        cache: &LayerCache,
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
@@ -307,7 +380,7 @@ impl Layer {
         let q = turn(g.weight(&self.q).mul_mat(y), c.n_head); // [head_dim, n_head, n_row]
         let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
         let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
-        let (k_cache, v_cache) = (cache.layer(g, &cache.k, i), cache.layer(g, &cache.v, i));
+        let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
         k_cache.set_rows(k.reshape(&[n_head_kv * head_dim, n_row]), rows.places);
         v_cache.set_rows(v, rows.places);
         let seen = |cache: Tensor<'g>| {
@@ -321,21 +394,14 @@ impl Layer {
     }
 }
 
-impl Cache {
-    /// Zeroed, for `n_ctx` rows of every layer.
+impl LayerCache {
+    /// For `n_ctx` rows, of zeroed states.
     pub fn new(
-        backend: &Arc<Backend>,
-        dtype: DType,
         c: &LlamaConfig,
         n_ctx: usize,
+        zeros: impl Fn(Shape) -> Result<State>,
     ) -> Result<Self> {
-        let shape = [c.n_head_kv * c.head_dim(), n_ctx, c.n_layer, 1];
-        let state = || State::zeros(backend, dtype, shape);
-        Ok(Self { k: state()?, v: state()? })
-    }
-
-    /// `[n_head_kv · head_dim, n_ctx]`
-    fn layer<'g>(&self, g: &'g Builder, cache: &State, i: usize) -> Tensor<'g> {
-        g.state(cache).slice(2, i, 1)
+        let shape = shape(&[c.n_head_kv * c.head_dim(), n_ctx]);
+        Ok(Self { k: zeros(shape)?, v: zeros(shape)? })
     }
 }

@@ -120,7 +120,19 @@ impl Network {
     /// # Panics
     /// If there are fewer than two ids, or one is no row of the embedding.
     pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        self.llama.prefill(ids, &self.soft)
+        Ok(self.prefill_drafted(ids, &[])?.remove(0))
+    }
+
+    /// The same with `drafts` after the prompt: guesses of the first tokens. Gives the logits of the
+    /// first token and of the one after each draft, `[n_vocab]` each.
+    ///
+    /// # Errors
+    /// As [`Network::prefill`].
+    ///
+    /// # Panics
+    /// As [`Network::prefill`], or if there are as many drafts as the longest motion has tokens.
+    pub fn prefill_drafted(&mut self, ids: &[u32], drafts: &[u32]) -> Result<Vec<Vec<f32>>> {
+        self.llama.prefill(ids, &self.soft, drafts)
     }
 
     /// Llama: one more token to the logits of the next, `[n_vocab]`.
@@ -132,7 +144,26 @@ impl Network {
     /// Without a prefill before, after more tokens than the longest motion has, or if the token is
     /// no row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
-        self.llama.step(token)
+        Ok(self.step_drafted(&[token])?.remove(0))
+    }
+
+    /// The same with drafts after the token. Gives the logits after each, `[n_vocab]` each.
+    ///
+    /// # Errors
+    /// As [`Network::step`].
+    ///
+    /// # Panics
+    /// As [`Network::step`], or without any token.
+    pub fn step_drafted(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        self.llama.step(tokens)
+    }
+
+    /// Takes the last `n` tokens back: drafts that were wrong.
+    ///
+    /// # Panics
+    /// If there are fewer after the prompt.
+    pub fn forget(&mut self, n: usize) {
+        self.llama.forget(n);
     }
 
     /// What each matrix was multiplied by so far, if the network is [`Network::observed`].

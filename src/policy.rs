@@ -8,10 +8,12 @@ use openvla_kernels::{Backend, Gguf, Usage};
 use serde::Serialize;
 
 use crate::Result;
-use crate::action::{Dataset, argmax};
+use crate::action::argmax;
 use crate::config::Config;
+use crate::llama::Llama;
 use crate::network::Network;
 use crate::placement::{Devices, Needs, Placement};
+use crate::session::{Drafted, Session};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -26,6 +28,8 @@ pub struct Options {
     pub n_threads: usize,
     /// What a token may be.
     pub decoding: Decoding,
+    /// Whether tokens are guessed ahead in a session.
+    pub draft: Draft,
     /// Whether the networks note what their weights are multiplied by: see [`Network::observed`].
     pub observe: bool,
 }
@@ -38,10 +42,27 @@ impl Default for Options {
             n_gpu_layers: None,
             n_threads,
             decoding: Decoding::default(),
+            draft: Draft::default(),
             observe: false,
         }
     }
 }
+
+/// Whether tokens are guessed ahead, for the Llama to check several in one pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Draft {
+    /// One pass for each token.
+    #[default]
+    Off,
+    /// The tokens of the session's motion before, as long as that pays.
+    Auto,
+}
+
+/// What a row more costs in a pass of few rows, in passes of one: see `benches/SPEED.md`.
+const ROW_COST_CPU: f64 = 0.6;
+
+/// The same on a GPU, where eight rows should cost a tenth more than one. Not yet measured.
+const ROW_COST_GPU: f64 = 0.015;
 
 /// What the next token is chosen among.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,6 +89,8 @@ pub struct Action {
     pub unnorm_key: String,
     /// What all ids together would have chosen.
     pub unconstrained: Unconstrained,
+    /// How many of the tokens were guessed.
+    pub draft: Drafted,
     /// Where the time went.
     pub timing_ms: Timing,
 }
@@ -107,13 +130,16 @@ pub struct OpenVla {
     tokenizer: Tokenizer,
     network: Network,
     decoding: Decoding,
+    draft: Draft,
+    row_cost: f64,
 }
 
 impl OpenVla {
     /// Opens a model file that `openvla-convert` wrote.
     ///
     /// # Errors
-    /// [`Error::Kernels`] if it is not a sound GGUF file, [`Error::Model`] if it is another model's.
+    /// [`crate::Error::Kernels`] if it is not a sound GGUF file, [`crate::Error::Model`] if it is
+    /// another model's.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
         Self::load(&Gguf::open(path.as_ref())?, options)
     }
@@ -136,19 +162,40 @@ impl OpenVla {
         let backend = Backend::open(&gpus, options.n_threads)?;
         let load = if options.observe { Network::observed } else { Network::load };
         let network = load(file, &config, &backend, &|name| placement.device(name))?;
-        Ok(Self { config, tokenizer, network, decoding: options.decoding })
+        let row_cost = if gpus.is_empty() { ROW_COST_CPU } else { ROW_COST_GPU };
+        let (decoding, draft) = (options.decoding, options.draft);
+        Ok(Self { config, tokenizer, network, decoding, draft, row_cost })
     }
 
-    /// One control step: what the camera sees and what was asked for, to one motion.
+    /// One control step: what the camera sees and what was asked for, to one motion. It depends on
+    /// no step before it.
     ///
     /// `unnorm_key` names the data set whose units the motion is in; it may be left out where there
     /// is one.
     ///
     /// # Errors
-    /// [`Error::UnknownStatistics`] and [`Error::AmbiguousStatistics`] before anything is computed;
-    /// [`Error::Image`], [`Error::InstructionTooLong`], [`Error::NotFinite`].
+    /// [`crate::Error::UnknownStatistics`] and [`crate::Error::AmbiguousStatistics`] before anything
+    /// is computed; [`crate::Error::Image`], [`crate::Error::InstructionTooLong`],
+    /// [`crate::Error::NotFinite`].
     pub fn act(
         &mut self,
+        image: &RgbImage,
+        instruction: &str,
+        unnorm_key: Option<&str>,
+    ) -> Result<Action> {
+        self.act_in(&mut Session::default(), image, instruction, unnorm_key)
+    }
+
+    /// One step of a session: what [`OpenVla::act`] does, in fewer passes of the Llama if
+    /// [`Options::draft`] lets it guess from the steps before. Each token is the best one after those
+    /// before it, in the numbers of the pass that it comes of. Where ggml rounds many rows otherwise
+    /// than one, near-ties may fall otherwise than in `act`.
+    ///
+    /// # Errors
+    /// As [`OpenVla::act`]; the session is then as before, or begins anew.
+    pub fn act_in(
+        &mut self,
+        session: &mut Session,
         image: &RgbImage,
         instruction: &str,
         unnorm_key: Option<&str>,
@@ -156,6 +203,7 @@ impl OpenVla {
         let start = Instant::now();
         let (key, dataset) = self.config.statistics.select(unnorm_key)?;
         let (key, dataset) = (key.to_owned(), dataset.clone());
+        session.begin(instruction, &key);
         let mut clock = Clock(start);
 
         let planes = self.config.preprocess.planes(image)?; // [224, 224, 6]
@@ -165,14 +213,33 @@ impl OpenVla {
         self.network.project()?; // [4096, 256]
         let projector = clock.lap();
         let ids = self.config.prompt.ids(&self.tokenizer, instruction)?; // BOS … 29871
-        let first = self.network.prefill(&ids)?; // [32064]
+        let n = dataset.q01.len();
+        let guess = self.guess(session, n);
+        let room = Llama::room(self.config.n_patch() + ids.len());
+        let first = self.network.prefill_drafted(&ids, ahead(&guess, 0, room))?; // [32064] each
         let prefill = clock.lap();
-        let chosen = self.decode(&ids, first, dataset.q01.len())?; // one token per dimension
+        let chosen = self.decode(&guess, first, n)?; // one token per dimension
         let decode = clock.lap();
 
         let total = milliseconds(start.elapsed());
         let timing = Timing { preprocess, vision, projector, prefill, decode, total };
-        Ok(self.action(chosen, key, &dataset, timing))
+        let draft = session.end(chosen.tokens.clone(), chosen.passes, chosen.accepted);
+        // ref: `predict_action` takes the last n ids of prompt and tokens together, whichever they
+        // are.
+        let all = [ids, chosen.tokens].concat();
+        let tokens = all[all.len().saturating_sub(n)..].to_vec();
+        let actions = self.config.actions;
+        let normalized = actions.normalized(&tokens);
+        let all_actions = chosen.unconstrained.iter().all(|id| actions.ids().contains(id));
+        Ok(Action {
+            action: dataset.unnormalise(&normalized),
+            normalized,
+            tokens,
+            unnorm_key: key,
+            unconstrained: Unconstrained { tokens: chosen.unconstrained, all_actions },
+            draft,
+            timing_ms: timing,
+        })
     }
 
     /// What the model file says about itself.
@@ -188,7 +255,7 @@ impl OpenVla {
     /// The prompt's ids for an instruction.
     ///
     /// # Errors
-    /// [`Error::Model`] if the tokenizer refuses the text.
+    /// [`crate::Error::Model`] if the tokenizer refuses the text.
     pub fn prompt_ids(&self, instruction: &str) -> Result<Vec<u32>> {
         self.config.prompt.ids(&self.tokenizer, instruction)
     }
@@ -198,51 +265,63 @@ impl OpenVla {
         &mut self.network
     }
 
-    /// Greedy decoding of `n` tokens, from the logits of the first.
-    fn decode(&mut self, prompt: &[u32], mut logits: Vec<f32>, n: usize) -> Result<Chosen> {
-        let mut chosen = Chosen::default();
-        loop {
-            let step = chosen.tokens.len();
-            let best = argmax(&logits, 0..self.config.llama.n_vocab as u32, step)?;
-            let token = match self.decoding {
-                Decoding::Reference => best,
-                Decoding::Actions => argmax(&logits, self.config.actions.ids(), step)?,
-            };
-            chosen.unconstrained.push(best);
-            chosen.tokens.push(token);
-            let ended = self.decoding == Decoding::Reference && token == self.config.vocabulary.eos;
-            if chosen.tokens.len() == n || ended {
-                break;
-            }
-            logits = self.network.step(token)?;
-        }
-        // ref: `predict_action` takes the last n ids of prompt and tokens together, whichever
-        // they are.
-        let missing = n - chosen.tokens.len();
-        let from_prompt = prompt[prompt.len().saturating_sub(missing)..].iter().copied();
-        chosen.tokens.splice(..0, from_prompt);
-        Ok(chosen)
+    /// What the session guesses of `n` tokens: not the last, after which nothing is computed.
+    fn guess(&self, session: &Session, n: usize) -> Vec<u32> {
+        let guess = match self.draft {
+            Draft::Off => Vec::new(),
+            Draft::Auto => session.guess(self.row_cost),
+        };
+        let n_vocab = self.config.llama.n_vocab;
+        guess.into_iter().take(n - 1).take_while(|id| (*id as usize) < n_vocab).collect()
     }
 
-    fn action(&self, chosen: Chosen, key: String, dataset: &Dataset, timing_ms: Timing) -> Action {
-        let actions = self.config.actions;
-        let normalized = actions.normalized(&chosen.tokens);
-        let all_actions = chosen.unconstrained.iter().all(|id| actions.ids().contains(id));
-        Action {
-            action: dataset.unnormalise(&normalized),
-            normalized,
-            tokens: chosen.tokens,
-            unnorm_key: key,
-            unconstrained: Unconstrained { tokens: chosen.unconstrained, all_actions },
-            timing_ms,
+    /// Greedy decoding of `n` tokens, from the logits of the prefill. A pass gives the token after
+    /// each of its rows, up to the first that was guessed wrongly; the next pass begins there.
+    fn decode(&mut self, guess: &[u32], mut logits: Vec<Vec<f32>>, n: usize) -> Result<Chosen> {
+        let mut chosen = Chosen::default();
+        loop {
+            chosen.passes += 1;
+            let n_draft = logits.len() - 1;
+            for (i, row) in logits.iter().enumerate() {
+                let step = chosen.tokens.len();
+                let best = argmax(row, 0..self.config.llama.n_vocab as u32, step)?;
+                let token = match self.decoding {
+                    Decoding::Reference => best,
+                    Decoding::Actions => argmax(row, self.config.actions.ids(), step)?,
+                };
+                chosen.unconstrained.push(best);
+                chosen.tokens.push(token);
+                let eos = self.config.vocabulary.eos;
+                if step + 1 == n || (self.decoding == Decoding::Reference && token == eos) {
+                    return Ok(chosen);
+                }
+                let right = i < n_draft && guess[step] == token;
+                chosen.accepted.push(right);
+                if !right {
+                    self.network.forget(n_draft - i);
+                    break;
+                }
+            }
+            let at = chosen.tokens.len();
+            let drafts = ahead(guess, at, Llama::MAX_ROWS - 1);
+            logits = self.network.step_drafted(&[&chosen.tokens[at - 1..], drafts].concat())?;
         }
     }
+}
+
+/// What is guessed of the tokens from `at` on, at most `room` of them.
+fn ahead(guess: &[u32], at: usize, room: usize) -> &[u32] {
+    let rest = guess.get(at..).unwrap_or_default();
+    &rest[..rest.len().min(room)]
 }
 
 #[derive(Default)]
 struct Chosen {
     tokens: Vec<u32>,
     unconstrained: Vec<u32>,
+    passes: usize,
+    /// Whether each token but the last was guessed.
+    accepted: Vec<bool>,
 }
 
 struct Clock(Instant);

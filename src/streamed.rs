@@ -14,7 +14,7 @@ use crate::action::argmax;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layers::RmsNorm;
-use crate::llama::{Cache, Layer, Rows, TABLES, mask_row};
+use crate::llama::{Layer, LayerCache, Rows, TABLES, mask_row};
 use crate::projector::Projector;
 use crate::vision::Tower;
 
@@ -188,7 +188,8 @@ struct Sequence {
     /// Rows of the sweeps before.
     n_past: usize,
     n_ctx: usize,
-    cache: Cache,
+    /// Of every layer.
+    cache: Vec<LayerCache>,
     decoded: Decoded,
 }
 
@@ -196,7 +197,9 @@ impl Sequence {
     fn begin(run: &Run<'_>, rows: Vec<f32>, n_token: usize) -> Result<Self> {
         let c = &run.config.llama;
         let n_ctx = (rows.len() / c.dim + n_token).next_multiple_of(32);
-        let cache = Cache::new(run.backend, DType::F32, c, n_ctx)?;
+        let zeros = |shape| Ok(State::zeros(run.backend, DType::F32, shape)?);
+        let layer = |_| LayerCache::new(c, n_ctx, zeros);
+        let cache = (0..c.n_layer).map(layer).collect::<Result<_>>()?;
         Ok(Self { rows, n_past: 0, n_ctx, cache, decoded: Decoded::default() })
     }
 
@@ -215,7 +218,7 @@ impl Sequence {
         self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
             let (positions, places) = (g.state(&positions), g.state(&places));
             let rows = Rows { x, positions, places, mask: g.state(&mask) };
-            layer.build(g, &rows, &self.cache, i, c)
+            layer.build(g, &rows, &self.cache[i], c)
         })?;
         Ok(())
     }

@@ -88,6 +88,48 @@ fn an_image_may_come_from_stdin() {
     assert_eq!(piped["action"], named["action"]);
 }
 
+/// One robot's images, step after step: with drafts, the same image again takes one pass.
+#[test]
+fn several_images_are_one_session() {
+    let images = |flags: &[&str]| {
+        openvla_run(&[&[&table(), &table(), &table(), "put eggplant into pot"], flags].concat())
+    };
+    let steps = |draft: &str| {
+        let output = images(&["--json", "--draft", draft]);
+        let said = stdout(&output);
+        let steps = said.lines().map(|line| serde_json::from_str(line).unwrap());
+        steps.collect::<Vec<Value>>()
+    };
+    let (plain, drafted) = (steps("off"), steps("auto"));
+    assert_eq!((plain.len(), drafted.len()), (3, 3));
+    let passes = |steps: &[Value]| -> Vec<u64> {
+        steps.iter().map(|step| step["draft"]["passes"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(passes(&plain), [7, 7, 7]);
+    assert_eq!(passes(&drafted), [7, 1, 1]);
+    for step in &drafted {
+        assert_eq!(step["tokens"], plain[0]["tokens"]);
+    }
+    let totals = &drafted[2]["draft"]["session"];
+    assert_eq!((&totals["actions"], &totals["passes_per_action"]), (&3.into(), &3.0.into()));
+    assert_eq!(totals["accepted"], Value::from(vec![2; 6]));
+    assert_eq!(stdout(&images(&[])).lines().count(), 3 * 8, "a table for each");
+}
+
+#[test]
+fn an_image_that_cannot_be_read_ends_the_run_after_the_steps_before_it() {
+    let output = openvla_run(&[&table(), "nowhere.png", &table(), "wave", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1);
+    assert!(stderr(&output).contains("nowhere.png"), "{}", stderr(&output));
+    let twice = openvla_run(&["-", &table(), "-", "wave"]);
+    assert_eq!(twice.status.code(), Some(2));
+    assert!(stderr(&twice).contains("once"), "{}", stderr(&twice));
+    assert_eq!(openvla_run(&["wave"]).status.code(), Some(2), "an image is needed");
+    let draft = openvla_run(&[&table(), "wave", "--draft", "on"]);
+    assert_eq!(draft.status.code(), Some(2));
+}
+
 #[test]
 fn the_model_comes_from_the_flag_or_else_the_environment() {
     let example = root().join("example/example.gguf");

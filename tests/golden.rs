@@ -14,7 +14,7 @@ use std::path::Path;
 use common::{
     Stage, TOLERANCE, assert_close, devices, floats, goldens, ids, json, open, picture, tensors,
 };
-use openvla::{Decoding, Devices, OpenVla};
+use openvla::{Decoding, Devices, OpenVla, Session};
 use serde_json::Value;
 
 /// Folders of cases, and which files their checkpoint consists of.
@@ -147,9 +147,21 @@ fn acts_as(policy: &mut OpenVla, case: &Value, dir: &Path, decoding: Decoding) {
     }
     let image = picture(&dir.join(case["image"].as_str().unwrap()));
     let instruction = case["instruction"].as_str().unwrap();
-    let got = policy.act(&image, instruction, case["unnorm_key"].as_str()).unwrap();
-    assert_eq!(got.tokens, ids(&case["last_n_ids_used_by_reference"]), "{id} {decoding:?}");
-    assert_eq!(got.unconstrained.tokens, generated, "{id} {decoding:?}");
-    assert_eq!(got.normalized, floats(&case["normalized_action"]), "{id}");
-    assert_eq!(got.action, floats(&case["action"]), "{id}");
+    let key = case["unnorm_key"].as_str();
+    let plain = policy.act(&image, instruction, key).unwrap();
+    assert_eq!(plain.draft.passes, generated.len(), "{id}");
+    let wrong: Vec<u32> = generated.iter().map(|id| id - 1).collect();
+    let half: Vec<u32> = generated.iter().enumerate().map(|(i, id)| id - i as u32 % 2).collect();
+    let drafted = [generated.clone(), wrong, half].map(|guess| {
+        policy.act_in(&mut Session::with_history([guess]), &image, instruction, key).unwrap()
+    });
+    // A prompt of 281 to 288 rows has room for fewer drafts.
+    assert!(drafted[0].draft.passes <= 2, "{id}: {:?}", drafted[0].draft);
+    assert_eq!(drafted[1].draft.passes, generated.len(), "{id}: all drafts are wrong");
+    for got in [plain].into_iter().chain(drafted) {
+        assert_eq!(got.tokens, ids(&case["last_n_ids_used_by_reference"]), "{id} {decoding:?}");
+        assert_eq!(got.unconstrained.tokens, generated, "{id} {decoding:?}");
+        assert_eq!(got.normalized, floats(&case["normalized_action"]), "{id}");
+        assert_eq!(got.action, floats(&case["action"]), "{id}");
+    }
 }

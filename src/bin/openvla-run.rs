@@ -1,22 +1,26 @@
-//! `openvla-run`: one image and one instruction to one motion.
+//! `openvla-run`: images and one instruction to one motion each.
 
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::Parser;
-use openvla::{Action, Dataset, Decoding, Devices, OpenVla, Options, Usage};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use openvla::image::RgbImage;
+use openvla::{Action, Dataset, Decoding, Devices, Draft, OpenVla, Options, Session, Usage};
 
 /// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
 
-/// Computes the motion that an OpenVLA model makes of an image and an instruction.
+/// Computes the motion that an OpenVLA model makes of an image and an instruction. Several images
+/// are one robot's, step after step.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// PNG, JPEG, WebP or BMP of any size; "-" reads it from stdin
-    image: PathBuf,
+    /// PNG, JPEG, WebP or BMP of any size; "-" reads one from stdin
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
     /// What the robot is asked to do: "put eggplant into pot"
     instruction: String,
     /// Model file [default: $OPENVLA_MODEL, else the built-in example]
@@ -25,7 +29,7 @@ struct Args {
     /// Data set whose units the motion is in; needed if the model knows several
     #[arg(long, value_name = "KEY")]
     unnorm_key: Option<String>,
-    /// Print one JSON object
+    /// Print one JSON object for each image, on a line of its own
     #[arg(long)]
     json: bool,
     /// Choose among all tokens as the reference does, even those that are no motion
@@ -37,6 +41,10 @@ struct Args {
     /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
     #[arg(long, value_name = "N")]
     n_gpu_layers: Option<usize>,
+    /// Guess tokens from the image before, and check several in one pass where that has paid
+    #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
+    #[arg(hide_possible_values = true)]
+    draft: String,
     /// CPU threads [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
     threads: Option<u16>,
@@ -45,7 +53,12 @@ struct Args {
 fn main() -> ExitCode {
     // As llama.cpp's programs spell it; clap knows no short names of three letters.
     let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
-    match run(&Args::parse_from(std::env::args_os().map(spelled))) {
+    let args = Args::parse_from(std::env::args_os().map(spelled));
+    if args.images.iter().filter(|path| *path == STDIN).count() > 1 {
+        let why = "\"-\" can be given once: stdin holds one image";
+        Args::command().error(ErrorKind::ArgumentConflict, why).exit();
+    }
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -59,21 +72,27 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let mut policy = open(args)?;
-    let image = openvla::decode(&read(&args.image)?)?;
-    let action = policy.act(&image, &args.instruction, args.unnorm_key.as_deref())?;
-    if !action.unconstrained.all_actions && !args.json {
-        eprintln!(
-            "warning: among all tokens the model would have chosen one that is no motion; \
-             is this what it was trained for?"
-        );
+    let mut session = Session::default();
+    let mut out = std::io::stdout().lock();
+    for path in &args.images {
+        let (image, key) = (read(path)?, args.unnorm_key.as_deref());
+        let action = policy
+            .act_in(&mut session, &image, &args.instruction, key)
+            .with_context(|| format!("no motion for {}", path.display()))?;
+        if args.json {
+            writeln!(out, "{}", serde_json::to_string(&action)?)?;
+            continue;
+        }
+        if !action.unconstrained.all_actions {
+            eprintln!(
+                "warning: among all tokens the model would have chosen one that is no motion; \
+                 is this what it was trained for?"
+            );
+        }
+        let (_, dataset) = policy.config().statistics.select(Some(&action.unnorm_key))?;
+        out.write_all(table(&action, dataset).as_bytes())?;
     }
     policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        return Ok(writeln!(out, "{}", serde_json::to_string(&action)?)?);
-    }
-    let (_, dataset) = policy.config().statistics.select(Some(&action.unnorm_key))?;
-    out.write_all(table(&action, dataset).as_bytes())?;
     Ok(())
 }
 
@@ -86,6 +105,9 @@ fn open(args: &Args) -> Result<OpenVla> {
     }
     if args.reference_decoding {
         options.decoding = Decoding::Reference;
+    }
+    if args.draft == "auto" {
+        options.draft = Draft::Auto;
     }
     let named = args.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
     match named {
@@ -110,13 +132,16 @@ fn report(Usage { device, weights, states, graphs, .. }: &Usage) {
     );
 }
 
+/// What stands for standard input in place of a path.
+const STDIN: &str = "-";
+
 /// More than any camera's picture.
 const MAX_IMAGE_BYTES: u64 = 1 << 28;
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+fn read(path: &Path) -> Result<RgbImage> {
     let name = || format!("cannot read the image {}", path.display());
     let mut bytes = Vec::new();
-    let read = if path == Path::new("-") {
+    let read = if path == Path::new(STDIN) {
         let stdin = std::io::stdin().lock();
         anyhow::ensure!(!stdin.is_terminal(), "\"-\" reads an image from stdin: pipe one in");
         stdin.take(MAX_IMAGE_BYTES + 1).read_to_end(&mut bytes)
@@ -126,7 +151,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     };
     let n = read.with_context(name)? as u64;
     anyhow::ensure!(n <= MAX_IMAGE_BYTES, "{}: more than {MAX_IMAGE_BYTES} bytes", name());
-    Ok(bytes)
+    openvla::decode(&bytes).with_context(name)
 }
 
 /// Names of the seven numbers that a motion of one arm has.

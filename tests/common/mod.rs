@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use image::RgbImage;
-use openvla::{Decoding, Devices, OpenVla, Options};
+use openvla::{Decoding, Devices, Draft, OpenVla, Options};
 use openvla_convert::Conversion;
 use openvla_convert::plan::Encoding;
 use safetensors::{Dtype, SafeTensors};
@@ -103,6 +103,7 @@ pub fn open(checkpoint: &Path, encoding: &str, decoding: Decoding) -> OpenVla {
     let mut options = Options::default();
     options.decoding = decoding;
     options.devices = devices();
+    options.draft = Draft::Auto; // where there is a session
     options.n_threads = 1; // tests run side by side; ggml's threads wait by spinning
     OpenVla::open(&path, &options).unwrap() // stays mapped after the folder is gone
 }

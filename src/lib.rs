@@ -61,6 +61,6 @@ pub use config::{
 pub use decode::decode;
 pub use error::{Error, Result};
 pub use image;
-pub use network::Network;
+pub use network::{Memory, Network};
 pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};

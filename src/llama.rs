@@ -35,6 +35,7 @@ struct Run {
     ids: State,
     token: Row,
     logits: State,
+    cache_bytes: usize,
     n_ctx: usize,
     /// Rows written so far: the position of the next.
     n_past: usize,
@@ -96,6 +97,12 @@ impl Llama {
         run.step.compute()?;
         run.n_past += 1;
         Ok(run.logits.read())
+    }
+
+    /// Bytes of keys and values, and between the operations of a prefill and of a step.
+    pub fn memory(&self) -> [usize; 3] {
+        let of = |run: &Run| [run.cache_bytes, run.prefill.bytes(), run.step.bytes()];
+        self.run.as_ref().map_or([0; 3], of)
     }
 
     /// ggml would abort the process.
@@ -170,6 +177,7 @@ impl Model {
         let n_ctx = (n_row + n_new).next_multiple_of(32);
         let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
         let cache = Cache::new(backend, self.cache_dtype(), c, n_ctx)?;
+        let cache_bytes = cache.k.bytes() + cache.v.bytes();
         let ids = state(DType::I32, &[n_id])?;
         let positions = state(DType::I32, &[n_row])?;
         let places = state(DType::I64, &[n_row])?;
@@ -197,7 +205,7 @@ impl Model {
             let rows = Rows { x, positions, places, mask: g.state(&token.mask) };
             g.store(self.build(g, rows, &cache), &logits);
         })?;
-        Ok(Run { prefill, step, ids, token, logits, n_ctx, n_past: 0 })
+        Ok(Run { prefill, step, ids, token, logits, cache_bytes, n_ctx, n_past: 0 })
     }
 
     /// Half precision, as everybody's caches; full for full-precision files, whose point is to

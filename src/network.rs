@@ -29,6 +29,22 @@ pub struct Network {
     observer: Observer,
 }
 
+/// Bytes on the device beside the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Memory {
+    /// Keys and values. None before the first prefill, as for `prefill` and `step`.
+    pub cache: usize,
+    /// Between the operations of the vision towers.
+    pub vision: usize,
+    /// Between those of the projector.
+    pub projector: usize,
+    /// Between those of the Llama over a prompt.
+    pub prefill: usize,
+    /// Between those of the Llama over one token.
+    pub step: usize,
+}
+
 impl Network {
     /// Takes every tensor of the file, and builds the stages that do not depend on the prompt.
     ///
@@ -119,6 +135,13 @@ impl Network {
     /// no row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
         self.llama.step(token)
+    }
+
+    /// What the stages take on the device beside the weights.
+    pub fn memory(&self) -> Memory {
+        let [cache, prefill, step] = self.llama.memory();
+        let (vision, projector) = (self.vision.bytes(), self.projector.bytes());
+        Memory { cache, vision, projector, prefill, step }
     }
 
     /// What each matrix was multiplied by so far, if the network is [`Network::observed`].

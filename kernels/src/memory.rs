@@ -139,6 +139,11 @@ impl State {
         data
     }
 
+    /// Bytes of its elements.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.0.dtype.block_bytes()
+    }
+
     fn len(&self) -> usize {
         self.0.shape.iter().product()
     }

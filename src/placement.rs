@@ -51,7 +51,7 @@ impl Devices {
     ///
     /// # Errors
     /// [`Error::NoDevice`] if it names one that is not there.
-    pub(crate) fn gpus(&self) -> Result<Vec<Device>> {
+    pub fn gpus(&self) -> Result<Vec<Device>> {
         if *self == Self::Cpu {
             return Ok(Vec::new());
         }

@@ -4,21 +4,16 @@
 //! order of q's and k's rows, rope, masks, the cache, and every number that the exported file states.
 
 mod common;
+#[path = "common/llama.rs"]
+mod llama;
 
 use std::iter;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::LazyLock;
 
 use common::goldens;
-use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
-use llama_cpp_2::llama_backend::LlamaBackend;
-use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
-use llama_cpp_2::model::params::LlamaModelParams;
-use llama_cpp_2::token::LlamaToken;
 use openvla::{OpenVla, Options};
-use openvla_convert::export::Export;
 use openvla_example::{COMMITTED, Size, Spec};
 use openvla_kernels::Gguf;
 
@@ -43,35 +38,12 @@ const TOLERANCE: [(&str, f64); 11] = [
 
 const INSTRUCTION: &str = "put eggplant into pot";
 
-/// Touched before any backend of our own, since both set ggml's log.
-static LLAMA_CPP: LazyLock<LlamaBackend> = LazyLock::new(|| {
-    let mut backend = LlamaBackend::init().unwrap();
-    backend.void_logs();
-    backend
-});
-
 /// llama.cpp's logits after all of `ids`, then after each of `tokens`.
 fn theirs(model: &LlamaModel, encoding: &str, ids: &[u32], tokens: &[u32]) -> Vec<Vec<f32>> {
-    // Our caches; llama.cpp's flash attention would round F32 to F16, so there it goes without.
-    let (cache, flash) = match encoding {
-        "F32" => (KvCacheType::F32, 0),
-        _ => (KvCacheType::F16, 1),
-    };
-    let params = LlamaContextParams::default()
-        .with_type_k(cache)
-        .with_type_v(cache)
-        .with_flash_attention_policy(flash)
-        .with_n_threads(1)
-        .with_n_threads_batch(1);
-    let mut context = model.new_context(&LLAMA_CPP, params).unwrap();
-    let mut run = |ids: &[u32]| {
-        let ids: Vec<_> = ids.iter().map(|id| LlamaToken(*id as i32)).collect();
-        // Positions go on from the last call's; logits are those of the last row.
-        context.decode(&mut LlamaBatch::get_one(&ids).unwrap()).unwrap();
-        context.get_logits().to_vec()
-    };
-    let first = run(ids);
-    iter::once(first).chain(tokens.iter().map(|token| run(&[*token]))).collect()
+    let mut context = llama::context(model, encoding, 1);
+    let first = llama::decode(&mut context, ids);
+    let others = tokens.iter().map(|token| llama::decode(&mut context, &[*token]));
+    iter::once(first).chain(others).collect()
 }
 
 /// Our own, with `soft` between the first of `prompt` and the others.
@@ -80,14 +52,6 @@ fn ours(policy: &mut OpenVla, soft: &[f32], prompt: &[u32], tokens: &[u32]) -> V
     network.set_soft_tokens(soft);
     let first = network.prefill(prompt).unwrap();
     iter::once(first).chain(tokens.iter().map(|t| network.step(*t).unwrap())).collect()
-}
-
-/// The rows of the token embedding, `[dim, n]`.
-fn embeddings(file: &Gguf, ids: &[u32]) -> Vec<f32> {
-    let table = file.tensor("token_embd.weight").unwrap();
-    let bytes = &file.bytes()[table.range.clone()];
-    let row = table.dtype.row_bytes(table.shape[0]).unwrap();
-    ids.iter().flat_map(|id| table.dtype.decode(&bytes[*id as usize * row..][..row])).collect()
 }
 
 /// Without the action ids, whose rows of the head our files have in a better type once more.
@@ -105,11 +69,10 @@ fn both(checkpoint: &Path, encoding: &str) -> (Gguf, OpenVla, LlamaModel) {
     let dir = tempfile::tempdir().unwrap(); // both stay mapped after it is gone
     let (file, llama) = (dir.path().join("openvla.gguf"), dir.path().join("llama.gguf"));
     common::convert(checkpoint, encoding, &file);
-    Export::new(&file).unwrap().write(&llama, &indicatif::ProgressBar::hidden()).unwrap();
-    let model = LlamaModel::load_from_file(&LLAMA_CPP, &llama, &LlamaModelParams::default());
+    let model = llama::export(&file, &llama);
     let mut options = Options::default();
     options.n_threads = 1;
-    (Gguf::open(&file).unwrap(), OpenVla::open(&file, &options).unwrap(), model.unwrap())
+    (Gguf::open(&file).unwrap(), OpenVla::open(&file, &options).unwrap(), model)
 }
 
 /// Holds every type of a checkpoint to the table.
@@ -118,13 +81,10 @@ fn agree(checkpoint: &Path) {
         let (file, mut policy, model) = both(checkpoint, encoding);
         let config = policy.config().clone();
         let prompt = policy.prompt_ids(INSTRUCTION).unwrap();
-        // Tokens from all over the vocabulary stand in for the image.
-        let n_vocab = config.llama.n_vocab as u32;
-        let image: Vec<u32> =
-            (0..config.n_patch() as u32).map(|i| (7919 * i + 300) % n_vocab).collect();
+        let image = llama::image(&config);
         let tokens: Vec<u32> = config.actions.ids().step_by(41).take(6).collect();
 
-        let got = ours(&mut policy, &embeddings(&file, &image), &prompt, &tokens);
+        let got = ours(&mut policy, &llama::embeddings(&file, &image), &prompt, &tokens);
         let ids = [&prompt[..1], &image, &prompt[1..]].concat();
         let want = theirs(&model, encoding, &ids, &tokens);
         let actions = config.actions.ids();

@@ -5,11 +5,13 @@ mod example;
 mod export;
 mod imatrix;
 mod inspect;
+mod random;
 mod verify;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{ArgGroup, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use openvla_convert::plan::Encoding;
 
 /// Turns an OpenVLA checkpoint into one self-contained GGUF file.
 #[derive(Parser)]
@@ -19,6 +21,9 @@ pub struct Args {
     command: Option<Command>,
     #[command(flatten)]
     convert: Option<convert::Convert>,
+    // Not in `Convert`: clap does not notice an optional part that has parts of its own.
+    #[command(flatten)]
+    kind: Type,
 }
 
 #[derive(Subcommand)]
@@ -27,6 +32,7 @@ enum Command {
     ExportLlama(export::ExportLlama),
     Inspect(inspect::Inspect),
     Imatrix(imatrix::Imatrix),
+    Random(random::Random),
 }
 
 /// Runs what was asked for.
@@ -36,7 +42,40 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::ExportLlama(args)) => export::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Imatrix(args)) => imatrix::run(&args),
-        None => convert::run(&args.convert.expect("clap asks for it where no command is given")),
+        Some(Command::Random(args)) => random::run(&args),
+        None => {
+            let convert = args.convert.expect("clap asks for it where no command is given");
+            convert::run(&convert, args.kind.encoding()?)
+        }
+    }
+}
+
+/// The type that a file is named after.
+#[derive(clap::Args)]
+#[command(group(ArgGroup::new("type")))]
+struct Type {
+    /// 4 bits (Q4_K_M): the default
+    #[arg(long, group = "type")]
+    q4: bool,
+    /// 8 bits (Q8_0)
+    #[arg(long, group = "type")]
+    q8: bool,
+    /// 16 bits, as the checkpoint (BF16)
+    #[arg(long, group = "type")]
+    bf16: bool,
+    /// F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, IQ4_NL or IQ4_XS
+    #[arg(long, group = "type", value_name = "TYPE")]
+    outtype: Option<Encoding>,
+}
+
+impl Type {
+    fn encoding(&self) -> Result<Encoding> {
+        match self {
+            Self { outtype: Some(encoding), .. } => Ok(*encoding),
+            Self { q8: true, .. } => "Q8_0".parse(),
+            Self { bf16: true, .. } => "BF16".parse(),
+            _ => Ok(Encoding::default()),
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 //! | [`plan`] | which type each tensor gets |
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert |
+//! | [`random`] | or no checkpoint at all: random weights |
 //! | [`prove`] | reference cases in f32, and checksums |
 //! | [`verify`] | a file held against what it says of itself |
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
@@ -34,6 +35,7 @@ pub mod lora;
 pub mod names;
 pub mod plan;
 pub mod prove;
+pub mod random;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
@@ -45,6 +47,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use openvla::{Config, Proof};
+use openvla_example::Spec;
 use openvla_kernels::Header;
 
 use crate::beside::Beside;
@@ -52,8 +55,9 @@ use crate::imatrix::Importance;
 use crate::lora::Adapter;
 use crate::names::{Layout, Shapes};
 use crate::plan::{Encoding, Override, Planned};
-use crate::source::Source;
-use crate::write::Ingredients;
+use crate::random::Random;
+use crate::source::{Files, Source};
+use crate::write::{Ingredients, Origin};
 
 /// More than reference cases take.
 const PROOF_BYTES: usize = 1 << 20;
@@ -101,9 +105,7 @@ impl From<Encoding> for Options {
 
 /// A checkpoint that was read and checked, and what its file will hold.
 pub struct Conversion {
-    source: Source,
-    adapter: Option<Adapter>,
-    importance: Option<Importance>,
+    origin: Box<dyn Origin>,
     encoding: Encoding,
     proof: bool,
     n_threads: usize,
@@ -121,29 +123,49 @@ impl Conversion {
     /// # Errors
     /// Whatever is missing, damaged, or of another model, by name.
     pub fn new(checkpoint: &Path, options: &Options) -> Result<Self> {
-        let mut source = Source::open(checkpoint)?;
-        let shapes: Shapes = (source.tensors.entries().iter())
+        let Source { mut files, tensors } = Source::open(checkpoint)?;
+        let shapes: Shapes = (tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
         let adapter = options.adapter.as_deref();
-        source.files.adapter = adapter.map(source::name).transpose()?;
+        files.adapter = adapter.map(source::name).transpose()?;
         let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
         if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
-            source.files.statistics = statistics;
+            files.statistics = statistics;
         }
         let Options { encoding, proof, n_threads, .. } = *options;
         let cannot = || format!("{} cannot be converted", checkpoint.display());
-        describe::check_model(&source.files.config).with_context(cannot)?;
-        let layout = names::layout(&source.files.config, &shapes).with_context(cannot)?;
+        describe::check_model(&files.config).with_context(cannot)?;
+        let layout = names::layout(&files.config, &shapes).with_context(cannot)?;
         for name in layout.parts.iter().flat_map(|part| &part.sources) {
-            source.tensors.check_type(name)?;
+            tensors.check_type(name)?;
         }
-        let config =
-            describe::describe(&source.files, &shapes, &layout, encoding).with_context(cannot)?;
+        let config = describe::describe(&files, &shapes, &layout, encoding).with_context(cannot)?;
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
-        Ok(Self { source, adapter, importance, encoding, proof, n_threads, layout, config, plan })
+        let origin = Box::new(Ingredients { tensors, adapter, importance, n_threads });
+        Ok(Self { origin, encoding, proof, n_threads, layout, config, plan })
+    }
+
+    /// Plans the file that a random checkpoint would become, without that checkpoint. Its weights
+    /// are as large as those of [`openvla_example::write`], but others: see [`random`].
+    ///
+    /// # Errors
+    /// If the system has no room for the settings, a few megabytes.
+    pub fn random(spec: &Spec, encoding: Encoding, n_threads: usize) -> Result<Self> {
+        let root = tempfile::tempdir().context("cannot make a folder for temporary files")?;
+        let dir = root.path().join(spec.folder());
+        std::fs::create_dir(&dir)?;
+        openvla_example::write_settings(&dir, spec)?;
+        let files = Files::open(&dir)?;
+        let tensors = spec.tensors();
+        let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+        let layout = names::layout(&files.config, &shapes)?;
+        let config = describe::describe(&files, &shapes, &layout, encoding)?;
+        let plan = plan::plan(&layout, encoding, &[])?;
+        let origin = Box::new(Random::new(tensors, spec.seed, n_threads));
+        Ok(Self { origin, encoding, proof: false, n_threads, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-Q4_K_M.gguf`.
@@ -178,12 +200,6 @@ impl Conversion {
     /// # Errors
     /// What cannot be read, converted or written. The file is then as it was before.
     pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
-        let from = Ingredients {
-            tensors: &self.source.tensors,
-            adapter: self.adapter.as_ref(),
-            importance: self.importance.as_ref(),
-            n_threads: self.n_threads,
-        };
         let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
         let header = self.header(&proof);
         let cases = if self.proof { PROOF_BYTES } else { 0 };
@@ -193,7 +209,7 @@ impl Conversion {
             progress.set_length(prove::bytes(&self.config, &self.plan));
             progress.set_message("reference cases in f32");
             proof.cases = prove::cases(&self.config, self.n_threads, |prefix| {
-                let part = write::in_f32(&from, &self.plan, prefix)?;
+                let part = write::in_f32(&*self.origin, &self.plan, prefix)?;
                 progress.inc(part.bytes().len() as u64);
                 Ok(part)
             })?;
@@ -203,7 +219,7 @@ impl Conversion {
         progress.set_message("tensors");
         file.append(&self.header(&proof).encode())?;
         proof.checksums.clear();
-        write::tensors(&from, &self.plan, |bytes| {
+        write::tensors(&*self.origin, &self.plan, |bytes| {
             proof.checksums.push(prove::checksum(bytes));
             progress.inc(bytes.len() as u64);
             file.append(bytes)

@@ -1,4 +1,5 @@
-//! Runs a plan: reads a tensor, sorts and pads its rows, converts them on all cores.
+//! Runs a plan: fills one tensor of the file after another. Those of a checkpoint are read, their
+//! rows sorted and padded, and converted on all cores.
 
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
@@ -11,30 +12,39 @@ use crate::names::Part;
 use crate::plan::Planned;
 use crate::tensors::{Matrix, Tensors};
 
+/// Where a file's tensors come from.
+pub trait Origin {
+    /// Fills `bytes` with one tensor of the file.
+    ///
+    /// # Errors
+    /// What keeps it from being made, or [`interrupt::Interrupted`].
+    fn fill(&self, planned: &Planned, bytes: &mut [u8]) -> Result<()>;
+}
+
 /// What a file is made of: a checkpoint's tensors, and what is added to them.
-pub struct Ingredients<'a> {
+pub struct Ingredients {
     /// The checkpoint.
-    pub tensors: &'a Tensors,
+    pub tensors: Tensors,
     /// A fine-tuned model's difference, if it came apart from its base.
-    pub adapter: Option<&'a Adapter>,
+    pub adapter: Option<Adapter>,
     /// How much each column counts when blocks choose their scales.
-    pub importance: Option<&'a Importance>,
+    pub importance: Option<Importance>,
     /// Threads that convert.
     pub n_threads: usize,
 }
 
-/// Converts the plan's tensors one after another, and gives each to `sink`.
+/// Makes the plan's tensors one after another, and gives each to `sink`.
 ///
 /// # Errors
-/// Names a tensor that cannot be converted, or what `sink` says.
+/// What the origin or `sink` says.
 pub fn tensors(
-    from: &Ingredients<'_>,
+    from: &dyn Origin,
     plan: &[Planned],
     mut sink: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
     for planned in plan {
         let mut bytes = vec![0; planned.bytes()];
-        convert(from, planned, &mut bytes)?;
+        from.fill(planned, &mut bytes)?;
         sink(&bytes)?;
     }
     Ok(())
@@ -43,8 +53,8 @@ pub fn tensors(
 /// The planned tensors whose names start with `prefix` as a file in memory, all in F32.
 ///
 /// # Errors
-/// Names a tensor that cannot be converted.
-pub fn in_f32(from: &Ingredients<'_>, plan: &[Planned], prefix: &str) -> Result<Gguf> {
+/// What the origin says.
+pub fn in_f32(from: &dyn Origin, plan: &[Planned], prefix: &str) -> Result<Gguf> {
     let named = plan.iter().filter(|planned| planned.part.name.starts_with(prefix));
     let part: Vec<Planned> =
         named.map(|planned| Planned { dtype: DType::F32, ..planned.clone() }).collect();
@@ -55,29 +65,30 @@ pub fn in_f32(from: &Ingredients<'_>, plan: &[Planned], prefix: &str) -> Result<
     Gguf::in_memory(prefix, &header, |mut data| {
         for planned in &part {
             let (tensor, rest) = data.split_at_mut(planned.bytes());
-            convert(from, planned, tensor)?;
+            from.fill(planned, tensor)?;
             data = &mut rest[planned.bytes().next_multiple_of(ALIGNMENT) - planned.bytes()..];
         }
         Ok(())
     })
 }
 
-/// Fills `bytes` with one tensor of the file.
-fn convert(from: &Ingredients<'_>, planned: &Planned, bytes: &mut [u8]) -> Result<()> {
-    let cannot = || format!("cannot convert {}", planned.part.sources.join(" + "));
-    let rows = Rows::open(from, &planned.part).with_context(cannot)?;
-    let importance = from.importance.and_then(|all| all.get(&planned.part.name));
-    let per_thread = planned.n_row().div_ceil(from.n_threads);
-    std::thread::scope(|scope| {
-        let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
-        let work = chunks.map(|(i, out)| {
-            let rows = &rows;
-            scope.spawn(move || rows.encode(planned, importance, i * per_thread, out))
-        });
-        let work: Vec<_> = work.collect();
-        work.into_iter().try_for_each(|work| work.join().expect("converting does not panic"))
-    })
-    .with_context(cannot)
+impl Origin for Ingredients {
+    fn fill(&self, planned: &Planned, bytes: &mut [u8]) -> Result<()> {
+        let cannot = || format!("cannot convert {}", planned.part.sources.join(" + "));
+        let rows = Rows::open(self, &planned.part).with_context(cannot)?;
+        let importance = self.importance.as_ref().and_then(|all| all.get(&planned.part.name));
+        let per_thread = planned.n_row().div_ceil(self.n_threads);
+        std::thread::scope(|scope| {
+            let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
+            let work = chunks.map(|(i, out)| {
+                let rows = &rows;
+                scope.spawn(move || rows.encode(planned, importance, i * per_thread, out))
+            });
+            let work: Vec<_> = work.collect();
+            work.into_iter().try_for_each(|work| work.join().expect("converting does not panic"))
+        })
+        .with_context(cannot)
+    }
 }
 
 /// The rows of a part in the file's order, whatever they are made of.
@@ -90,9 +101,10 @@ struct Rows<'a> {
 const ROWS_AT_A_TIME: usize = 16;
 
 impl<'a> Rows<'a> {
-    fn open(from: &Ingredients<'_>, part: &'a Part) -> Result<Self> {
+    fn open(from: &Ingredients, part: &'a Part) -> Result<Self> {
         let open = |name: &String| {
-            let delta = from.adapter.map(|adapter| adapter.delta(name)).transpose()?.flatten();
+            let adapter = from.adapter.as_ref();
+            let delta = adapter.map(|adapter| adapter.delta(name)).transpose()?.flatten();
             Ok((from.tensors.matrix(name)?, delta))
         };
         Ok(Self { part, sources: part.sources.iter().map(open).collect::<Result<_>>()? })

@@ -35,8 +35,10 @@ use clap::ValueEnum;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
+pub use model::{Run, Tensor};
 pub use size::Size;
 pub use table::{table_image, table_png};
+pub use weights::deviates;
 
 /// Which checkpoint to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -64,6 +66,22 @@ pub struct Spec {
     pub shards: usize,
 }
 
+impl Spec {
+    /// What the checkpoint's folder is called. At full size as the published repository.
+    pub fn folder(&self) -> &'static str {
+        match (self.size, self.variant) {
+            (Size::Full, Variant::OpenVla) => "openvla-7b",
+            (Size::Full, Variant::V01) => "openvla-v01-7b",
+            _ => "openvla-example",
+        }
+    }
+
+    /// Every tensor of the checkpoint, in the order of the module tree.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        model::tensors(self.variant, &self.size.sizes())
+    }
+}
+
 /// The checkpoint that `openvla-example/` holds. Of the first hundred seeds, the one that says most
 /// clearly what it chooses (each token leads by 0.058 or more, for the tasks of `expected.json`)
 /// among those that choose action tokens alone, and five different ones for the first task.
@@ -85,10 +103,18 @@ pub fn write(dir: &Path, spec: &Spec) -> Result<()> {
 /// # Errors
 /// As [`write()`].
 pub fn write_watched(dir: &Path, spec: &Spec, progress: &ProgressBar) -> Result<()> {
-    let &Spec { variant, size, .. } = spec;
-    let sizes = size.sizes();
     fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
     weights::write(dir, spec, progress)?;
+    write_settings(dir, spec)
+}
+
+/// Writes everything but the weights into a folder that is there: a few megabytes at any size.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write_settings(dir: &Path, spec: &Spec) -> Result<()> {
+    let &Spec { variant, size, .. } = spec;
+    let sizes = size.sizes();
     tokenizer::write(dir, variant, &vocabulary::pieces(&sizes))?;
     config::write(dir, variant, &sizes)?;
     statistics::write(dir, variant)

@@ -40,15 +40,12 @@ fn main() -> ExitCode {
 }
 
 fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
-    let checkpoint = folder.join(match (size, variant) {
-        (Size::Full, Variant::OpenVla) => "openvla-7b",
-        (Size::Full, Variant::V01) => "openvla-v01-7b",
-        _ => "openvla-example",
-    });
+    let spec = Spec { variant, size, seed, shards };
+    let checkpoint = folder.join(spec.folder());
     // indicatif draws nothing when stderr is no terminal.
     let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     let progress = ProgressBar::no_length().with_style(ProgressStyle::with_template(style)?);
-    write_watched(&checkpoint, &Spec { variant, size, seed, shards }, &progress)?;
+    write_watched(&checkpoint, &spec, &progress)?;
     progress.finish_and_clear();
     let picture = folder.join("table.png");
     fs::write(&picture, table_png()?)

@@ -17,7 +17,9 @@ const PATCH: usize = 14;
 /// One tensor to be written.
 #[derive(Debug)]
 pub struct Tensor {
+    /// Its name in the checkpoint.
     pub name: String,
+    /// PyTorch's order, slowest first.
     pub shape: Vec<usize>,
     /// How its values are drawn, in their order.
     pub runs: Vec<Run>,
@@ -28,8 +30,11 @@ pub struct Tensor {
 /// Neighbouring values that are drawn alike.
 #[derive(Debug)]
 pub struct Run {
+    /// How many.
     pub n: usize,
+    /// Their mean.
     pub mean: f32,
+    /// Their standard deviation.
     pub std: f32,
 }
 

@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
 
-use crate::model::{self, Tensor};
+use crate::model::Tensor;
 use crate::{Size, Spec, write_json};
 
 /// What the published files hold at most, in bytes.
@@ -29,7 +29,7 @@ const FULL_FILE: usize = 7_000_000_000;
 /// Writes `model.safetensors`, or the numbered files and `model.safetensors.index.json`. A file
 /// appears under its name once it is whole.
 pub fn write(dir: &Path, spec: &Spec, progress: &ProgressBar) -> Result<()> {
-    let tensors = model::tensors(spec.variant, &spec.size.sizes());
+    let tensors = spec.tensors();
     let files = files(spec, &tensors)?;
     let bytes = tensors.iter().map(|tensor| 2 * tensor.n() as u64).sum();
     check_space(dir, bytes)?;
@@ -155,6 +155,11 @@ fn draw(tensor: &Tensor, seed: u64) -> Vec<u8> {
         (start, rest) = (start + run.n, others);
     }
     bytes
+}
+
+/// The first `n` normal deviates of a seed's stream, of mean 0 and deviation 1.
+pub fn deviates(seed: u64, n: usize) -> Vec<f32> {
+    uniform(seed, 0, n).as_chunks().0.iter().map(normal).collect()
 }
 
 /// What the values from `start` on, `n` of them, are made of.

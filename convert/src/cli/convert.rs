@@ -5,7 +5,6 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::ArgGroup;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::source::{Origin, origin};
@@ -14,7 +13,6 @@ use openvla_convert::{Conversion, Options};
 use super::example;
 
 #[derive(clap::Args)]
-#[command(group(ArgGroup::new("type")))]
 pub struct Convert {
     /// Folder with config.json, *.safetensors, tokenizer files, dataset_statistics.json; or
     /// user/repo or user/repo@revision on the Hugging Face Hub
@@ -27,18 +25,6 @@ pub struct Convert {
     /// adapter_model.safetensors
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
-    /// 4 bits (Q4_K_M): the default
-    #[arg(long, group = "type")]
-    q4: bool,
-    /// 8 bits (Q8_0)
-    #[arg(long, group = "type")]
-    q8: bool,
-    /// 16 bits, as the checkpoint (BF16)
-    #[arg(long, group = "type")]
-    bf16: bool,
-    /// F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, IQ4_NL or IQ4_XS
-    #[arg(long, group = "type", value_name = "TYPE")]
-    outtype: Option<Encoding>,
     /// Another type for the tensors whose names this regular expression is found in, such as
     /// 'blk\.0\.=Q8_0'; may be given several times, the last that matches wins
     #[arg(long, value_name = "PATTERN=TYPE")]
@@ -60,7 +46,7 @@ pub struct Convert {
     output: Option<PathBuf>,
 }
 
-pub fn run(args: &Convert) -> Result<()> {
+pub fn run(args: &Convert, encoding: Encoding) -> Result<()> {
     let unpacked;
     let checkpoint = match &args.checkpoint {
         Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
@@ -69,7 +55,7 @@ pub fn run(args: &Convert) -> Result<()> {
             example::unpack(unpacked.path())?
         }
     };
-    let conversion = Conversion::new(&checkpoint, &args.options()?)?;
+    let conversion = Conversion::new(&checkpoint, &args.options(encoding)?)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
@@ -87,13 +73,7 @@ pub fn run(args: &Convert) -> Result<()> {
 }
 
 impl Convert {
-    fn options(&self) -> Result<Options> {
-        let encoding = match self {
-            Self { outtype: Some(encoding), .. } => *encoding,
-            Self { q8: true, .. } => "Q8_0".parse()?,
-            Self { bf16: true, .. } => "BF16".parse()?,
-            _ => Encoding::default(),
-        };
+    fn options(&self, encoding: Encoding) -> Result<Options> {
         let lora = self.lora.as_ref();
         Ok(Options {
             encoding,

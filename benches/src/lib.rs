@@ -1,0 +1,21 @@
+//! What one control step of a model file costs on this machine, and what it could cost.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | [`workload`] | a model, the picture and the instruction that every measurement uses |
+//! | [`work`] | the bytes and operations of each stage, computed |
+//! | [`machine`] | what this machine is, and what it reaches at best |
+//! | [`measure`] | the measurement |
+//! | [`results`] | what it gives: one versioned object, to write and to read |
+//! | [`report`] | that as tables |
+//! | [`plot`] | that as a picture |
+//! | [`project`] | what cards that were not measured might reach |
+
+pub mod machine;
+pub mod measure;
+pub mod plot;
+pub mod project;
+pub mod report;
+pub mod results;
+pub mod work;
+pub mod workload;

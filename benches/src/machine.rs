@@ -1,0 +1,139 @@
+//! What this machine is, and what it reaches at best: a copy and large matrix products, on the same
+//! backend and threads as the model.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use openvla::Options;
+use openvla_kernels::{Backend, DType, Graph, State, shape};
+use serde::{Deserialize, Serialize};
+
+/// Where a measurement was made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The GPUs, or "CPU".
+    pub device: String,
+    /// The processor's name for itself.
+    pub cpu: String,
+    /// Kernel, release and architecture.
+    pub os: String,
+    /// Threads that computed.
+    pub threads: usize,
+}
+
+/// What the machine reaches without a model.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes read and written per second by a copy that no cache holds.
+    pub copy_bytes_per_s: f64,
+    /// Operations per second of a large product with an F32 matrix.
+    pub product_f32_flop_per_s: f64,
+    /// The same with an F16 matrix.
+    pub product_f16_flop_per_s: f64,
+}
+
+impl Limits {
+    /// The faster product. Products of small integers, which quantised files are multiplied by, may
+    /// be faster still.
+    pub fn flop_per_s(&self) -> f64 {
+        self.product_f32_flop_per_s.max(self.product_f16_flop_per_s)
+    }
+}
+
+impl Machine {
+    /// This machine.
+    ///
+    /// # Errors
+    /// If it lacks a device that `options` name.
+    pub fn here(options: &Options) -> Result<Self> {
+        let gpus = options.devices.gpus()?;
+        let names: Vec<_> = gpus.iter().map(|gpu| gpu.description.clone()).collect();
+        let uname = rustix::system::uname();
+        let words = [uname.sysname(), uname.release(), uname.machine()];
+        Ok(Self {
+            device: if names.is_empty() { "CPU".to_owned() } else { names.join(" + ") },
+            cpu: value_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned()),
+            os: words.map(|word| word.to_string_lossy().into_owned()).join(" "),
+            threads: options.n_threads,
+        })
+    }
+}
+
+/// The most memory that this process had so far, in bytes, mapped files among it. Known on Linux.
+pub fn peak_bytes() -> Option<u64> {
+    let value = value_of("/proc/self/status", "VmHWM")?;
+    Some(value.strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Bytes that this process made the system read from a disk so far. Known on Linux.
+pub fn disk_bytes() -> Option<u64> {
+    value_of("/proc/self/io", "read_bytes")?.parse().ok()
+}
+
+/// What a file of lines `key: value` says first.
+fn value_of(file: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+    lines.find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim().to_owned())
+}
+
+/// Numbers that are copied: 256 MiB, more than caches hold.
+const COPIED: usize = 1 << 26;
+/// Sides of the matrix, and columns that it is multiplied by.
+const SIDE: usize = 2048;
+const COLUMNS: usize = 512;
+/// The best of these is the limit.
+const ATTEMPTS: usize = 5;
+
+/// Measures the limits of the first device; takes half a gigabyte.
+///
+/// # Errors
+/// If the device has no room or fails.
+pub fn limits(options: &Options) -> Result<Limits> {
+    let backend = Backend::open(&options.devices.gpus()?, options.n_threads)?;
+    let flop = (2 * SIDE * SIDE * COLUMNS) as f64;
+    Ok(Limits {
+        copy_bytes_per_s: (2 * 4 * COPIED) as f64 / copy(&backend)?,
+        product_f32_flop_per_s: flop / product(&backend, DType::F32)?,
+        product_f16_flop_per_s: flop / product(&backend, DType::F16)?,
+    })
+}
+
+fn copy(backend: &Arc<Backend>) -> Result<f64> {
+    let state = || State::zeros(backend, DType::F32, shape(&[COPIED]));
+    let (from, to) = (state()?, state()?);
+    from.write(&vec![0.5_f32; COPIED]);
+    let graph = Graph::build(backend, 4, |g| g.store(g.state(&from), &to))?;
+    let seconds = best(graph)?;
+    assert_eq!(to.read::<f32>()[COPIED - 1], 0.5, "the copy was made");
+    Ok(seconds)
+}
+
+fn product(backend: &Arc<Backend>, dtype: DType) -> Result<f64> {
+    let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
+    let matrix = state(dtype, &[SIDE, SIDE])?;
+    match dtype {
+        DType::F16 => matrix.write(&vec![0x3800_u16; SIDE * SIDE]), // 0.5
+        _ => matrix.write(&vec![0.5_f32; SIDE * SIDE]),
+    }
+    let x = state(DType::F32, &[SIDE, COLUMNS])?;
+    x.write(&vec![0.5_f32; SIDE * COLUMNS]);
+    let y = state(DType::F32, &[SIDE, COLUMNS])?;
+    let graph = Graph::build(backend, 8, |g| g.store(g.state(&matrix).mul_mat(g.state(&x)), &y))?;
+    let seconds = best(graph)?;
+    assert_eq!(y.read::<f32>()[0], SIDE as f32 / 4.0, "the product was computed");
+    Ok(seconds)
+}
+
+/// Seconds of the fastest run, after one that does not count.
+fn best(mut graph: Graph) -> Result<f64> {
+    graph.compute()?;
+    let mut seconds = f64::INFINITY;
+    for _ in 0..ATTEMPTS {
+        let start = Instant::now();
+        graph.compute()?;
+        seconds = seconds.min(start.elapsed().as_secs_f64());
+    }
+    Ok(seconds)
+}

@@ -1,0 +1,136 @@
+//! `openvla-bench`: what a control step costs here, and what results say side by side.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+use openvla::{Devices, Draft, Options};
+use openvla_bench::measure::measure;
+use openvla_bench::results::Results;
+use openvla_bench::workload::ModelFile;
+use openvla_bench::{plot, project, report};
+
+/// Measures an OpenVLA model stage by stage, against what this machine reaches at best.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    measure: Measure,
+}
+
+#[derive(clap::Args)]
+struct Measure {
+    /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+    #[arg(short, long, value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
+    /// Control steps to measure, after two that do not count
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repetitions: u16,
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: Devices,
+    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]
+    #[arg(long, value_name = "N")]
+    n_gpu_layers: Option<usize>,
+    /// CPU threads [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+    /// How to print the result: for people, or in full
+    #[arg(short, long, value_enum, default_value_t = Format::Md)]
+    output: Format,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    Md,
+    Csv,
+    Json,
+    Jsonl,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draws steps per second by machine and type, as Figure 6 of the OpenVLA paper
+    Plot {
+        /// Results that `-o json` printed
+        results: Vec<PathBuf>,
+        /// File to write
+        #[arg(short, long, value_name = "FILE.svg")]
+        output: PathBuf,
+    },
+    /// Prints results side by side: the README's table
+    Table {
+        /// Results that `-o json` printed
+        results: Vec<PathBuf>,
+    },
+    /// Prints what cards that were not measured might reach with the same file
+    Project {
+        /// A result that `-o json` printed
+        result: PathBuf,
+        /// "RTX 4090"; may be given several times [default: all that are known]
+        #[arg(long = "card", value_name = "NAME")]
+        cards: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let text = match args.command {
+        Some(Command::Plot { results, output }) => {
+            write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
+            eprintln!("wrote {}", output.display());
+            return Ok(());
+        }
+        Some(Command::Table { results }) => report::table(&Results::read_all(&results)?)?,
+        Some(Command::Project { result, cards }) => {
+            project::table(&Results::read(&result)?, &cards)?
+        }
+        None => args.measure.run()?,
+    };
+    Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+}
+
+impl Measure {
+    fn run(self) -> Result<String> {
+        let model = ModelFile::find(self.model)?;
+        let mut options = Options::default();
+        (options.devices, options.n_gpu_layers) = (self.device, self.n_gpu_layers);
+        options.draft = Draft::Auto; // where there is a session
+        options.n_threads = self.threads.map_or(options.n_threads, usize::from);
+        let results = measure(&model.path, &options, self.repetitions.into())?;
+        Ok(match self.output {
+            Format::Md => report::markdown(&results),
+            Format::Csv => report::csv(&results),
+            Format::Json => serde_json::to_string_pretty(&results)? + "\n",
+            Format::Jsonl => serde_json::to_string(&results)? + "\n",
+        })
+    }
+}
+
+/// Writes a file beside its place and moves it there.
+fn write(path: &Path, text: &str) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let cannot = || format!("cannot write {}", path.display());
+    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let permissions = std::fs::Permissions::from_mode(0o644);
+    let mut file = tempfile::Builder::new()
+        .permissions(permissions)
+        .tempfile_in(folder)
+        .with_context(cannot)?;
+    file.write_all(text.as_bytes()).with_context(cannot)?;
+    file.persist(path).with_context(cannot)?;
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! `openvla-bench` as a user meets it, on the built-in example.
+
+#[path = "../../tests/common/process.rs"]
+mod process;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::LazyLock;
+
+use openvla_bench::results::{Results, VERSION};
+use openvla_bench::{plot, report};
+use process::{assert_fails, stderr, stdout};
+use serde_json::Value;
+
+fn openvla_bench(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-bench"));
+    command.args(args).env_remove("OPENVLA_MODEL").output().unwrap()
+}
+
+/// A short measurement, made once for all tests.
+static MEASURED: LazyLock<String> = LazyLock::new(|| {
+    let output = openvla_bench(&["-r", "2", "-t", "1", "-o", "json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!stderr(&output).contains('\r'), "no progress bar where nobody watches");
+    stdout(&output)
+});
+
+fn file(dir: &Path, name: &str, text: &str) -> String {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+/// The measurement with something changed.
+fn changed(change: impl FnOnce(&mut Value)) -> String {
+    let mut value: Value = serde_json::from_str(&MEASURED).unwrap();
+    change(&mut value);
+    value.to_string()
+}
+
+#[test]
+fn a_result_says_what_was_measured_where() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "result.json", &MEASURED);
+    let r = Results::read(path.as_ref()).unwrap();
+    assert_eq!(r.version, VERSION);
+    assert_eq!(r.command, "openvla-bench -r 2 -t 1 -o json");
+    assert_eq!((r.machine.device.as_str(), r.machine.threads), ("CPU", 1));
+    assert!(r.date.ends_with('Z') && r.date.len() == 20, "{}", r.date);
+    assert!(!r.commit.is_empty());
+    assert_eq!(r.model.r#type.as_deref(), Some("Q4_K_M"));
+    let names: Vec<_> = r.stages.iter().map(|stage| stage.name.as_str()).collect();
+    let parts = ["preprocess", "vision", "projector", "prefill", "decode_token", "decode", "step"];
+    assert_eq!(names[..7], parts);
+    assert_eq!(names[7..], ["drafted_step"]);
+    assert!((1.0..=7.0).contains(&r.drafted_passes), "{}", r.drafted_passes);
+    let rows = |name| r.stage(name).unwrap().rows;
+    assert_eq!((rows("prefill"), rows("decode"), rows("step")), (Some(292), Some(6), None));
+    assert!(r.stages.iter().all(|stage| stage.ms.n == 2 && stage.ms.min <= stage.ms.p50));
+    let ms = |name| r.stage(name).unwrap().ms.min;
+    let sum: f64 = ["preprocess", "vision", "projector", "prefill", "decode"].map(ms).iter().sum();
+    assert!(sum <= r.stage("step").unwrap().ms.max, "stages are parts of the step");
+    let work = |name| r.stage(name).unwrap().work;
+    assert_eq!(work("decode").flop, 6 * work("decode_token").flop);
+    // 2 layers of 64 channels and an MLP of 96; attention over 292 rows; a head of 768 and 256 rows.
+    let flop = 2 * (2 * 64 * (4 * 64 + 3 * 96) + 4 * 64 * 292) + 2 * 64 * (768 + 256);
+    assert_eq!(work("decode_token").flop, flop);
+    let memory = |name: &str| r.memory.iter().find(|part| part.component == name).unwrap().bytes;
+    let (cache, planes) = (2 * 2 * 64 * 2 * 320, 4 * 6 * 224 * 224); // f16, 298 rows and some
+    let states = memory("CPU: keys, values, states");
+    assert!((cache + planes..3 * (cache + planes)).contains(&states), "{states}");
+    assert!(r.memory.iter().all(|part| part.bytes > 0), "{:?}", r.memory);
+    assert!(r.peak_bytes.is_none_or(|bytes| bytes > 1 << 20));
+    let limits = [
+        r.limits.copy_bytes_per_s,
+        r.limits.product_f32_flop_per_s,
+        r.limits.product_f16_flop_per_s,
+    ];
+    assert!(limits.iter().all(|limit| *limit > 1e8 && limit.is_finite()), "{limits:?}");
+}
+
+#[test]
+fn people_and_spreadsheets_read_tables() {
+    let dir = tempfile::tempdir().unwrap();
+    let r = Results::read(file(dir.path(), "r.json", &MEASURED).as_ref()).unwrap();
+    let text = report::markdown(&r);
+    for word in ["| prefill | 292 |", "of a copy", "weights: vision", "at its peak", "| warm |"] {
+        assert!(text.contains(word), "{word:?} is missing in:\n{text}");
+    }
+    let csv = report::csv(&r);
+    let lines: Vec<_> = csv.lines().collect();
+    assert_eq!(lines.len(), 1 + r.stages.len());
+    let columns = lines[0].split(',').count();
+    // The name of a processor may hold commas.
+    assert!(lines[1..].iter().all(|line| line.split(',').count() >= columns), "{csv}");
+    assert_eq!(openvla_bench(&["-o", "xml"]).status.code(), Some(2));
+    assert_eq!(openvla_bench(&["-r", "0"]).status.code(), Some(2));
+    assert_fails(&openvla_bench(&["-m", "nowhere.gguf"]), &["nowhere.gguf"]);
+}
+
+#[test]
+fn results_become_a_table_and_a_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = file(dir.path(), "a.json", &MEASURED);
+    let other = changed(|value| {
+        value["machine"]["cpu"] = "A|B & <C>".into();
+        value["model"]["type"] = "Q8_0".into();
+    });
+    let other = file(dir.path(), "b.json", &other);
+    let output = openvla_bench(&["table", &one, &other]);
+    let said = stdout(&output);
+    assert_eq!(said.lines().count(), 4, "{said}");
+    assert!(said.contains("| A\\|B & <C>, 1 thread | Q8_0 |"), "{said}");
+    assert_eq!(said, stdout(&openvla_bench(&["table", &other, &one])), "in whichever order");
+    let picture = dir.path().join("hz.svg");
+    let output = openvla_bench(&["plot", &one, &other, "-o", &picture.display().to_string()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    for word in ["<svg", "Q4_K_M: ", "Q8_0: ", "&lt;C&gt;", "</svg>"] {
+        assert!(svg.contains(word), "{word:?} is missing in:\n{svg}");
+    }
+    let files = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(files, 3, "nothing is left beside the picture");
+}
+
+#[test]
+fn cards_that_were_not_measured_are_projected() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = file(dir.path(), "a.json", &MEASURED);
+    let said = stdout(&openvla_bench(&["project", &one]));
+    assert!(said.contains("Projections, not measurements") && said.contains("| H200 |"), "{said}");
+    let said = stdout(&openvla_bench(&["project", &one, "--card", "rtx 4090"]));
+    assert_eq!(said.lines().count(), 5, "{said}");
+    assert!(said.contains("| RTX 4090 |") && said.contains("llama.cpp on this card"), "{said}");
+    assert_fails(&openvla_bench(&["project", &one, "--card", "RTX 1"]), &["RTX 1", "RTX 4090"]);
+    let float = changed(|value| value["model"]["type"] = "BF16".into());
+    let float = file(dir.path(), "b.json", &float);
+    assert_fails(&openvla_bench(&["project", &float]), &["quantised", "BF16"]);
+}
+
+/// On openvla-7b's numbers at Q4_0.
+#[test]
+fn a_projection_is_the_formulas() {
+    let dir = tempfile::tempdir().unwrap();
+    let full = changed(|value| {
+        for stage in value["stages"].as_array_mut().unwrap() {
+            let (ms, bytes, flop) = match stage["name"].as_str().unwrap() {
+                "preprocess" => (2.0, 0, 0),
+                "vision" => (1.0, 0, 370_000_000_000_u64),
+                "projector" => (1.0, 0, 40_000_000_000),
+                "prefill" => (1.0, 0, 3_660_000_000_000),
+                "decode" => (1.0, 6 * 3_640_000_000_u64, 0),
+                _ => (1.0, 0, 0),
+            };
+            stage["ms"]["p50"] = ms.into();
+            stage["work"] = serde_json::json!({ "bytes": bytes, "flop": flop });
+        }
+    });
+    let full = file(dir.path(), "full.json", &full);
+    let said = stdout(&openvla_bench(&["project", &full, "--card", "RTX 4090"]));
+    let cells: Vec<&str> = said.lines().last().unwrap().split('|').map(str::trim).collect();
+    let number = |cell: &str| cell.trim_end_matches(" ms").parse::<f64>().unwrap();
+    // 4.07 TFLOP at 11993 tokens of 12.95 GFLOP a second; 6 steps at 186 a second, 3 % lighter.
+    assert!((number(cells[2]) - 26.2).abs() < 0.1, "{said}");
+    assert!((number(cells[3]) - 31.3).abs() < 0.1, "{said}");
+    assert!(
+        (number(cells[4]) - 59.5).abs() < 0.2 && (number(cells[5]) - 16.8).abs() < 0.1,
+        "{said}"
+    );
+}
+
+#[test]
+fn mistakes_with_result_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = file(dir.path(), "v2.json", &changed(|value| value["version"] = 2.into()));
+    let cut = file(dir.path(), "cut.json", &MEASURED[..MEASURED.len() / 2]);
+    let lacking = changed(|value| value["stages"].as_array_mut().unwrap().truncate(2));
+    let lacking = file(dir.path(), "lacking.json", &lacking);
+    let out = dir.path().join("hz.svg").display().to_string();
+    for (result, words) in [
+        (other, ["v2.json", "version 2", "reads 1"]),
+        (cut, ["cut.json", "no result of openvla-bench", "measure again"]),
+        (lacking, ["lacking.json", "no result of openvla-bench", "projector"]),
+        (
+            dir.path().join("none.json").display().to_string(),
+            ["none.json", "cannot read", "No such"],
+        ),
+    ] {
+        assert_fails(&openvla_bench(&["table", &result]), &words);
+        assert_fails(&openvla_bench(&["plot", &result, "-o", &out]), &words);
+        assert_fails(&openvla_bench(&["project", &result]), &words);
+    }
+    for command in [["table"].as_slice(), &["plot", "-o", &out]] {
+        assert_fails(&openvla_bench(command), &["no result files", "-o json"]);
+    }
+    assert!(!Path::new(&out).exists());
+}
+
+/// The README shows what is in `results/`, and nothing else.
+#[test]
+fn the_readme_shows_the_results() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folder = std::fs::read_dir(root.join("results"));
+    let files = folder.into_iter().flatten().map(|entry| entry.unwrap().path());
+    let is_result = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "json");
+    let files: Vec<PathBuf> = files.filter(is_result).collect();
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    let (_, rest) = readme.split_once("<!-- openvla-bench table results/*.json -->\n").unwrap();
+    let (shown, _) = rest.split_once("<!-- end -->").unwrap();
+    let svg = std::fs::read_to_string(root.join("results/hz.svg")).ok();
+    if files.is_empty() {
+        assert!(shown.trim().is_empty() && svg.is_none(), "results that are nowhere are shown");
+        return;
+    }
+    let all = Results::read_all(&files).unwrap();
+    assert_eq!(shown, report::table(&all).unwrap(), "openvla-bench table results/*.json");
+    assert_eq!(svg.unwrap(), plot::svg(&all).unwrap(), "openvla-bench plot … -o results/hz.svg");
+}

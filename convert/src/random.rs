@@ -1,0 +1,143 @@
+//! Random weights in any type, as fast as a disk takes them: quantising is what takes long, so a
+//! pool of blocks is quantised once for each type and loudness, and every matrix is made of blocks
+//! picked from it.
+//!
+//! Loudness is the example checkpoint's, tensor by tensor, so that activations stay finite and
+//! logits differ. The same seed gives the same bytes, whatever the number of threads.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use anyhow::Result;
+use openvla_example::{Tensor, deviates};
+use openvla_kernels::DType;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::interrupt;
+use crate::names::Part;
+use crate::plan::Planned;
+use crate::prove::checksum;
+use crate::write::Origin;
+
+/// Numbers in a pool: enough that blocks seldom meet twice in a row of a matrix, and few enough to
+/// be quantised in a moment and to stay in a core's cache.
+const POOL: usize = 1 << 18;
+/// Numbers that are picked at a time, where a type's blocks are not longer.
+const PICK: usize = 32;
+/// Picks that one thread makes from one stream of random words.
+const PICKS_AT_A_TIME: usize = 1 << 16;
+
+/// The tensors of a checkpoint that is nowhere.
+pub struct Random {
+    /// By name.
+    tensors: BTreeMap<String, Tensor>,
+    deviates: Vec<f32>,
+    /// What was quantised so far.
+    pools: RefCell<BTreeMap<Kind, Rc<[u8]>>>,
+    seed: u64,
+    n_threads: usize,
+}
+
+/// Type, mean and deviation, the latter by their bits.
+type Kind = (DType, [u32; 2]);
+
+/// Numbers of a part that follow each other and are equally loud. Padding is zeros: deviation 0.
+#[derive(Debug, PartialEq)]
+struct Segment {
+    n: usize,
+    mean: f32,
+    std: f32,
+}
+
+impl Random {
+    /// Draws from `seed` what the tensors are made of.
+    pub fn new(tensors: Vec<Tensor>, seed: u64, n_threads: usize) -> Self {
+        let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let (deviates, pools) = (deviates(seed, POOL), RefCell::default());
+        Self { tensors, deviates, pools, seed, n_threads }
+    }
+
+    /// What a part is made of, in whole rows; in single numbers if it is one row. Columns that pad
+    /// a matrix are random too: what they are multiplied by is zero.
+    fn segments(&self, part: &Part) -> Vec<Segment> {
+        let is_row = part.shape[1..] == [1, 1, 1];
+        let length = if is_row { 1 } else { part.shape[0] };
+        let mut skip = part.first_row * length;
+        let mut left = part.shape.iter().product();
+        let mut segments = Vec::new();
+        for tensor in part.sources.iter().map(|name| &self.tensors[name]) {
+            let row = if is_row { 1 } else { *tensor.shape.last().expect("not a scalar") };
+            for run in &tensor.runs {
+                let n = run.n / row * length;
+                let skipped = n.min(skip);
+                skip -= skipped;
+                let n = (n - skipped).min(left);
+                left -= n;
+                segments.push(Segment { n, mean: run.mean, std: run.std });
+            }
+        }
+        segments.push(Segment { n: left, mean: 0.0, std: 0.0 });
+        segments.retain(|segment| segment.n > 0);
+        segments
+    }
+
+    /// The pool in a type, as loud as a segment.
+    fn pool(&self, dtype: DType, segment: &Segment) -> Rc<[u8]> {
+        let Segment { mean, std, .. } = segment;
+        let encode = || {
+            let numbers: Vec<f32> = self.deviates.iter().map(|x| mean + std * x).collect();
+            let mut pool = vec![0; dtype.row_bytes(POOL).expect("a power of two, as are blocks")];
+            dtype.encode(&numbers, POOL, None, &mut pool);
+            pool.into()
+        };
+        let key = (dtype, [mean, std].map(|x| x.to_bits()));
+        self.pools.borrow_mut().entry(key).or_insert_with(encode).clone()
+    }
+
+    /// Fills `bytes` with picks from `pool`, of `pick` bytes each.
+    fn pick(&self, stream: u64, pool: &[u8], pick: usize, bytes: &mut [u8]) -> Result<()> {
+        let &Self { seed, n_threads, .. } = self;
+        let chunks: Vec<_> = bytes.chunks_mut(PICKS_AT_A_TIME * pick).enumerate().collect();
+        let per_thread = chunks.len().div_ceil(n_threads);
+        let fill = |chunks: Vec<(usize, &mut [u8])>| {
+            for (i, chunk) in chunks {
+                interrupt::check()?;
+                let mut random = ChaCha8Rng::seed_from_u64(seed);
+                random.set_stream(stream);
+                random.set_word_pos((i * PICKS_AT_A_TIME) as u128);
+                for out in chunk.chunks_mut(pick) {
+                    let n = pool.len() / pick; // a power of two
+                    let at = random.next_u32() as usize % n * pick;
+                    out.copy_from_slice(&pool[at..][..out.len()]);
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let mut chunks = chunks.into_iter();
+            let work: Vec<_> = std::iter::from_fn(|| {
+                let own: Vec<_> = chunks.by_ref().take(per_thread).collect();
+                (!own.is_empty()).then(|| scope.spawn(|| fill(own)))
+            })
+            .collect();
+            work.into_iter().try_for_each(|work| work.join().expect("copying does not panic"))
+        })
+    }
+}
+
+impl Origin for Random {
+    fn fill(&self, planned: &Planned, mut bytes: &mut [u8]) -> Result<()> {
+        let Planned { part, dtype } = planned;
+        let size = |n| dtype.row_bytes(n).expect("segments are whole rows");
+        let pick = size(PICK.max(dtype.block()));
+        let stream = checksum(part.name.as_bytes()); // its own for each tensor
+        for (i, segment) in (0..).zip(self.segments(part)) {
+            let (own, others) = bytes.split_at_mut(size(segment.n));
+            self.pick(stream.wrapping_add(i), &self.pool(*dtype, &segment), pick, own)?;
+            bytes = others;
+        }
+        Ok(())
+    }
+}

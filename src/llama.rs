@@ -315,10 +315,13 @@ impl Model {
     fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache, n: usize) -> Tensor<'g> {
         let c = &self.config;
         let n_row = rows.x.shape()[1];
-        let layers = self.layers.iter().zip(cache);
-        let x =
-            layers.fold(rows.x, |x, (layer, cache)| layer.build(g, &Rows { x, ..rows }, cache, c));
-        let last = self.norm.build(g, x.slice(1, n_row - n, n));
+        let mut n_out = vec![n_row; c.n_layer];
+        n_out[c.n_layer - 1] = n;
+        let layers = self.layers.iter().zip(cache).zip(n_out);
+        let x = layers.fold(rows.x, |x, ((layer, cache), n)| {
+            layer.build(g, &Rows { x, ..rows }, cache, n, c)
+        });
+        let last = self.norm.build(g, x);
         let logits = g.weight(&self.head).mul_mat(last); // [n_vocab, n]
         let actions = g.weight(&self.action_head).mul_mat(last); // [256, n]
         let Range { start, end } = self.actions;
@@ -348,18 +351,21 @@ impl Layer {
         })
     }
 
-    /// `[dim, n_row] → [dim, n_row]`; writes the rows' keys and values into the cache.
+    /// `[dim, n_row] → [dim, n]`, of the last `n` rows; writes all rows' keys and values into the
+    /// cache.
     pub fn build<'g>(
         &self,
         g: &'g Builder,
         rows: &Rows<'g>,
         cache: &LayerCache,
+        n: usize,
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let x = rows.x + self.attention(g, rows, cache, c);
+        let x = x.slice(1, x.shape()[1] - n, n);
         let y = self.ffn_norm.build(g, x);
-        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n_row]
-        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n_row]
+        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n]
+        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n]
         x + g.weight(&self.down).mul_mat(gate.swiglu(up))
     }
 

@@ -218,7 +218,7 @@ impl Sequence {
         self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
             let (positions, places) = (g.state(&positions), g.state(&places));
             let rows = Rows { x, positions, places, mask: g.state(&mask) };
-            layer.build(g, &rows, &self.cache[i], c)
+            layer.build(g, &rows, &self.cache[i], rows.x.shape()[1], c)
         })?;
         Ok(())
     }

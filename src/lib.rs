@@ -62,5 +62,6 @@ pub use decode::decode;
 pub use error::{Error, Result};
 pub use image;
 pub use network::Network;
+pub use openvla_kernels::Products;
 pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};

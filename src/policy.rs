@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use image::RgbImage;
-use openvla_kernels::{Backend, Gguf};
+use openvla_kernels::{Backend, Gguf, Products};
 use serde::Serialize;
 
 use crate::Result;
@@ -21,6 +21,8 @@ pub struct Options {
     pub n_threads: usize,
     /// What a token may be.
     pub decoding: Decoding,
+    /// Whose matrix products are used.
+    pub products: Products,
     /// Whether the networks note what their weights are multiplied by: see [`Network::observed`].
     pub observe: bool,
 }
@@ -28,7 +30,12 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { n_threads, decoding: Decoding::default(), observe: false }
+        Self {
+            n_threads,
+            decoding: Decoding::default(),
+            products: Products::default(),
+            observe: false,
+        }
     }
 }
 
@@ -118,7 +125,7 @@ impl OpenVla {
     fn load(file: &Gguf, options: &Options) -> Result<Self> {
         let config = Config::read(file)?;
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        let backend = Backend::cpu(options.n_threads)?;
+        let backend = Backend::cpu_with(options.n_threads, options.products)?;
         let load = if options.observe { Network::observed } else { Network::load };
         let network = load(file, &config, &backend)?;
         Ok(Self { config, tokenizer, network, decoding: options.decoding })

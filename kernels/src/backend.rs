@@ -8,11 +8,23 @@ use llama_cpp_sys_2 as sys;
 
 use crate::{Error, Result};
 
+/// Whose products of quantised matrices a CPU computes with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// Our own where the CPU has AVX-512 VNNI, else ggml's. They round activations as ggml does, and
+    /// differ in the order of sums in f32.
+    #[default]
+    Fastest,
+    /// ggml's, which are llama.cpp's to the bit.
+    Ggml,
+}
+
 /// A ggml backend: today the CPU. Values of this type prove that ggml has started.
 pub struct Backend {
     raw: NonNull<sys::ggml_backend>,
     name: String,
     n_threads: usize,
+    products: Products,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
@@ -29,6 +41,14 @@ impl Backend {
     /// # Errors
     /// [`Error::Device`] if ggml was built without its CPU backend.
     pub fn cpu(n_threads: usize) -> Result<Arc<Self>> {
+        Self::cpu_with(n_threads, Products::default())
+    }
+
+    /// The same, with a choice of products.
+    ///
+    /// # Errors
+    /// As [`Backend::cpu`].
+    pub fn cpu_with(n_threads: usize, products: Products) -> Result<Arc<Self>> {
         silence();
         let kind = sys::GGML_BACKEND_DEVICE_TYPE_CPU;
         // SAFETY: the registry is built on first use, behind C++'s own lock; a null parameter
@@ -42,7 +62,7 @@ impl Backend {
         let name = unsafe { CStr::from_ptr(sys::ggml_backend_name(raw.as_ptr())) };
         let name = name.to_string_lossy().into_owned();
         let n_threads = n_threads.clamp(1, 512);
-        let backend = Self { raw, name, n_threads, gate: Mutex::new(()) };
+        let backend = Self { raw, name, n_threads, products, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -68,6 +88,10 @@ impl Backend {
     /// Threads that it computes with.
     pub(crate) fn n_threads(&self) -> usize {
         self.n_threads
+    }
+
+    pub(crate) fn products(&self) -> Products {
+        self.products
     }
 
     pub(crate) fn device(&self) -> sys::ggml_backend_dev_t {

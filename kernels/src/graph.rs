@@ -9,7 +9,8 @@ use llama_cpp_sys_2 as sys;
 
 use crate::memory::{Home, Place};
 use crate::observer::{Observed, Sink};
-use crate::{Backend, Error, Result, State, Tensor, Weight};
+use crate::panel::Rounding;
+use crate::{Backend, Error, Result, State, Tensor, Weight, panel};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
 pub struct Graph {
@@ -95,7 +96,8 @@ impl Graph {
         };
         for node in nodes {
             // SAFETY: backend and node are live.
-            if unsafe { sys::ggml_backend_supports_op(self.backend.raw(), node) } {
+            let supported = unsafe { sys::ggml_backend_supports_op(self.backend.raw(), node) };
+            if supported && !NonNull::new(node).is_some_and(panel::misused) {
                 continue;
             }
             // SAFETY: the node is live; its description is a C string of ggml's constant tables.
@@ -117,6 +119,9 @@ impl Drop for Graph {
     }
 }
 
+/// The node that rounds a node in some way.
+type Rounded = BTreeMap<(NonNull<sys::ggml_tensor>, Rounding), NonNull<sys::ggml_tensor>>;
+
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
     raw: NonNull<sys::ggml_cgraph>,
@@ -126,6 +131,8 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
+    /// Activations that were rounded for products with panels.
+    rounded: RefCell<Rounded>,
     nodes_left: std::cell::Cell<usize>,
 }
 
@@ -152,6 +159,7 @@ impl Builder {
             homes: RefCell::default(),
             sinks: RefCell::default(),
             observed: RefCell::default(),
+            rounded: RefCell::default(),
             nodes_left: std::cell::Cell::new(max_nodes),
         }
     }
@@ -196,6 +204,23 @@ impl Builder {
         let x = x.kept();
         self.observed.borrow_mut().push(Observed::new(x, sink));
         x
+    }
+
+    /// `x`, rounded: by `make`, unless that was made before and `x` cannot have changed since.
+    pub(crate) fn rounded<'g>(
+        &'g self,
+        x: Tensor<'g>,
+        rounding: Rounding,
+        make: impl FnOnce() -> Tensor<'g>,
+    ) -> Tensor<'g> {
+        // SAFETY: a node is as live as its graph.
+        let is_state = unsafe { x.viewed().as_ref() }.op == sys::GGML_OP_NONE;
+        if is_state {
+            return make();
+        }
+        let mut rounded = self.rounded.borrow_mut();
+        let raw = *rounded.entry((x.raw, rounding)).or_insert_with(|| make().raw);
+        Tensor { builder: self, raw }
     }
 
     /// A node that ggml just made in this context.

@@ -29,11 +29,17 @@ mod header;
 mod mapped;
 mod memory;
 mod observer;
+#[cfg_attr(not(target_arch = "x86_64"), path = "panel_none.rs")]
+mod panel;
 mod repack;
 mod tensor;
+#[cfg(target_arch = "x86_64")]
+mod unpack;
 mod value;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
-pub use backend::Backend;
+pub use backend::{Backend, Products};
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gguf::{ALIGNMENT, Gguf, MAX_TENSOR_NAME, TensorInfo};

@@ -9,15 +9,17 @@ use llama_cpp_sys_2 as sys;
 
 use crate::observer::Sink;
 use crate::repack::{Entry, Layout};
-use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape};
+use crate::{Backend, DType, Error, Gguf, Mapped, Observer, Products, Result, Shape, panel};
 
 /// ggml tensors and the buffer they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
     context: NonNull<sys::ggml_context>,
     buffers: Vec<NonNull<sys::ggml_backend_buffer>>,
     pub(crate) backend: Arc<Backend>,
-    /// The mapped file that the buffer points into, if it was not copied.
+    /// The mapped file that a buffer points into, if it was not copied.
     _file: Option<Gguf>,
+    /// What the buffer of panels points into.
+    _panels: Option<Mapped>,
 }
 
 // SAFETY: after it is built, a home's tensor headers are only read; their data is read and written
@@ -98,7 +100,8 @@ impl State {
         // SAFETY: a live buffer; no graph knows it yet.
         unsafe { sys::ggml_backend_buffer_clear(buffer.as_ptr(), 0) };
         let backend = backend.clone();
-        let home = Arc::new(Home { context, buffers: vec![buffer], backend, _file: None });
+        let home =
+            Arc::new(Home { context, buffers: vec![buffer], backend, _file: None, _panels: None });
         Ok(Self(Place { raw, home, dtype, shape }))
     }
 
@@ -188,22 +191,24 @@ impl Weights {
     /// # Errors
     /// [`Error::Format`] if there are none, [`Error::Memory`] if the device has no room for a copy.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
-        Self::place(file, backend, &[], &[])
+        Self::place(file, backend, false, &[], &[])
     }
 
-    /// The same, but with matrices in the layout that the device multiplies fastest by, where it
-    /// has one for their type: those are copied, on all of the backend's threads. `tables` names
+    /// The same, but with matrices in the layout that they are multiplied fastest by, where there
+    /// is one for their type: those are copied, on all of the backend's threads. `tables` names
     /// the tensors that rows are looked up in, which stay as they are.
     ///
     /// # Errors
     /// As [`Weights::load`].
     pub fn repacked(file: &Gguf, backend: &Arc<Backend>, tables: &[&str]) -> Result<Self> {
-        Self::place(file, backend, &Layout::all(backend), tables)
+        let panels = backend.products() == Products::Fastest;
+        Self::place(file, backend, panels, &Layout::all(backend), tables)
     }
 
     fn place(
         file: &Gguf,
         backend: &Arc<Backend>,
+        panels: bool,
         layouts: &[Layout],
         tables: &[&str],
     ) -> Result<Self> {
@@ -214,7 +219,13 @@ impl Weights {
         let context = context(file.tensors().len());
         let raws: Vec<_> =
             file.tensors().iter().map(|t| new_tensor(context, t.dtype, &t.shape)).collect();
-        let mut home = Home { context, buffers: Vec::new(), backend: backend.clone(), _file: None };
+        let mut home = Home {
+            context,
+            buffers: Vec::new(),
+            backend: backend.clone(),
+            _file: None,
+            _panels: None,
+        };
         let _idle = backend.lock();
         let no_room = |tensors: &[Entry<'_>]| Error::Memory {
             device: backend.name().to_owned(),
@@ -222,6 +233,18 @@ impl Weights {
             bytes: tensors.iter().map(|(info, _)| info.range.len()).sum(),
         };
         let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
+        if panels {
+            let (suited, others) = left.into_iter().partition::<Vec<_>, _>(|tensor| {
+                !tables.contains(&tensor.0.name.as_str()) && panel::suits(tensor)
+            });
+            if !suited.is_empty() {
+                let (buffer, memory) =
+                    panel::copy(file, backend, &suited).ok_or_else(|| no_room(&suited))?;
+                home.buffers.push(buffer);
+                home._panels = Some(memory);
+            }
+            left = others;
+        }
         for layout in layouts {
             let (suited, others) = left.into_iter().partition::<Vec<_>, _>(|tensor| {
                 !tables.contains(&tensor.0.name.as_str()) && layout.suits(backend, tensor)

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
 //! | [`DType`] | element types, and quantising rows into them |
+//! | [`Products`] | whose matrix products a CPU computes with |
 //! | [`Backend`] | a device that owns memory and computes |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |

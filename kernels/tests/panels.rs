@@ -152,7 +152,7 @@ proptest! {
 #[test]
 fn products_are_ggmls() {
     for dtype in TYPES {
-        for sizes @ [k, m, n] in [[512, 96, 1], [2304, 40, 7], [1024, 64, 33]] {
+        for sizes @ [k, m, n] in [[512, 96, 1], [2304, 40, 7], [1024, 64, 33], [11008, 64, 281]] {
             let case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));
             let (got, want) = (case.compute(2, Products::Fastest), case.compute(2, Products::Ggml));
             let square = |x: f32| f64::from(x).powi(2);

@@ -65,7 +65,7 @@ pub use decode::decode;
 pub use error::{Error, Result};
 pub use image;
 pub use network::Network;
-pub use openvla_kernels::{Device, Usage};
+pub use openvla_kernels::{Device, Products, Usage};
 pub use placement::Devices;
 pub use policy::{Action, Decoding, Draft, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};

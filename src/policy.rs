@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use image::RgbImage;
-use openvla_kernels::{Backend, Gguf, Usage};
+use openvla_kernels::{Backend, Gguf, Products, Usage};
 use serde::Serialize;
 
 use crate::Result;
@@ -30,6 +30,8 @@ pub struct Options {
     pub decoding: Decoding,
     /// Whether tokens are guessed ahead in a session.
     pub draft: Draft,
+    /// Whose matrix products are used.
+    pub products: Products,
     /// Whether the networks note what their weights are multiplied by: see [`Network::observed`].
     pub observe: bool,
 }
@@ -43,6 +45,7 @@ impl Default for Options {
             n_threads,
             decoding: Decoding::default(),
             draft: Draft::default(),
+            products: Products::default(),
             observe: false,
         }
     }
@@ -159,7 +162,7 @@ impl OpenVla {
         let needs = Needs::new(file, &config);
         let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
         let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
-        let backend = Backend::open(&gpus, options.n_threads)?;
+        let backend = Backend::open(&gpus, options.n_threads, options.products)?;
         let load = if options.observe { Network::observed } else { Network::load };
         let network = load(file, &config, &backend, &|name| placement.device(name))?;
         let row_cost = if gpus.is_empty() { ROW_COST_CPU } else { ROW_COST_GPU };

@@ -91,7 +91,7 @@ const ATTEMPTS: usize = 5;
 /// # Errors
 /// If the device has no room or fails.
 pub fn limits(options: &Options) -> Result<Limits> {
-    let backend = Backend::open(&options.devices.gpus()?, options.n_threads)?;
+    let backend = Backend::open(&options.devices.gpus()?, options.n_threads, options.products)?;
     let flop = (2 * SIDE * SIDE * COLUMNS) as f64;
     Ok(Limits {
         copy_bytes_per_s: (2 * 4 * COPIED) as f64 / copy(&backend)?,

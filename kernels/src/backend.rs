@@ -10,11 +10,23 @@ use crate::buffer::{Counts, Usage, Use};
 use crate::device::{complaint, start};
 use crate::{Device, Error, Result};
 
+/// Whose products of quantised matrices a CPU computes with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// Our own where the CPU has AVX-512 VNNI, else ggml's. They round activations as ggml does, and
+    /// differ in the order of sums in f32.
+    #[default]
+    Fastest,
+    /// ggml's, which are llama.cpp's to the bit.
+    Ggml,
+}
+
 /// Devices that own memory and compute together. Values of this type prove that ggml has started.
 pub struct Backend {
     /// GPUs in the order they were named, then the CPU.
     places: Vec<Place>,
     n_threads: usize,
+    products: Products,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
@@ -38,14 +50,14 @@ impl Backend {
     /// # Errors
     /// [`Error::Device`] if ggml has no CPU backend.
     pub fn cpu(n_threads: usize) -> Result<Arc<Self>> {
-        Self::open(&[], n_threads)
+        Self::open(&[], n_threads, Products::default())
     }
 
-    /// GPUs, and the CPU with that many threads.
+    /// GPUs, and the CPU with that many threads and those products.
     ///
     /// # Errors
     /// [`Error::Device`] if one of them cannot be used.
-    pub fn open(gpus: &[Device], n_threads: usize) -> Result<Arc<Self>> {
+    pub fn open(gpus: &[Device], n_threads: usize, products: Products) -> Result<Arc<Self>> {
         start();
         // SAFETY: ggml has started.
         let cpu = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
@@ -56,7 +68,7 @@ impl Backend {
         let devices = gpus.iter().map(Device::raw).chain([cpu]);
         let places = devices.map(Place::new).collect::<Result<_>>()?;
         let n_threads = n_threads.clamp(1, 512);
-        let backend = Self { places, n_threads, gate: Mutex::new(()) };
+        let backend = Self { places, n_threads, products, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -110,6 +122,10 @@ impl Backend {
     /// Threads that the CPU computes with.
     pub(crate) fn n_threads(&self) -> usize {
         self.n_threads
+    }
+
+    pub(crate) fn products(&self) -> Products {
+        self.products
     }
 
     pub(crate) fn device(&self, device: usize) -> sys::ggml_backend_dev_t {

@@ -10,7 +10,8 @@ use llama_cpp_sys_2 as sys;
 use crate::buffer::{Counts, Use};
 use crate::memory::{Home, Place};
 use crate::observer::{Observed, Sink};
-use crate::{Backend, Error, Result, State, Tensor, Weight};
+use crate::panel::Rounding;
+use crate::{Backend, Error, Result, State, Tensor, Weight, panel};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
 ///
@@ -59,6 +60,7 @@ impl Graph {
             (backend.clone(), observed.into_inner(), homes.into_inner());
         let mut graph = Self { raw, context, scheduler, backend, observed, _homes };
         graph.check_support()?;
+        graph.keep_own_nodes();
         let idle = graph.backend.lock();
         // SAFETY: graph and scheduler are live, every node has a device that computes it, and
         // nothing runs there meanwhile.
@@ -94,6 +96,28 @@ impl Graph {
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
     }
 
+    /// Functions of ours run on the CPU, whatever a device says of them.
+    fn keep_own_nodes(&self) {
+        let host = self.backend.raw(self.backend.host());
+        for node in self.nodes() {
+            // SAFETY: the node, the scheduler and the backend, which the scheduler knows, are live.
+            unsafe {
+                if (*node).op == sys::GGML_OP_CUSTOM {
+                    let scheduler = self.scheduler.as_ptr();
+                    sys::ggml_backend_sched_set_tensor_backend(scheduler, node, host);
+                }
+            }
+        }
+    }
+
+    fn nodes(&self) -> Vec<*mut sys::ggml_tensor> {
+        // SAFETY: the graph is live, and every index is below its count.
+        unsafe {
+            let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
+            (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect()
+        }
+    }
+
     /// Bytes that lie between its operations on one device.
     fn bytes(&self, device: usize) -> usize {
         let backend = self.backend.raw(device);
@@ -111,12 +135,7 @@ impl Graph {
     /// not; so ask before.
     fn check_support(&self) -> Result<()> {
         let raws = self.backend.raws();
-        // SAFETY: the graph is live, and every index is below its count.
-        let nodes = unsafe {
-            let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
-            (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect::<Vec<_>>()
-        };
-        for node in nodes {
+        for node in self.nodes() {
             // SAFETY: node and backends are live; a view's source lives as long as the view, and so
             // does a buffer as long as its tensors.
             let can = unsafe {
@@ -131,7 +150,7 @@ impl Graph {
                 };
                 raws.iter().any(|raw| reaches(*raw) && sys::ggml_backend_supports_op(*raw, node))
             };
-            if can {
+            if can && !NonNull::new(node).is_some_and(panel::misused) {
                 continue;
             }
             // SAFETY: the node is live; its description is a C string of ggml's constant tables.
@@ -154,6 +173,9 @@ impl Drop for Graph {
     }
 }
 
+/// The node that rounds a node in some way.
+type Rounded = BTreeMap<(NonNull<sys::ggml_tensor>, Rounding), NonNull<sys::ggml_tensor>>;
+
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
     raw: NonNull<sys::ggml_cgraph>,
@@ -163,6 +185,8 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
+    /// Activations that were rounded for products with panels.
+    rounded: RefCell<Rounded>,
     nodes_left: Cell<usize>,
     /// Weights and states that nodes were given, each time.
     leaves: Cell<usize>,
@@ -191,6 +215,7 @@ impl Builder {
             homes: RefCell::default(),
             sinks: RefCell::default(),
             observed: RefCell::default(),
+            rounded: RefCell::default(),
             nodes_left: Cell::new(max_nodes),
             leaves: Cell::new(0),
         }
@@ -236,6 +261,23 @@ impl Builder {
         let x = x.kept();
         self.observed.borrow_mut().push(Observed::new(x, sink));
         x
+    }
+
+    /// `x`, rounded: by `make`, unless that was made before and `x` cannot have changed since.
+    pub(crate) fn rounded<'g>(
+        &'g self,
+        x: Tensor<'g>,
+        rounding: Rounding,
+        make: impl FnOnce() -> Tensor<'g>,
+    ) -> Tensor<'g> {
+        // SAFETY: a node is as live as its graph.
+        let is_state = unsafe { x.viewed().as_ref() }.op == sys::GGML_OP_NONE;
+        if is_state {
+            return make();
+        }
+        let mut rounded = self.rounded.borrow_mut();
+        let raw = *rounded.entry((x.raw, rounding)).or_insert_with(|| make().raw);
+        Tensor { builder: self, raw }
     }
 
     /// A node that ggml just made in this context.

@@ -5,6 +5,7 @@
 //! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
 //! | [`DType`] | element types, and quantising rows into them |
 //! | [`Device`], [`Backend`], [`Usage`] | GPUs there are; those a model runs on, with the CPU; what it takes there |
+//! | [`Products`] | whose matrix products a CPU computes with |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
 //! | [`Observer`], [`Squares`] | what graphs multiply weights by |
@@ -31,11 +32,17 @@ mod header;
 mod mapped;
 mod memory;
 mod observer;
+#[cfg_attr(not(target_arch = "x86_64"), path = "panel_none.rs")]
+mod panel;
 mod repack;
 mod tensor;
+#[cfg(target_arch = "x86_64")]
+mod unpack;
 mod value;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
-pub use backend::Backend;
+pub use backend::{Backend, Products};
 pub use buffer::Usage;
 pub use device::Device;
 pub use dtype::DType;

@@ -10,7 +10,9 @@ use llama_cpp_sys_2 as sys;
 use crate::buffer::{Buffer, Use};
 use crate::observer::Sink;
 use crate::repack::{Entry, Layout};
-use crate::{Backend, DType, Error, Gguf, Observer, Result, Shape, TensorInfo};
+use crate::{
+    Backend, DType, Error, Gguf, Mapped, Observer, Products, Result, Shape, TensorInfo, panel,
+};
 
 /// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
@@ -20,6 +22,8 @@ pub(crate) struct Home {
     pub(crate) backend: Arc<Backend>,
     /// The mapped file that a buffer points into, if it was not copied.
     _file: Option<Gguf>,
+    /// What the buffer of panels points into.
+    _panels: Option<Mapped>,
 }
 
 // SAFETY: after it is built, a home's tensor headers are only read; their data is read and written
@@ -103,7 +107,8 @@ impl State {
         // SAFETY: a live buffer; no graph knows it yet.
         unsafe { sys::ggml_backend_buffer_clear(buffer.raw(), 0) };
         let (backend, _buffers) = (backend.clone(), vec![buffer]);
-        let home = Arc::new(Home { _buffers, _context: context, backend, _file: None });
+        let home =
+            Arc::new(Home { _buffers, _context: context, backend, _file: None, _panels: None });
         Ok(Self(Place { raw, home, device, dtype, shape }))
     }
 
@@ -194,7 +199,7 @@ impl Weights {
     /// [`Error::Format`] if there are none, [`Error::Memory`] if there is no room for a copy of a
     /// file that cannot be used where it is.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
-        Self::new(file, backend, &[], &|_, _| false)
+        Self::new(file, backend, &|_| false, &[], &|_, _| false)
     }
 
     /// Puts each tensor on the device that `place` names, in the layout that this device computes
@@ -209,16 +214,25 @@ impl Weights {
         tables: &[&str],
         place: &dyn Fn(&str) -> usize,
     ) -> Result<Self> {
-        Self::new(file, backend, &Layout::all(backend), &|layout, tensor| {
-            let name = tensor.0.name.as_str();
-            let here = place(name) == layout.device || layout.device == backend.host();
-            here && layout.suits(backend, tensor, tables.contains(&name))
-        })
+        let is_table = |info: &TensorInfo| tables.contains(&info.name.as_str());
+        let is_at = |info: &TensorInfo, device| place(&info.name) == device;
+        let ours = backend.products() == Products::Fastest;
+        let in_panels = |tensor: &Entry<'_>| {
+            let (info, _) = tensor;
+            ours && is_at(info, backend.host()) && !is_table(info) && panel::suits(tensor)
+        };
+        let suits = |layout: &Layout, tensor: &Entry<'_>| {
+            let (info, _) = tensor;
+            let here = is_at(info, layout.device) || layout.device == backend.host();
+            here && layout.suits(backend, tensor, is_table(info))
+        };
+        Self::new(file, backend, &in_panels, &Layout::all(backend), &suits)
     }
 
     fn new(
         file: &Gguf,
         backend: &Arc<Backend>,
+        in_panels: &dyn Fn(&Entry<'_>) -> bool,
         layouts: &[Layout],
         suits: &dyn Fn(&Layout, &Entry<'_>) -> bool,
     ) -> Result<Self> {
@@ -238,6 +252,15 @@ impl Weights {
         let mut buffers: Vec<Buffer> = Vec::new();
         let mut devices = BTreeMap::new();
         let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
+        let (here, others): (Vec<_>, _) = left.into_iter().partition(in_panels);
+        let mut panels = None;
+        if !here.is_empty() {
+            let copied = panel::copy(file, backend, &here);
+            let (buffer, memory) = copied.ok_or_else(|| no_room(backend.host(), &here))?;
+            buffers.push(buffer);
+            panels = Some(memory);
+        }
+        left = others;
         for layout in layouts {
             let (here, others): (Vec<_>, _) = left.into_iter().partition(|t| suits(layout, t));
             if !here.is_empty() {
@@ -255,7 +278,13 @@ impl Weights {
             buffers.push(buffer.ok_or_else(|| no_room(backend.host(), &left))?);
         }
         let backend = backend.clone();
-        let home = Arc::new(Home { _buffers: buffers, _context: context, backend, _file: mapped });
+        let home = Arc::new(Home {
+            _buffers: buffers,
+            _context: context,
+            backend,
+            _file: mapped,
+            _panels: panels,
+        });
         let weight = |(info, raw): (&TensorInfo, &NonNull<_>)| {
             let device = devices.get(info.name.as_str()).copied();
             let device = device.unwrap_or(home.backend.host());

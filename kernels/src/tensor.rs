@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::{Builder, DType, Shape, shape};
+use crate::{Builder, DType, Shape, panel, shape};
 
 /// A node of a graph. `Copy`, so that model code reads like the formula.
 #[derive(Clone, Copy)]
@@ -67,7 +67,7 @@ impl<'g> Tensor<'g> {
     }
 
     /// The tensor whose bytes these are: itself, unless it is a view.
-    fn viewed(self) -> NonNull<sys::ggml_tensor> {
+    pub(crate) fn viewed(self) -> NonNull<sys::ggml_tensor> {
         // SAFETY: as in `shape`.
         NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw)
     }
@@ -116,6 +116,9 @@ impl<'g> Tensor<'g> {
         assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
         assert!(self.is_contiguous() && x.is_contiguous(), "mul_mat: operands have gaps");
         let x = self.builder.observe(self, x);
+        if let Some(kind) = panel::kind(self.raw) {
+            return panel::mul_mat(self, x, kind);
+        }
         let (context, raw) = self.args();
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
         self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) })

@@ -1,9 +1,14 @@
-//! Matrices in the device's own layout give the products of those in the file's, and nothing else.
+//! Matrices in ggml's packed layouts and in our panels give the products of those in the file's, and nothing else.
 
 mod common;
 
-use common::{assert_close, backend, compute, numbers, read, state};
-use openvla_kernels::{ALIGNMENT, DType, Error, Gguf, Graph, Header, Weights, shape};
+use std::sync::Arc;
+
+use common::{assert_close, backend, numbers, read};
+use openvla_kernels::{
+    ALIGNMENT, Backend, Builder, DType, Error, Gguf, Graph, Header, Products, State, Weight,
+    Weights, shape,
+};
 
 const N_IN: usize = 512;
 const TYPES: [DType; 8] = [
@@ -31,6 +36,17 @@ fn matrices(n_row: usize) -> (Vec<u8>, Vec<Vec<f32>>) {
     ([header.encode(), data].concat(), rounded)
 }
 
+/// `weight [N_IN, n_row]` times columns of `N_IN` numbers.
+fn product(backend: &Arc<Backend>, weight: &Weight, data: &[f32]) -> Vec<f32> {
+    let (n, n_row) = (data.len() / N_IN, weight.shape()[1]);
+    let state = |dims: &[usize]| State::zeros(backend, DType::F32, shape(dims)).unwrap();
+    let (x, y) = (state(&[N_IN, n]), state(&[n_row, n]));
+    x.write(data);
+    let build = |g: &Builder| g.store(g.weight(weight).mul_mat(g.state(&x)), &y);
+    Graph::build(backend, 8, build).unwrap().compute().unwrap();
+    y.read()
+}
+
 /// One row and many, whose rows are and are not whole groups of what is interleaved.
 #[test]
 fn products_are_the_same() {
@@ -39,14 +55,20 @@ fn products_are_the_same() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("w.gguf");
         std::fs::write(&path, &file).unwrap();
-        for file in [read(&file).unwrap(), Gguf::open(&path).unwrap()] {
-            let mut weights = Weights::placed(&file, backend(), &[], &|_| 0).unwrap();
+        let (in_memory, mapped) = (read(&file).unwrap(), Gguf::open(&path).unwrap());
+        for (file, products) in [
+            (&in_memory, Products::Ggml),
+            (&in_memory, Products::Fastest),
+            (&mapped, Products::Ggml),
+            (&mapped, Products::Fastest),
+        ] {
+            let backend = Backend::open(&[], 2, products).unwrap();
+            let mut weights = Weights::placed(file, &backend, &[], &|_| 0).unwrap();
             for (dtype, matrix) in TYPES.into_iter().zip(&rounded) {
                 let weight = weights.take(&dtype.to_string(), shape(&[N_IN, n_row])).unwrap();
                 for n in [1, 3, 20] {
                     let data = numbers(n * N_IN, 99);
-                    let x = state(&[N_IN, n], &data);
-                    let got = compute(&[n_row, n], |g| g.weight(&weight).mul_mat(g.state(&x)));
+                    let got = product(&backend, &weight, &data);
                     let dot = |(row, x): (&[f32], &[f32])| {
                         row.iter().zip(x).map(|(a, b)| f64::from(a * b)).sum::<f64>()
                     };

@@ -11,11 +11,11 @@ use crate::scene::{Item, Look};
 use crate::world::{FINGER, Gripper, OPEN, TABLE, World};
 
 /// Where the camera is, in metres: in front of the table and above it.
-const EYE: [f64; 3] = [0.0, -0.40, 0.60];
+const EYE: [f64; 3] = [0.0, -0.45, 0.72];
 /// The point of the table's middle axis that it looks at.
-const AIM: [f64; 3] = [0.0, 0.0, 0.02];
+const AIM: [f64; 3] = [0.0, 0.035, 0.05];
 /// Tangent of half its angle of view.
-const VIEW: f64 = 0.34;
+const VIEW: f64 = 0.35;
 /// Points of a round outline.
 const ROUND: usize = 20;
 
@@ -179,5 +179,34 @@ impl Canvas {
         let pixels = self.pixmap.pixels().iter().flat_map(|p| [p.red(), p.green(), p.blue()]);
         let (width, height) = (self.pixmap.width(), self.pixmap.height());
         RgbImage::from_raw(width, height, pixels.collect()).expect("three bytes a pixel")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scene::{Scene, Suite};
+    use crate::world::{CEILING, REACH};
+
+    /// A policy has nothing else to know it by.
+    #[test]
+    fn fingertips_are_in_the_picture_wherever_the_gripper_goes() {
+        let canvas = Canvas::new(&Scene::new(Suite::Base, 0).look, 100);
+        for (x, y) in [(-REACH, -REACH), (REACH, -REACH), (-REACH, REACH), (REACH, REACH)] {
+            for z in [0.0, CEILING] {
+                let seen = canvas.project([x, y], z);
+                assert!(seen.iter().all(|p| (0.0..100.0).contains(p)), "{x} {y} {z}: {seen:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_can_be_told_from_the_table() {
+        let mut world = World::new(Scene::new(Suite::Base, 0));
+        let with = picture(&world, 84);
+        world.scene.items.clear();
+        let without = picture(&world, 84);
+        let differing = with.pixels().zip(without.pixels()).filter(|(a, b)| a != b);
+        assert!(differing.count() > 20, "pixels of what lies there");
     }
 }

@@ -28,7 +28,7 @@ pub const REACH: f64 = 0.17;
 /// Where the table ends, in a rim that nothing gets over.
 pub const TABLE: f64 = 0.21;
 /// The highest the fingertips get.
-pub const CEILING: f64 = 0.18;
+pub const CEILING: f64 = 0.16;
 /// Thickness of a receptacle's floor.
 pub const FLOOR: f64 = 0.004;
 /// A thing slips out of fingers that press it at more than this from its short axis: about 35°.

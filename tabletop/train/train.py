@@ -97,9 +97,19 @@ class Training(nn.Module):
         self.from_soft = nn.Linear(sizes.n_patch * sizes.llama, len(SEEN) + 3 * N_OBJECT)
         self.actions = slice(sizes.n_piece - N_BIN, sizes.n_piece)
 
-    def losses(self, batch, width):
-        """Of each action token, of the readout after the prompt, of the one of the soft tokens."""
+    def seeing(self, batch):
+        """How wrong the soft tokens' readout is, and the soft tokens."""
         soft = self.vla.see(batch["image"])
+        pose, objects = batch["state"].split([N_POSE, 3 * N_OBJECT], 1)
+        there = objects.view(-1, N_OBJECT, 3)[..., :1]  # where a thing is counts if it is there
+        counts = torch.cat([torch.ones_like(there), there, there], 2).flatten(1)
+        counts = torch.cat([torch.ones(len(pose), len(SEEN)), counts], 1)
+        known = torch.cat([pose[:, SEEN], objects], 1)
+        off = F.smooth_l1_loss(self.from_soft(soft.flatten(1)), known, beta=0.1, reduction="none")
+        return (off * counts).sum() / counts.sum(), soft
+
+    def acting(self, batch, soft, width):
+        """How wrong the action tokens are, each, and the readout after the prompt."""
         hidden = self.vla(soft, batch["ids"], batch["length"])
         logits = self.vla.language_model.lm_head(hidden)
         log_p = logits.log_softmax(-1)[..., self.actions].flip(-1)  # by bin
@@ -109,16 +119,8 @@ class Training(nn.Module):
         target[:, -1] = (distance[:, -1] == 0).float()
         target = target / target.sum(-1, keepdim=True)
         tokens = F.kl_div(log_p, target, reduction="none").sum(-1).mean(0)
-
-        pose, objects = batch["state"].split([N_POSE, 3 * N_OBJECT], 1)
-        known = torch.cat([batch["action"], pose], 1)
-        after = F.smooth_l1_loss(self.from_hidden(hidden[:, 0]), known, beta=0.1)
-        there = objects.view(-1, N_OBJECT, 3)[..., :1]
-        counts = torch.cat([torch.ones_like(there), there, there], 2).flatten(1)
-        counts = torch.cat([torch.ones(len(pose), len(SEEN)), counts], 1)
-        seen = torch.cat([pose[:, SEEN], objects], 1)
-        off = F.smooth_l1_loss(self.from_soft(soft.flatten(1)), seen, beta=0.1, reduction="none")
-        return tokens, after, (off * counts).sum() / counts.sum()
+        known = torch.cat([batch["action"], batch["state"][:, :N_POSE]], 1)
+        return tokens, F.smooth_l1_loss(self.from_hidden(hidden[:, 0]), known, beta=0.1)
 
 
 @torch.no_grad()
@@ -163,6 +165,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--seeing", type=int, default=4000, help="steps without the Llama, at first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=float, default=10, help="minutes between closed loops")
@@ -189,17 +192,23 @@ def main():
 
     def report(minutes):
         torch.save(dict(step=step, **{name: part.state_dict() for name, part in kept.items()}), path)
-        for suite in ("base", "language"):
+        for suite in ("base", "language") if step > args.seeing else ():
             rate = success(average.vla, args.program, data, suite, args.scenes)
             print(f"{minutes:.1f} min, step {step}, {suite} {100 * rate:.0f} %", flush=True)
 
     batches = stream(args.program, data, args.batch, args.seed + step)
     begin, first, minutes, reported, smooth = time.time(), step, 0.0, 0.0, None
     while minutes < args.minutes:
-        rate = args.rate * min((step + 1) / 300, 1.0, math.sqrt(8000 / (step + 1)))
+        acting = max(0, step - args.seeing)
+        since = acting if acting else step
+        rate = args.rate * min((since + 1) / 300, 1.0, math.sqrt(8000 / (since + 1)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        tokens, after, seen = training.losses(next(batches), 1.0 + 5.0 * math.exp(-step / 5000))
+        batch = next(batches)
+        seen, soft = training.seeing(batch)
+        tokens, after = torch.zeros(N_ACTION), torch.zeros(())
+        if acting:
+            tokens, after = training.acting(batch, soft, 1.0 + 5.0 * math.exp(-acting / 5000))
         optimiser.zero_grad(set_to_none=True)
         (tokens.mean() + 5 * (after + seen)).backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)

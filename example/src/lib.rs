@@ -120,6 +120,21 @@ pub fn write_settings(dir: &Path, spec: &Spec) -> Result<()> {
     statistics::write(dir, variant)
 }
 
+/// Writes the tokenizer's files alone, learnt from other sentences, into a folder that exists.
+///
+/// There are `n_piece` pieces: those that are merged before the one with id `space`, single
+/// characters from there on, and the 256 actions.
+///
+/// # Errors
+/// If a file cannot be written.
+///
+/// # Panics
+/// If the single characters do not fit between `space` and the actions.
+pub fn write_tokenizer(dir: &Path, corpus: &[String], space: usize, n_piece: usize) -> Result<()> {
+    let pieces = vocabulary::learnt_from(corpus, space, n_piece);
+    tokenizer::write(dir, Variant::OpenVla, &pieces)
+}
+
 /// Writes one file of the checkpoint.
 fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = dir.join(name);

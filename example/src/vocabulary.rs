@@ -57,16 +57,21 @@ pub enum Kind {
 
 /// The vocabulary, by id.
 pub fn pieces(sizes: &Sizes) -> Vec<Piece> {
-    let corpus = corpus();
+    learnt_from(&corpus(), sizes.space, sizes.n_piece)
+}
+
+/// The vocabulary of other sentences: `n_piece` pieces, of which the space is the one with id
+/// `space`. There must be room for the single characters between it and the actions.
+pub fn learnt_from(corpus: &[String], space: usize, n_piece: usize) -> Vec<Piece> {
     let mut fillers = FILLERS.map(String::from);
     let mut fill = |learnt: &mut Vec<String>, id: usize| {
         let missing = id - LEARNT - learnt.len();
         learnt.extend(fillers.by_ref().take(missing));
     };
-    let mut learnt = merged(&corpus, sizes.space - LEARNT);
-    fill(&mut learnt, sizes.space);
-    learnt.extend(alphabet(&corpus).into_iter().map(String::from));
-    fill(&mut learnt, sizes.actions().start);
+    let mut learnt = merged(corpus, space - LEARNT);
+    fill(&mut learnt, space);
+    learnt.extend(alphabet(corpus).into_iter().map(String::from));
+    fill(&mut learnt, n_piece - 256);
     learnt.extend(BRAILLE.map(String::from));
 
     let special = [("<unk>", Kind::Unknown), ("<s>", Kind::Control), ("</s>", Kind::Control)];

@@ -1,0 +1,48 @@
+//! Films: an episode as a GIF.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use image::codecs::gif::{GifEncoder, Repeat};
+use image::{Delay, Frame, RgbaImage};
+use openvla::image::DynamicImage;
+
+use crate::episode::{Outcome, Pace, Policy, run};
+use crate::render::picture;
+use crate::world::World;
+
+/// Milliseconds that a step is shown, and the last.
+const SHOWN: u32 = 200;
+const LAST: u32 = 1500;
+
+/// Runs an episode and writes what the camera sees, `size` pixels square.
+///
+/// # Errors
+/// Those of the policy, or if the file cannot be written.
+pub fn film(
+    out: &Path,
+    world: World,
+    policy: &mut dyn Policy,
+    steps: usize,
+    size: u32,
+) -> Result<Outcome> {
+    let mut pictures: Vec<RgbaImage> = Vec::new();
+    let outcome = run(world, policy, Pace::Blocking, steps, &mut |world| {
+        pictures.push(DynamicImage::from(picture(world, size)).into_rgba8());
+    })?;
+    let last = pictures.len() - 1;
+    let frames = pictures.into_iter().enumerate().map(|(i, picture)| {
+        let shown = if i == last { LAST } else { SHOWN };
+        Frame::from_parts(picture, 0, 0, Delay::from_numer_denom_ms(shown, 1))
+    });
+    let cannot = || format!("cannot write {}", out.display());
+    // Beside its place, then there: a film is whole or not at all.
+    let part = out.with_extension("gif.part");
+    let file = std::fs::File::create(&part).with_context(cannot)?;
+    let mut encoder = GifEncoder::new_with_speed(std::io::BufWriter::new(file), 10);
+    encoder.set_repeat(Repeat::Infinite)?;
+    encoder.encode_frames(frames)?;
+    drop(encoder);
+    std::fs::rename(&part, out).with_context(cannot)?;
+    Ok(outcome)
+}

@@ -1,0 +1,46 @@
+//! A small table on which an OpenVLA acts: see an eggplant go into a pot, and count how often.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `geometry` | vectors, rods, hulls |
+//! | `scene` | what lies where, how it looks, what is asked: drawn from a seed |
+//! | `world` | the gripper, and what happens when it moves and closes |
+//! | `render` | what the camera sees |
+//! | `expert` | what to do next, if one knows where everything is |
+//! | `steps` | the expert's steps, with noise in what is done and none in what is recorded |
+//! | `record` | those as a data set in a folder |
+//! | `gym` | worlds for a policy in another program |
+//! | `episode` | a policy in a world, which waits for it or not |
+//! | `eval` | many episodes, and how sure their success rate is |
+//! | `film` | one episode as a GIF |
+//!
+//! Nothing here depends on the machine but the model's own arithmetic: the same seed gives the same
+//! scenes, pictures and steps everywhere. Metres and radians throughout; `train/` holds the program
+//! that trains a miniature OpenVLA on this table.
+
+mod episode;
+mod eval;
+mod expert;
+mod film;
+mod geometry;
+mod gym;
+mod record;
+mod render;
+mod scene;
+mod steps;
+mod world;
+
+pub use episode::{Difference, Expert, Model, Outcome, Pace, Policy, STEPS, run};
+pub use eval::{Plan, Report, evaluate, wilson};
+pub use expert::act as expert;
+pub use film::film;
+pub use geometry::{Point, Rod};
+pub use gym::gym;
+pub use record::{NAME, quantile, record, statistics};
+pub use render::picture;
+pub use scene::{
+    DISTRACTORS, Dice, Item, Look, OBJECTS, Object, RECEPTACLES, Receptacle, Scene, Suite,
+    instructions,
+};
+pub use steps::{Step, Steps, bytes, step_bytes};
+pub use world::{Action, CEILING, FINGER, Gripper, Held, LIMITS, OPEN, REACH, TABLE, TICKS, World};

@@ -1,0 +1,280 @@
+//! `tabletop`: a small table on which an OpenVLA acts.
+
+use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use openvla::{OpenVla, Options};
+use openvla_tabletop::{
+    Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World, bytes, evaluate,
+    film, gym, record,
+};
+
+/// A small table on which an OpenVLA acts.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// How often a model, or the expert, does what it is asked
+    Eval(Eval),
+    /// One episode as a GIF
+    Play(Play),
+    /// A data set of the expert's steps
+    Record(Record),
+    /// An endless stream of the expert's steps on stdout, for training
+    Stream(Stream),
+    /// Worlds for a policy in another program, on stdout and stdin
+    Gym(Gym),
+}
+
+#[derive(Args)]
+struct Who {
+    /// Model file [default: the expert, which knows where everything is]
+    #[arg(short, long, value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
+    /// The model's data set whose units are metres and radians a step; needed if it knows several
+    #[arg(long, value_name = "KEY", requires = "model")]
+    unnorm_key: Option<String>,
+}
+
+#[derive(Args)]
+struct Eval {
+    #[command(flatten)]
+    who: Who,
+    /// Episodes of each suite
+    #[arg(short = 'n', long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    episodes: u32,
+    /// Seed of the first scene
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Which scenes [default: all suites]
+    #[arg(long)]
+    suite: Option<Suite>,
+    /// Steps after which an episode has failed
+    #[arg(long, default_value_t = STEPS as u32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    steps: u32,
+    /// The world waits for the policy (the default)
+    #[arg(long, conflicts_with = "hz")]
+    blocking: bool,
+    /// The world goes on while the policy thinks, this many steps a second
+    #[arg(long, value_parser = hz)]
+    hz: Option<f64>,
+    /// How long the policy thinks [default: as long as it does, which differs from run to run]
+    #[arg(long, value_name = "MS", requires = "hz", value_parser = milliseconds)]
+    latency_ms: Option<f64>,
+    /// Episodes that run side by side [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+    /// Print one JSON object for each suite
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Play {
+    #[command(flatten)]
+    who: Who,
+    /// Which scene's suite
+    #[arg(long, default_value = "base")]
+    suite: Suite,
+    /// Which scene
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Pixels of the film's sides
+    #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u32).range(16..=1024))]
+    size: u32,
+    /// Where the film goes
+    #[arg(short, long, default_value = "episode.gif", value_name = "FILE.gif")]
+    out: PathBuf,
+}
+
+#[derive(Args)]
+struct Record {
+    /// A folder that is new or empty
+    #[arg(short, long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// How many episodes
+    #[arg(short = 'n', long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    episodes: u32,
+    /// Chooses them
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Pixels of the pictures' sides
+    #[arg(long, default_value_t = 224, value_parser = clap::value_parser!(u32).range(14..=1024))]
+    size: u32,
+    /// No pictures: statistics, tokenizer and actions alone
+    #[arg(long)]
+    no_images: bool,
+}
+
+#[derive(Args)]
+struct Stream {
+    /// Chooses the steps
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Pixels of the pictures' sides
+    #[arg(long, default_value_t = 84, value_parser = clap::value_parser!(u32).range(14..=1024))]
+    size: u32,
+    /// Worlds that take turns
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    worlds: u32,
+}
+
+#[derive(Args)]
+struct Gym {
+    /// Which scenes
+    #[arg(long, default_value = "base")]
+    suite: Suite,
+    /// Seed of the first scene
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How many worlds
+    #[arg(short = 'n', long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    worlds: u32,
+    /// Pixels of the pictures' sides
+    #[arg(long, default_value_t = 84, value_parser = clap::value_parser!(u32).range(14..=1024))]
+    size: u32,
+}
+
+fn hz(text: &str) -> Result<f64, String> {
+    between(text, 0.01, 1000.0)
+}
+
+fn milliseconds(text: &str) -> Result<f64, String> {
+    between(text, 0.0, 60_000.0)
+}
+
+fn between(text: &str, least: f64, most: f64) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|x| (least..=most).contains(x));
+    number.ok_or_else(|| format!("a number from {least} to {most} is needed"))
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Eval(args) => eval(&args),
+        Command::Play(args) => play(&args),
+        Command::Record(args) => write_data(&args),
+        Command::Stream(args) => stream(&args),
+        Command::Gym(args) => {
+            let (input, out) = (std::io::stdin().lock(), BufWriter::new(std::io::stdout().lock()));
+            gym(args.suite, args.seed, args.worlds as usize, args.size, input, out)
+        }
+    };
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    // Whoever reads a stream ends it by not reading on.
+    let io = error.downcast_ref::<std::io::Error>();
+    if io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {error:#}");
+    if let Some(hint) = error.downcast_ref::<openvla::Error>().and_then(|e| e.hint()) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+/// The model, or else the expert.
+fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
+    let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
+    let mut options = Options::default();
+    options.n_threads = n_threads;
+    Ok(Box::new(Model::new(OpenVla::open(path, &options)?, who.unnorm_key.clone())?))
+}
+
+fn eval(args: &Eval) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_thread = args.threads.map_or(cores, usize::from).min(args.episodes as usize);
+    let pace = match args.hz {
+        Some(hz) => Pace::Running { hz, latency_ms: args.latency_ms },
+        None => Pace::Blocking,
+    };
+    // A policy that is timed has the machine for itself.
+    let timed = pace != Pace::Blocking && args.latency_ms.is_none();
+    let (n_policy, n_thread) = if timed { (1, n_thread) } else { (n_thread, 1) };
+    let mut policies =
+        (0..n_policy).map(|_| open(&args.who, n_thread)).collect::<Result<Vec<_>>>()?;
+    let plan = Plan {
+        episodes: args.episodes as usize,
+        seed: args.seed,
+        pace,
+        steps: args.steps as usize,
+    };
+    let suites = args.suite.as_ref().map_or(Suite::value_variants(), std::slice::from_ref);
+    let progress = bar(suites.len() as u64 * u64::from(args.episodes));
+    for suite in suites {
+        let report = evaluate(*suite, &plan, &mut policies, &progress)?;
+        progress.suspend(|| print(&report, args.json))?;
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+fn print(report: &Report, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        return Ok(writeln!(out, "{}", serde_json::to_string(report)?)?);
+    }
+    let name = report.suite.to_possible_value().expect("no suite is hidden");
+    let [low, high] = report.interval.map(|x| 100.0 * x);
+    let steps = report.steps.map_or("      ".into(), |steps| format!("{steps:6.1}"));
+    let error = &report.error;
+    writeln!(
+        out,
+        "{:<9} {:5.1} %  ({low:.1} … {high:.1}), {} of {}  steps {steps}  off by {:.1} mm, {:.1}°, \
+         gripper {:.1} %",
+        name.get_name(),
+        100.0 * report.rate,
+        report.successes,
+        report.episodes,
+        1e3 * error.metres,
+        error.radians.to_degrees(),
+        100.0 * error.gripper,
+    )?;
+    Ok(())
+}
+
+fn play(args: &Play) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut policy = open(&args.who, cores)?;
+    let world = World::new(Scene::new(args.suite, args.seed));
+    let instruction = world.scene.instruction.clone();
+    let outcome = film(&args.out, world, policy.as_mut(), STEPS, args.size)?;
+    let done = if outcome.done { "done" } else { "not done" };
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{instruction}: {done} in {} steps, {}", outcome.steps, args.out.display())?;
+    Ok(())
+}
+
+fn write_data(args: &Record) -> Result<()> {
+    let progress = bar(args.episodes.into());
+    let size = (!args.no_images).then_some(args.size);
+    record(Path::new(&args.out), args.seed, args.episodes as usize, size, &progress)?;
+    progress.finish_and_clear();
+    Ok(())
+}
+
+fn stream(args: &Stream) -> Result<()> {
+    let mut steps = Steps::new(args.seed, args.worlds as usize);
+    let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
+    loop {
+        out.write_all(&steps.next(|step| bytes(step.world, &step.action, args.size)))?;
+    }
+}
+
+/// Shown from the third second on, and only to people.
+fn bar(n: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos} of {len} episodes, {eta} left");
+    let bar = ProgressBar::with_draw_target(Some(n), ProgressDrawTarget::stderr_with_hz(2));
+    bar.with_style(style.expect("a sound template"))
+}

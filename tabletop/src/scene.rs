@@ -1,0 +1,298 @@
+//! Scenes: what lies on the table, how it looks, and what is asked, all drawn from a seed.
+
+use clap::ValueEnum;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::geometry::{Point, Rod, direction, length, scale, sub};
+
+/// Something to grasp: a rod of some height. Metres.
+#[derive(Debug, PartialEq)]
+pub struct Object {
+    /// The word for it.
+    pub name: &'static str,
+    /// Half of the segment that the rod is around. Zero for round things.
+    pub half: f64,
+    /// Around that segment.
+    pub radius: f64,
+    /// Of its upper side, over its underside.
+    pub height: f64,
+    /// RGB, in full light.
+    pub colour: [u8; 3],
+}
+
+const fn object(name: &'static str, size: [f64; 3], colour: [u8; 3]) -> Object {
+    Object { name, half: size[0], radius: size[1], height: size[2], colour }
+}
+
+/// What can be asked for.
+pub const OBJECTS: [Object; 5] = [
+    object("eggplant", [0.022, 0.018, 0.034], [98, 34, 120]),
+    object("carrot", [0.028, 0.012, 0.024], [240, 120, 20]),
+    object("banana", [0.028, 0.013, 0.026], [245, 215, 50]),
+    object("cucumber", [0.026, 0.014, 0.028], [60, 140, 50]),
+    object("cup", [0.0, 0.024, 0.055], [40, 90, 200]),
+];
+/// What only lies about.
+pub const DISTRACTORS: [Object; 2] = [
+    object("block", [0.006, 0.013, 0.022], [150, 120, 95]),
+    object("stone", [0.0, 0.016, 0.02], [120, 125, 130]),
+];
+
+/// Something to put things into: a ring of wall around a floor. Metres.
+#[derive(Debug, PartialEq)]
+pub struct Receptacle {
+    /// The word for it.
+    pub name: &'static str,
+    /// Radius of the wall's inside.
+    pub inner: f64,
+    /// Radius of its outside.
+    pub outer: f64,
+    /// Of the wall.
+    pub height: f64,
+    /// RGB, in full light.
+    pub colour: [u8; 3],
+    /// Its words for "into".
+    pub into: [&'static str; 2],
+}
+
+/// Where things can be put.
+pub const RECEPTACLES: [Receptacle; 3] = [
+    receptacle("pot", [0.056, 0.062, 0.05], [70, 72, 80], ["into", "in"]),
+    receptacle("plate", [0.058, 0.064, 0.012], [238, 238, 232], ["onto", "on"]),
+    receptacle("bowl", [0.052, 0.058, 0.035], [200, 60, 60], ["into", "in"]),
+];
+
+const fn receptacle(
+    name: &'static str,
+    size: [f64; 3],
+    colour: [u8; 3],
+    into: [&'static str; 2],
+) -> Receptacle {
+    Receptacle { name, inner: size[0], outer: size[1], height: size[2], colour, into }
+}
+
+/// Which scenes are drawn. All but the first differ from the training data in one way, along
+/// OpenVLA's axes of generalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Suite {
+    /// The training distribution: one or two objects, a receptacle, sometimes a distractor
+    Base,
+    /// Other table colours and light, and more distractors
+    Visual,
+    /// Objects farther out and turned farther than in training
+    Motion,
+    /// Objects smaller or larger than in training
+    Physical,
+    /// Wordings that are not in the training data
+    Semantic,
+    /// Two objects, either of which could be asked for
+    Language,
+}
+
+/// An object that lies on the table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Item {
+    /// What it is.
+    pub object: &'static Object,
+    /// How much larger than usual it is.
+    pub size: f64,
+    /// Its middle.
+    pub at: Point,
+    /// Height of its underside over the table.
+    pub z: f64,
+    /// Angle of its long axis from the y axis, counter-clockwise.
+    pub yaw: f64,
+}
+
+impl Item {
+    /// Its footprint.
+    pub fn rod(&self) -> Rod {
+        let [c, s] = direction(self.yaw);
+        let half = scale([-s, c], self.size * self.object.half);
+        Rod { at: self.at, half, radius: self.size * self.object.radius }
+    }
+
+    /// Height of its upper side over the table.
+    pub fn top(&self) -> f64 {
+        self.z + self.size * self.object.height
+    }
+}
+
+/// How a scene looks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Look {
+    /// RGB of the table, in full light.
+    pub table: [u8; 3],
+    /// What all colours are multiplied by.
+    pub brightness: f64,
+    /// How far a shadow reaches, per height.
+    pub light: Point,
+}
+
+/// A task and where everything is when it begins.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scene {
+    /// What lies on the table.
+    pub items: Vec<Item>,
+    /// Where the item is to be put.
+    pub receptacle: &'static Receptacle,
+    /// Its middle.
+    pub receptacle_at: Point,
+    /// Index of the item that is asked for.
+    pub target: usize,
+    /// The task in words.
+    pub instruction: String,
+    /// How it looks.
+    pub look: Look,
+    /// Where the gripper begins: x, y, z, yaw.
+    pub start: [f64; 4],
+}
+
+/// Random numbers that are the same on every machine.
+pub struct Dice(ChaCha8Rng);
+
+impl Dice {
+    /// The numbers of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(ChaCha8Rng::seed_from_u64(seed))
+    }
+
+    /// A seed for something else.
+    pub fn seed(&mut self) -> u64 {
+        self.0.next_u64()
+    }
+
+    /// Evenly in `low..high`.
+    pub fn within(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * f64::from(self.0.next_u32()) / 4_294_967_296.0
+    }
+
+    /// Around 0 with deviation 1, near enough.
+    pub fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.within(-0.5, 0.5)).sum()
+    }
+
+    /// Evenly in `0..n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
+    }
+
+    /// True with probability `p`.
+    pub fn chance(&mut self, p: f64) -> bool {
+        self.within(0.0, 1.0) < p
+    }
+
+    fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+        &all[self.below(all.len())]
+    }
+}
+
+/// Wordings of the training data; `{into}` is the receptacle's.
+pub const WORDINGS: [&str; 5] = [
+    "put {object} {into} {receptacle}",
+    "put the {object} {into} the {receptacle}",
+    "place the {object} {into} the {receptacle}",
+    "move the {object} to the {receptacle}",
+    "pick up the {object} and put it {into} the {receptacle}",
+];
+const UNSEEN_WORDINGS: [&str; 4] = [
+    "take the {object} and place it {into} the {receptacle}",
+    "the {object} to the {receptacle}",
+    "put the {object} that is on the table {into} the {receptacle}",
+    "pick up {object} and move it to {receptacle}",
+];
+
+/// Everything that the training data can be asked.
+pub fn instructions() -> Vec<String> {
+    let mut all = Vec::new();
+    for wording in WORDINGS {
+        for object in &OBJECTS {
+            for receptacle in &RECEPTACLES {
+                all.extend(receptacle.into.map(|into| fill(wording, object, receptacle, into)));
+            }
+        }
+    }
+    all
+}
+
+fn fill(wording: &str, object: &Object, receptacle: &Receptacle, into: &str) -> String {
+    let wording = wording.replace("{object}", object.name).replace("{into}", into);
+    wording.replace("{receptacle}", receptacle.name)
+}
+
+/// What things keep between them, so that fingers fit: metres from outline to outline.
+const GAP: f64 = 0.05;
+
+impl Scene {
+    /// The scene of a suite and a seed.
+    pub fn new(suite: Suite, seed: u64) -> Self {
+        let mut dice = Dice::new(seed);
+        loop {
+            if let Some(scene) = Self::draw(suite, &mut dice) {
+                return scene;
+            }
+        }
+    }
+
+    /// `None` if there was no room for something.
+    fn draw(suite: Suite, dice: &mut Dice) -> Option<Self> {
+        let receptacle = dice.pick(&RECEPTACLES);
+        let n_object = if suite == Suite::Language { 2 } else { 1 + dice.below(2) };
+        let n_distractor = if suite == Suite::Visual { 2 } else { dice.below(2) };
+        let (reach, turn) = if suite == Suite::Motion { (0.15, 1.1) } else { (0.13, 0.7) };
+        let place = |dice: &mut Dice| [dice.within(-reach, reach), dice.within(-reach, reach)];
+        let receptacle_at = place(dice).map(|x| x.clamp(-0.13, 0.13));
+        let mut items: Vec<Item> = Vec::new();
+        for i in 0..n_object + n_distractor {
+            let kinds = if i < n_object { &OBJECTS[..] } else { &DISTRACTORS[..] };
+            let object = dice.pick(kinds);
+            let size = match suite {
+                Suite::Physical if dice.chance(0.5) => dice.within(0.75, 0.85),
+                Suite::Physical => dice.within(1.15, 1.25),
+                _ => dice.within(0.95, 1.05),
+            };
+            let mut item = Item { object, size, at: place(dice), z: 0.0, yaw: 0.0 };
+            item.yaw = dice.within(-turn, turn);
+            let rod = Rod { radius: item.rod().radius + GAP, ..item.rod() };
+            let near = items.iter().any(|other| rod.overlaps(&other.rod()));
+            let same = items.iter().any(|other| other.object == object);
+            if near || same || rod.overlaps(&Rod::disk(receptacle_at, receptacle.outer)) {
+                return None;
+            }
+            items.push(item);
+        }
+        let target = dice.below(n_object);
+        let wordings = if suite == Suite::Semantic { &UNSEEN_WORDINGS[..] } else { &WORDINGS[..] };
+        let (wording, into) = (dice.pick(wordings), dice.pick(&receptacle.into));
+        let instruction = fill(wording, items[target].object, receptacle, into);
+        let start = [
+            dice.within(-0.1, 0.1),
+            dice.within(-0.1, 0.1),
+            dice.within(0.10, 0.15),
+            dice.within(-0.2, 0.2),
+        ];
+        let clear = items.iter().all(|item| length(sub(item.at, [start[0], start[1]])) > 0.03);
+        let look = Look::draw(suite, dice);
+        clear.then_some(Self { items, receptacle, receptacle_at, target, instruction, look, start })
+    }
+}
+
+/// Woods and cloths that tables of the training data are of.
+const TABLES: [[u8; 3]; 3] = [[176, 140, 104], [196, 172, 140], [160, 150, 140]];
+const UNSEEN_TABLES: [[u8; 3]; 3] = [[120, 150, 165], [205, 190, 200], [110, 100, 90]];
+
+impl Look {
+    fn draw(suite: Suite, dice: &mut Dice) -> Self {
+        let unseen = suite == Suite::Visual;
+        let base = *dice.pick(if unseen { &UNSEEN_TABLES } else { &TABLES });
+        let table = base.map(|level| (f64::from(level) + dice.within(-10.0, 10.0)) as u8);
+        let brightness = match unseen {
+            true => dice.within(0.75, 0.9),
+            false => dice.within(0.92, 1.08),
+        };
+        let light = [dice.within(0.15, 0.35), dice.within(0.0, 0.15)];
+        Self { table, brightness, light }
+    }
+}

@@ -1,0 +1,145 @@
+//! Steps of the expert, for training: what the camera sees, what is asked, what the expert does.
+//!
+//! Half of the worlds begin anywhere, with the gripper low, turned or closed; and noise is added to
+//! what is done, never to what is recorded: the policy sees states off the path, and the way back.
+
+use crate::expert;
+use crate::geometry::{add, direction};
+use crate::render::picture;
+use crate::scene::{Dice, OBJECTS, Scene, Suite};
+use crate::world::{Action, CEILING, REACH, World};
+
+/// An episode ends here at the latest.
+const LONGEST: usize = 30;
+
+/// Numbers that may be learnt beside the action: gripper x, y, z, cos and sin of twice the yaw,
+/// opening; target x, y, cos and sin of twice its yaw; receptacle x, y; and for each kind of object,
+/// whether it is there, x and y.
+const N_STATE: usize = 12 + 3 * OBJECTS.len();
+/// Bytes of the instruction, filled up with zeros.
+const TEXT: usize = 96;
+/// An endless stream of steps.
+pub struct Steps {
+    dice: Dice,
+    worlds: Vec<Running>,
+    next: usize,
+}
+
+/// A world, which of all it is, and how many steps it has had.
+struct Running {
+    world: World,
+    episode: usize,
+    n: usize,
+}
+
+/// A step before it is made.
+pub struct Step<'a> {
+    /// Counts the worlds of the stream.
+    pub episode: usize,
+    /// Counts the steps of the world.
+    pub n: usize,
+    /// What the camera sees.
+    pub world: &'a World,
+    /// What the expert does.
+    pub action: Action,
+}
+
+impl Steps {
+    /// The stream of a seed, in which `n_world` worlds take turns.
+    pub fn new(seed: u64, n_world: usize) -> Self {
+        let mut dice = Dice::new(seed);
+        let begin = |episode| Running { world: begin(&mut dice), episode, n: 0 };
+        let worlds = (0..n_world).map(begin).collect();
+        Self { dice, worlds, next: 0 }
+    }
+
+    /// Shows the next step, then makes it.
+    pub fn next<T>(&mut self, see: impl FnOnce(&Step) -> T) -> T {
+        let newest = self.worlds.iter().map(|running| running.episode).max().unwrap_or(0);
+        let Running { world, episode, n } = &mut self.worlds[self.next];
+        let action = expert(world);
+        let seen = see(&Step { episode: *episode, n: *n, world, action });
+        world.step(&noisy(&action, &mut self.dice));
+        *n += 1;
+        // Of the time after success, little is to be learnt.
+        if *n == LONGEST || (world.is_done() && self.dice.chance(0.7)) {
+            (*world, *episode, *n) = (begin(&mut self.dice), newest + 1, 0);
+        }
+        self.next = (self.next + 1) % self.worlds.len();
+        seen
+    }
+}
+
+/// Half of them as an episode begins, the others anywhere.
+fn begin(dice: &mut Dice) -> World {
+    let suite = if dice.chance(0.5) { Suite::Base } else { Suite::Language };
+    let mut world = World::new(Scene::new(suite, dice.seed()));
+    if dice.chance(0.5) {
+        return world;
+    }
+    let near = world.scene.items[dice.below(world.scene.items.len())].at;
+    let at = match dice.chance(0.5) {
+        true => [dice.within(-REACH, REACH), dice.within(-REACH, REACH)],
+        false => add(near, [0.02 * dice.normal(), 0.02 * dice.normal()]),
+    };
+    world.gripper.at = at.map(|x| x.clamp(-REACH, REACH));
+    world.gripper.z = dice.within(0.07, CEILING);
+    world.gripper.yaw = dice.within(-0.8, 0.8);
+    if dice.chance(0.1) {
+        world.step(&[0.0; 7]); // closes on nothing
+    }
+    world
+}
+
+fn noisy(action: &Action, dice: &mut Dice) -> Action {
+    let mut noisy = *action;
+    if dice.chance(0.4) {
+        for (i, deviation) in [(0, 0.012), (1, 0.012), (2, 0.008), (5, 0.12)] {
+            noisy[i] += deviation * dice.normal();
+        }
+    }
+    if dice.chance(0.02) {
+        noisy[6] = 1.0 - noisy[6];
+    }
+    noisy
+}
+
+/// The numbers beside the action, about -1 to 1.
+fn state(world: &World) -> Vec<f64> {
+    let (gripper, item) = (&world.gripper, world.target());
+    let place = |[x, y]: [f64; 2]| [5.0 * x, 5.0 * y];
+    let round = item.object.half == 0.0;
+    let mut state = place(gripper.at).to_vec();
+    state.push(10.0 * gripper.z);
+    state.extend(direction(2.0 * gripper.yaw));
+    state.push(10.0 * gripper.opening);
+    state.extend(place(item.at));
+    state.extend(if round { [1.0, 0.0] } else { direction(2.0 * item.yaw) });
+    state.extend(place(world.scene.receptacle_at));
+    for object in &OBJECTS {
+        let [x, y] = world
+            .scene
+            .items
+            .iter()
+            .find(|item| item.object == object)
+            .map_or([0.0; 2], |item| place(item.at));
+        let there = world.scene.items.iter().any(|item| item.object == object);
+        state.extend([f64::from(u8::from(there)), x, y]);
+    }
+    state
+}
+
+/// A step as bytes: picture, action and state in f32, instruction; see [`step_bytes`].
+pub fn bytes(world: &World, action: &Action, size: u32) -> Vec<u8> {
+    let mut bytes = picture(world, size).into_raw();
+    let numbers = action.iter().copied().chain(state(world));
+    bytes.extend(numbers.flat_map(|x| (x as f32).to_le_bytes()));
+    bytes.extend(world.scene.instruction.bytes());
+    bytes.resize(step_bytes(size), 0);
+    bytes
+}
+
+/// How many those are.
+pub fn step_bytes(size: u32) -> usize {
+    3 * (size * size) as usize + 4 * (7 + N_STATE) + TEXT
+}

@@ -1,0 +1,135 @@
+//! `tabletop` as a user meets it.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use openvla_tabletop::{quantile, step_bytes};
+use serde_json::Value;
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tabletop"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn tabletop(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn assert_fails(output: &Output, code: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(output.stdout.is_empty() && !said.contains("panicked"), "{said}");
+    assert!(words.iter().all(|word| said.contains(word)), "{words:?} in\n{said}");
+}
+
+#[test]
+fn the_expert_is_evaluated_when_no_model_is_named() {
+    let said = stdout(&tabletop(&["eval", "-n", "5", "--json"]));
+    let reports: Vec<Value> = said.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let suites: Vec<_> = reports.iter().map(|r| r["suite"].as_str().unwrap()).collect();
+    assert_eq!(suites, ["base", "visual", "motion", "physical", "semantic", "language"]);
+    assert!(reports.iter().all(|report| report["rate"] == 1.0), "{said}");
+    let said = stdout(&tabletop(&["eval", "-n", "5", "--suite", "motion", "--hz", "5"]));
+    assert!(said.starts_with("motion    100.0 %"), "{said}");
+}
+
+/// It moves without meaning, and in the data set's own units.
+#[test]
+fn a_model_file_acts() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/example.gguf");
+    let example = example.to_str().unwrap();
+    let args = ["eval", "-m", example, "-n", "2", "--suite", "base", "--steps", "2", "--json"];
+    let once = stdout(&tabletop(&args));
+    let report: Value = serde_json::from_str(&once).unwrap();
+    assert_eq!((&report["successes"], &report["episodes"]), (&0.into(), &2.into()));
+    assert!(report["error"]["metres"].as_f64().unwrap() > 0.001);
+    let alone = stdout(&tabletop(&[&args[..], &["--threads", "1"]].concat()));
+    assert_eq!(alone, once, "whatever the threads");
+}
+
+#[test]
+fn an_episode_becomes_a_film() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("film.gif");
+    let film = ["play", "--seed", "3", "--size", "64", "-o", out.to_str().unwrap()];
+    let said = stdout(&tabletop(&film));
+    assert!(said.contains("put the banana in the bowl: done in 13 steps"), "{said}");
+    let bytes = std::fs::read(&out).unwrap();
+    assert!(bytes.starts_with(b"GIF89a"));
+    let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(names.len(), 1, "nothing is left beside it");
+}
+
+#[test]
+fn a_data_set_holds_what_a_trainer_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("data");
+    let args = ["record", "-n", "6", "--size", "32", "-o", out.to_str().unwrap()];
+    stdout(&tabletop(&args));
+    let lines = std::fs::read_to_string(out.join("steps.jsonl")).unwrap();
+    let steps: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(steps.last().unwrap()["episode"], 5);
+    for step in &steps {
+        let picture = std::fs::read(out.join(step["image"].as_str().unwrap())).unwrap();
+        assert_eq!(openvla::decode(&picture).unwrap().dimensions(), (32, 32));
+    }
+    let text = std::fs::read_to_string(out.join("dataset_statistics.json")).unwrap();
+    let known: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(known["tabletop"]["num_transitions"], steps.len());
+    let mut dx: Vec<f64> = steps.iter().map(|step| step["action"][0].as_f64().unwrap()).collect();
+    dx.sort_by(f64::total_cmp);
+    assert_eq!(known["tabletop"]["action"]["q99"][0], quantile(&dx, 0.99));
+    let statistics = openvla::Statistics::parse(text).unwrap();
+    assert_eq!(
+        statistics.select(None).unwrap().1.mask,
+        [true, true, true, true, true, true, false]
+    );
+    assert!(out.join("tokenizer.model").exists() && out.join("tokenizer.json").exists());
+    assert_fails(&tabletop(&args), 1, &["is not empty", "name a new folder"]);
+}
+
+#[test]
+fn a_stream_ends_when_no_one_reads_on() {
+    let mut child = command(&["stream", "--size", "16"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut steps = vec![0; 3 * step_bytes(16)];
+    child.stdout.take().unwrap().read_exact(&mut steps).unwrap(); // then closes it
+    let instruction = &steps[step_bytes(16) - 96..step_bytes(16)];
+    assert!(String::from_utf8_lossy(instruction).contains("the "), "{instruction:?}");
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn worlds_of_the_gym_take_turns_with_a_policy() {
+    let args = ["gym", "-n", "2", "--size", "16", "--suite", "language"];
+    let mut child = command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut input, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let world = 1 + step_bytes(16);
+    let mut worlds = vec![0; 2 * world];
+    let expert = 1 + 3 * 16 * 16..1 + 3 * 16 * 16 + 28;
+    for _ in 0..40 {
+        out.read_exact(&mut worlds).unwrap();
+        for world in worlds.chunks(world) {
+            input.write_all(&world[expert.clone()]).unwrap();
+        }
+    }
+    drop(input);
+    assert!([worlds[0], worlds[world]] == [1, 1], "the expert's own actions lead there");
+    out.read_to_end(&mut worlds).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn mistakes_are_named() {
+    assert_fails(&tabletop(&["eval", "-m", "no-such.gguf"]), 1, &["no-such.gguf"]);
+    assert_fails(&tabletop(&["eval", "--hz", "5", "--blocking"]), 2, &["--blocking"]);
+    assert_fails(&tabletop(&["eval", "--latency-ms", "5"]), 2, &["--hz"]);
+    assert_fails(&tabletop(&["eval", "--hz", "NaN"]), 2, &["0.01 to 1000"]);
+    assert_fails(&tabletop(&["play", "-o", "/no-such-folder/film.gif"]), 1, &["cannot write"]);
+}

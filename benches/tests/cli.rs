@@ -196,18 +196,18 @@ fn mistakes_with_result_files_are_named() {
     assert!(!Path::new(&out).exists());
 }
 
-/// The README shows what is in `results/`, and nothing else.
+/// The README shows what is in `benches/results/`, and nothing else.
 #[test]
 fn the_readme_shows_the_results() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let folder = std::fs::read_dir(root.join("results"));
+    let folder = std::fs::read_dir(root.join("benches/results"));
     let files = folder.into_iter().flatten().map(|entry| entry.unwrap().path());
     let is_result = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "json");
     let files: Vec<PathBuf> = files.filter(is_result).collect();
     let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
     let (_, rest) = readme.split_once("<!-- openvla-bench table results/*.json -->\n").unwrap();
     let (shown, _) = rest.split_once("<!-- end -->").unwrap();
-    let svg = std::fs::read_to_string(root.join("results/hz.svg")).ok();
+    let svg = std::fs::read_to_string(root.join("benches/results/hz.svg")).ok();
     if files.is_empty() {
         assert!(shown.trim().is_empty() && svg.is_none(), "results that are nowhere are shown");
         return;

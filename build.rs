@@ -1,7 +1,8 @@
 //! Lets programs find ggml's shared libraries: beside themselves, else where they were built. For every
 //! crate with a program.
 
-fn main() {
+/// Also called by build scripts that do more.
+pub fn main() {
     println!("cargo:rerun-if-env-changed=DEP_OPENVLA_KERNELS_LIBRARIES");
     // Set by openvla-kernels if ggml is in shared libraries.
     if let Ok(libraries) = std::env::var("DEP_OPENVLA_KERNELS_LIBRARIES") {

@@ -2,6 +2,9 @@
 
 use std::process::Command;
 
+#[path = "../build.rs"]
+mod programs;
+
 fn main() {
     for path in ["../src", "../kernels/src", "../convert/src", "src", "../Cargo.lock"] {
         println!("cargo::rerun-if-changed={path}");
@@ -11,11 +14,7 @@ fn main() {
     }
     let commit = git(&["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]);
     println!("cargo::rustc-env=COMMIT={}", commit.as_deref().unwrap_or("unknown"));
-    // As in the root's build.rs.
-    println!("cargo::rerun-if-env-changed=DEP_OPENVLA_KERNELS_LIBRARIES");
-    if let Ok(libraries) = std::env::var("DEP_OPENVLA_KERNELS_LIBRARIES") {
-        println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN:{libraries}");
-    }
+    programs::main();
 }
 
 /// What git says, if there is one and this is its repository.

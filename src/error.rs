@@ -110,7 +110,7 @@ impl Error {
             ),
             Self::NoDevice { found, .. } => Some(format!("there are: {}", found.join(", "))),
             Self::DeviceMemory { fits: Some(n), .. } => Some(format!(
-                "-ngl {n} keeps {n} layers on GPUs and the rest on the CPU; a file of a smaller \
+                "--n-gpu-layers {n} keeps {n} layers on GPUs and the rest on the CPU; a file of a smaller \
                  type, such as --q4, needs less"
             )),
             Self::DeviceMemory { fits: None, .. } => {

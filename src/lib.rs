@@ -26,7 +26,8 @@
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
 //! what the file says about itself, `layers` holds what networks share. [`streamed`] runs the
-//! networks part by part where they do not fit. [`mod@format`] documents the file.
+//! networks part by part where they do not fit. [`mod@format`] documents the file, and [`cli`] is what
+//! programs share.
 //!
 //! # What is deliberately absent
 //!
@@ -37,6 +38,7 @@
 //! - No code here depends on the device, and none is unsafe: both are matters of `openvla-kernels`.
 
 mod action;
+pub mod cli;
 mod config;
 mod decode;
 mod error;

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::action::argmax;
+use crate::cli::Threads;
 use crate::config::Config;
 use crate::llama::Llama;
 use crate::network::Network;
@@ -38,11 +39,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             devices: Devices::default(),
             n_gpu_layers: None,
-            n_threads,
+            n_threads: Threads::default().count(),
             decoding: Decoding::default(),
             draft: Draft::default(),
             products: Products::default(),

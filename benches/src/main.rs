@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use openvla::{Devices, Draft, Options};
+use openvla::Draft;
+use openvla::cli::{self, Place};
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::workload::ModelFile;
@@ -30,15 +31,8 @@ struct Measure {
     /// Control steps to measure, after two that do not count
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
-    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    device: Devices,
-    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]
-    #[arg(long, value_name = "N")]
-    n_gpu_layers: Option<usize>,
-    /// CPU threads [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    place: Place,
     /// How to print the result: for people, or in full
     #[arg(short, long, value_enum, default_value_t = Format::Md)]
     output: Format,
@@ -78,13 +72,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    cli::end(run(Args::parse_from(cli::arguments())))
 }
 
 fn run(args: Args) -> Result<()> {
@@ -106,10 +94,8 @@ fn run(args: Args) -> Result<()> {
 impl Measure {
     fn run(self) -> Result<String> {
         let model = ModelFile::find(self.model)?;
-        let mut options = Options::default();
-        (options.devices, options.n_gpu_layers) = (self.device, self.n_gpu_layers);
+        let mut options = self.place.options();
         options.draft = Draft::Auto; // where there is a session
-        options.n_threads = self.threads.map_or(options.n_threads, usize::from);
         let results = measure(&model.path, &options, self.repetitions.into())?;
         Ok(match self.output {
             Format::Md => report::markdown(&results),

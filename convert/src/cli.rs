@@ -11,6 +11,7 @@ mod verify;
 use anyhow::Result;
 use clap::{ArgGroup, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use openvla::cli::Threads;
 use openvla_convert::plan::Encoding;
 
 /// Turns an OpenVLA checkpoint into one self-contained GGUF file.
@@ -21,9 +22,11 @@ pub struct Args {
     command: Option<Command>,
     #[command(flatten)]
     convert: Option<convert::Convert>,
-    // Not in `Convert`: clap does not notice an optional part that has parts of its own.
+    // These are not in `Convert`: clap does not notice an optional part that has parts of its own.
     #[command(flatten)]
     kind: Type,
+    #[command(flatten)]
+    threads: Threads,
 }
 
 #[derive(Subcommand)]
@@ -45,7 +48,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::Random(args)) => random::run(&args),
         None => {
             let convert = args.convert.expect("clap asks for it where no command is given");
-            convert::run(&convert, args.kind.encoding()?)
+            convert::run(&convert, args.kind.encoding()?, args.threads.count())
         }
     }
 }

@@ -91,7 +91,7 @@ impl Default for Options {
             adapter: None,
             importance: None,
             proof: false,
-            n_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            n_threads: openvla::cli::Threads::default().count(),
         }
     }
 }

@@ -8,13 +8,10 @@ use clap::Parser;
 use openvla_convert::interrupt::{self, Interrupted};
 
 fn main() -> ExitCode {
-    let args = cli::Args::parse();
-    match interrupt::listen().and_then(|()| cli::run(args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            // As shells report a program that SIGINT ended.
-            if error.is::<Interrupted>() { ExitCode::from(130) } else { ExitCode::FAILURE }
-        }
-    }
+    let args = cli::Args::parse_from(openvla::cli::arguments());
+    let result = interrupt::listen().and_then(|()| cli::run(args));
+    let interrupted = result.as_ref().is_err_and(|error| error.is::<Interrupted>());
+    let code = openvla::cli::end(result);
+    // As shells report a program that SIGINT ended.
+    if interrupted { ExitCode::from(130) } else { code }
 }

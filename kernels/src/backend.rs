@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Usage, Use};
-use crate::device::{complaint, start};
+use crate::device::start;
 use crate::{Device, Error, Result};
 
 /// Whose products of quantised matrices a CPU computes with.
@@ -167,7 +167,7 @@ impl Place {
             let raw = sys::ggml_backend_dev_init(device, std::ptr::null());
             (name.to_string_lossy().into_owned(), raw)
         };
-        let why = || complaint().unwrap_or_else(|| "ggml cannot start it".to_owned());
+        let why = || Device::complaint().unwrap_or_else(|| "ggml cannot start it".to_owned());
         match NonNull::new(raw) {
             Some(raw) => Ok(Self { raw, name, counts: Counts::default() }),
             None => Err(Error::Device { device: name, why: why() }),

@@ -64,9 +64,9 @@ impl Device {
         (free, total)
     }
 
-    /// The last error that ggml logged: why a GPU is missing.
+    /// The last error that ggml logged: why a GPU is missing, or failed.
     pub fn complaint() -> Option<String> {
-        complaint()
+        COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn raw(&self) -> sys::ggml_backend_dev_t {
@@ -79,11 +79,6 @@ impl Device {
 unsafe fn text(text: *const c_char) -> String {
     // SAFETY: the caller's promise.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-}
-
-/// The last thing ggml complained about: why there is no device, or why it failed.
-pub(crate) fn complaint() -> Option<String> {
-    COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 static COMPLAINT: Mutex<Option<String>> = Mutex::new(None);
@@ -117,7 +112,7 @@ pub(crate) fn start() {
 unsafe extern "C" fn end(said: *const c_char) {
     // SAFETY: ggml passes a C string.
     let said = unsafe { text(said) };
-    let before = complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default();
+    let before = Device::complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default();
     eprintln!("error: the device failed: {said}{before}");
     // SAFETY: ends the process at once; a failed device's own clean-up might never end.
     unsafe { libc::_exit(1) }

@@ -11,12 +11,19 @@ use crate::vnni::{ROWS, Slab};
 /// ggml's `kvalues_iq4nl`, plus 128.
 const STEPS: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
 
+/// How far before they are needed weights are fetched from memory, in bytes.
+const AHEAD: usize = 8 << 10;
+
 /// Word `w` of 16 rows.
 #[target_feature(enable = "avx512f")]
 fn words(block: &[u8], w: usize, half: usize) -> __m512i {
     let bytes: &[u8; 64] = block[128 * w + 64 * half..][..64].try_into().expect("64 bytes");
-    // SAFETY: reads 64 bytes.
-    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+    let ahead = bytes.as_ptr().wrapping_add(AHEAD);
+    // SAFETY: reads 64 bytes; fetching ahead does nothing where there is no memory.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+        _mm512_loadu_si512(bytes.as_ptr().cast())
+    }
 }
 
 /// The halves of 16 rows behind `n` words.
@@ -80,11 +87,11 @@ fn scales_and_mins(block: &[u8], half: usize, slab: &mut Slab) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn q4_k(block: &[u8], slab: &mut Slab) {
     let block: &[u8; 144 * ROWS] = block.try_into().expect("a block");
-    for half in 0..2 {
-        scales_and_mins(block, half, slab);
-        for w in 0..32 {
+    (0..2).for_each(|half| scales_and_mins(block, half, slab));
+    for w in 0..32 {
+        let at = w / 8 * 16 + w % 8;
+        for half in 0..2 {
             let [low, high] = nibbles(words(block, 4 + w, half));
-            let at = w / 8 * 16 + w % 8;
             slab.q[at][half] = low;
             slab.q[at + 8][half] = high;
         }
@@ -95,12 +102,12 @@ pub(crate) fn q4_k(block: &[u8], slab: &mut Slab) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn q5_k(block: &[u8], slab: &mut Slab) {
     let block: &[u8; 176 * ROWS] = block.try_into().expect("a block");
-    for half in 0..2 {
-        scales_and_mins(block, half, slab);
-        for w in 0..32 {
+    (0..2).for_each(|half| scales_and_mins(block, half, slab));
+    for w in 0..32 {
+        let at = w / 8 * 16 + w % 8;
+        for half in 0..2 {
             let [low, high] = nibbles(words(block, 12 + w, half));
             let fifth = words(block, 4 + w % 8, half);
-            let at = w / 8 * 16 + w % 8;
             slab.q[at][half] = _mm512_or_si512(low, upper(fifth, w / 8 * 2, 1));
             slab.q[at + 8][half] = _mm512_or_si512(high, upper(fifth, w / 8 * 2 + 1, 1));
         }
@@ -118,11 +125,12 @@ pub(crate) fn q6_k(block: &[u8], slab: &mut Slab) {
             let scale = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(scale));
             slab.scale[j][half] = _mm512_mul_ps(_mm512_cvtepi32_ps(scale), d);
         }
-        for w in 0..32 {
+    }
+    for w in 0..32 {
+        let (at, from) = (w / 16 * 32 + w % 16, w % 16 / 8 * 2);
+        for half in 0..2 {
             let [low, high] = nibbles(words(block, w, half));
             let two = words(block, 32 + w / 16 * 8 + w % 8, half);
-            let at = w / 16 * 32 + w % 16;
-            let from = w % 16 / 8 * 2;
             slab.q[at][half] = _mm512_or_si512(low, upper(two, from, 3));
             slab.q[at + 16][half] = _mm512_or_si512(high, upper(two, from + 4, 3));
         }
@@ -133,9 +141,9 @@ pub(crate) fn q6_k(block: &[u8], slab: &mut Slab) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn q8_0(blocks: &[u8], slab: &mut Slab) {
     for (b, block) in blocks.as_chunks::<{ 34 * ROWS }>().0.iter().enumerate() {
-        for half in 0..2 {
-            slab.scale[b][half] = halves(block, 8, half);
-            for w in 0..8 {
+        (0..2).for_each(|half| slab.scale[b][half] = halves(block, 8, half));
+        for w in 0..8 {
+            for half in 0..2 {
                 let sign = _mm512_set1_epi8(i8::MIN);
                 slab.q[8 * b + w][half] = _mm512_xor_si512(words(block, w, half), sign);
             }
@@ -147,9 +155,9 @@ pub(crate) fn q8_0(blocks: &[u8], slab: &mut Slab) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn q4_0(blocks: &[u8], slab: &mut Slab) {
     for (b, block) in blocks.as_chunks::<{ 18 * ROWS }>().0.iter().enumerate() {
-        for half in 0..2 {
-            slab.scale[b][half] = halves(block, 4, half);
-            for w in 0..4 {
+        (0..2).for_each(|half| slab.scale[b][half] = halves(block, 4, half));
+        for w in 0..4 {
+            for half in 0..2 {
                 let [low, high] = nibbles(words(block, w, half));
                 slab.q[8 * b + w][half] = low;
                 slab.q[8 * b + 4 + w][half] = high;
@@ -163,9 +171,9 @@ pub(crate) fn q4_0(blocks: &[u8], slab: &mut Slab) {
 pub(crate) fn iq4_nl(blocks: &[u8], slab: &mut Slab) {
     let steps = steps();
     for (b, block) in blocks.as_chunks::<{ 18 * ROWS }>().0.iter().enumerate() {
-        for half in 0..2 {
-            slab.scale[b][half] = halves(block, 4, half);
-            for w in 0..4 {
+        (0..2).for_each(|half| slab.scale[b][half] = halves(block, 4, half));
+        for w in 0..4 {
+            for half in 0..2 {
                 let [low, high] = nibbles(words(block, w, half));
                 slab.q[8 * b + w][half] = _mm512_shuffle_epi8(steps, low);
                 slab.q[8 * b + 4 + w][half] = _mm512_shuffle_epi8(steps, high);

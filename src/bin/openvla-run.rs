@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
+use openvla::cli::{self, Place};
 use openvla::image::RgbImage;
-use openvla::{Action, Dataset, Decoding, Devices, Draft, OpenVla, Options, Session, Usage};
+use openvla::{Action, Dataset, Decoding, Draft, OpenVla, Session, Usage};
 
 /// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
@@ -35,39 +36,21 @@ struct Args {
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]
     reference_decoding: bool,
-    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    device: Devices,
-    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
-    #[arg(long, value_name = "N")]
-    n_gpu_layers: Option<usize>,
+    #[command(flatten)]
+    place: Place,
     /// Guess tokens from the image before, and check several in one pass where that has paid
     #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
     #[arg(hide_possible_values = true)]
     draft: String,
-    /// CPU threads [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
-    threads: Option<u16>,
 }
 
 fn main() -> ExitCode {
-    // As llama.cpp's programs spell it; clap knows no short names of three letters.
-    let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
-    let args = Args::parse_from(std::env::args_os().map(spelled));
+    let args = Args::parse_from(cli::arguments());
     if args.images.iter().filter(|path| *path == STDIN).count() > 1 {
         let why = "\"-\" can be given once: stdin holds one image";
         Args::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            if let Some(hint) = error.downcast_ref::<openvla::Error>().and_then(|e| e.hint()) {
-                eprintln!("hint: {hint}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    cli::end(run(&args))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -97,12 +80,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn open(args: &Args) -> Result<OpenVla> {
-    let mut options = Options::default();
-    options.devices = args.device.clone();
-    options.n_gpu_layers = args.n_gpu_layers;
-    if let Some(n) = args.threads {
-        options.n_threads = usize::from(n);
-    }
+    let mut options = args.place.options();
     if args.reference_decoding {
         options.decoding = Decoding::Reference;
     }

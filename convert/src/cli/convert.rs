@@ -1,7 +1,6 @@
 //! Without a command: a checkpoint to a file.
 
 use std::io::Write;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -35,9 +34,6 @@ pub struct Convert {
     /// Do not compute reference cases in f32 first: faster, but `verify` can then say less
     #[arg(long)]
     no_proof: bool,
-    /// Threads to convert and compute with [default: all cores]
-    #[arg(short, long)]
-    threads: Option<NonZero<u16>>,
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -46,7 +42,7 @@ pub struct Convert {
     output: Option<PathBuf>,
 }
 
-pub fn run(args: &Convert, encoding: Encoding) -> Result<()> {
+pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     let unpacked;
     let checkpoint = match &args.checkpoint {
         Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
@@ -55,7 +51,7 @@ pub fn run(args: &Convert, encoding: Encoding) -> Result<()> {
             example::unpack(unpacked.path())?
         }
     };
-    let conversion = Conversion::new(&checkpoint, &args.options(encoding)?)?;
+    let conversion = Conversion::new(&checkpoint, &args.options(encoding, n_threads)?)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
@@ -73,7 +69,7 @@ pub fn run(args: &Convert, encoding: Encoding) -> Result<()> {
 }
 
 impl Convert {
-    fn options(&self, encoding: Encoding) -> Result<Options> {
+    fn options(&self, encoding: Encoding, n_threads: usize) -> Result<Options> {
         let lora = self.lora.as_ref();
         Ok(Options {
             encoding,
@@ -81,7 +77,7 @@ impl Convert {
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
-            n_threads: self.threads.map_or(Options::default().n_threads, |n| n.get().into()),
+            n_threads,
         })
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::Options;
+use openvla::cli::Threads;
 use openvla_convert::calibrate::Calibration;
 
 /// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more precise
@@ -23,9 +24,8 @@ pub struct Imatrix {
     /// if there are fewer of one than of the other, they start again
     #[arg(long, value_name = "FILE")]
     instructions: PathBuf,
-    /// CPU threads [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    threads: Threads,
     /// File to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -33,9 +33,7 @@ pub struct Imatrix {
 
 pub fn run(args: &Imatrix) -> Result<()> {
     let mut options = Options::default();
-    if let Some(n) = args.threads {
-        options.n_threads = usize::from(n);
-    }
+    options.n_threads = args.threads.count();
     let calibration = Calibration::new(&args.model, &args.images, &args.instructions, options)?;
     let n = calibration.pairs.len();
     // indicatif draws nothing when stderr is no terminal.

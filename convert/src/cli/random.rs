@@ -1,10 +1,10 @@
 //! `random`: a model file without a model, to measure with.
 
-use std::num::NonZero;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use openvla_convert::{Conversion, Options};
+use openvla::cli::Threads;
+use openvla_convert::Conversion;
 use openvla_example::{COMMITTED, Size, Spec};
 
 use super::Type;
@@ -21,9 +21,8 @@ pub struct Random {
     /// Chooses the weights
     #[arg(long, default_value_t = COMMITTED.seed)]
     seed: u64,
-    /// Threads to write with [default: all cores]
-    #[arg(short, long)]
-    threads: Option<NonZero<u16>>,
+    #[command(flatten)]
+    threads: Threads,
     /// File to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -31,8 +30,7 @@ pub struct Random {
 
 pub fn run(args: &Random) -> Result<()> {
     let spec = Spec { size: args.size, seed: args.seed, ..COMMITTED };
-    let n_threads = args.threads.map_or(Options::default().n_threads, |n| n.get().into());
-    let conversion = Conversion::random(&spec, args.kind.encoding()?, n_threads)?;
+    let conversion = Conversion::random(&spec, args.kind.encoding()?, args.threads.count())?;
     eprint!("{}", conversion.summary());
     let progress = super::progress(0)?;
     conversion.write(&args.output, &progress)?;

@@ -2,11 +2,10 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::num::NonZero;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use openvla::{Devices, Options};
+use openvla::cli::Place;
 use openvla_convert::verify::{Report, verify};
 
 /// Checks a model file: every tensor's checksum, and what the checkpoint did in f32 against what
@@ -18,23 +17,14 @@ pub struct Verify {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    device: Devices,
-    /// Threads to compute with [default: all cores]
-    #[arg(short, long)]
-    threads: Option<NonZero<u16>>,
+    #[command(flatten)]
+    place: Place,
 }
 
 pub fn run(args: &Verify) -> Result<()> {
-    let mut options = Options::default();
-    options.devices = args.device.clone();
-    if let Some(n) = args.threads {
-        options.n_threads = usize::from(n.get());
-    }
     let progress = super::progress(0)?;
     progress.set_message("checksums");
-    let report = verify(&args.model, &options, &progress)?;
+    let report = verify(&args.model, &args.place.options(), &progress)?;
     progress.finish_and_clear();
     let mut out = std::io::stdout();
     if args.json {

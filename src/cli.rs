@@ -1,0 +1,64 @@
+//! What this project's programs share: the flags that say where to compute, and how they fail.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use crate::{Devices, Options};
+
+/// How many CPU threads.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct Threads {
+    /// CPU threads [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+}
+
+impl Threads {
+    /// As many as were asked for, else one for each core.
+    pub fn count(self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(cores, usize::from)
+    }
+}
+
+/// Where to compute.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Place {
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: Devices,
+    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
+    #[arg(long, value_name = "N")]
+    n_gpu_layers: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
+}
+
+impl Place {
+    /// How a model is opened there.
+    pub fn options(&self) -> Options {
+        Options {
+            devices: self.device.clone(),
+            n_gpu_layers: self.n_gpu_layers,
+            n_threads: self.threads.count(),
+            ..Options::default()
+        }
+    }
+}
+
+/// The program's arguments. `-ngl` is how llama.cpp's programs spell `--n-gpu-layers`; clap knows no
+/// short names of three letters.
+pub fn arguments() -> impl Iterator<Item = OsString> {
+    std::env::args_os().map(|arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg })
+}
+
+/// How a program ends: 0, or 1 with the error and what to try on stderr.
+pub fn end(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("error: {error:#}");
+    let hint = error.chain().find_map(|cause| cause.downcast_ref::<crate::Error>()?.hint());
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
+}

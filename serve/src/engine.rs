@@ -93,6 +93,7 @@ impl Engine {
         let _place = Place { engine: self, ticket };
         match tokio::time::timeout_at(deadline.into(), answer).await {
             Ok(Ok(Ok(_))) if Instant::now() >= deadline => Err(late),
+            Ok(Ok(Err(error))) if error.code == Code::DeadlineExceeded => Err(late),
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(Error::new(Code::ModelFailed, "the model was lost")),
             Err(_) => Err(late),

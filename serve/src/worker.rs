@@ -144,7 +144,7 @@ struct Worker<'a> {
 impl Worker<'_> {
     /// One life of the model: opened, warmed up, and used until the end or a failure.
     fn live<P: Policy>(&mut self, open: &mut impl FnMut() -> Result<P>) -> Result<()> {
-        let mut policy = sound(|| open())??;
+        let mut policy = sound(open)??;
         let card = policy.card();
         self.warm_up(&mut policy, &card)?;
         self.engine.open(card.clone());

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use openvla::image::{Rgb, RgbImage};
 use openvla::{Dataset, OpenVla, Session};
 
-use crate::engine::{Engine, late};
+use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
 use crate::observation::{Answer, Motion, Observation, Times, UNSURE};
 use crate::queue::{Client, Order};
@@ -127,7 +127,6 @@ pub fn run<P: Policy>(
             return Err(why);
         }
         tracing::error!(error = format!("{why:#}"), "the model failed and is opened again");
-        engine.reopen(&format!("{why:#}"));
         engine.metrics().restarts.inc();
         std::thread::sleep(Duration::from_millis(50 << worker.failures));
     }
@@ -152,23 +151,30 @@ impl Worker<'_> {
         while let Some((order, job)) = self.engine.next() {
             let begun = Instant::now();
             match sound(|| self.step(&mut policy, &card, &order, &job.observation)) {
+                Ok(Err(error)) if error.code == Code::ModelFailed => {
+                    let why = anyhow!(error.message.clone());
+                    return Err(self.fail(why, error, job));
+                }
                 Ok(answer) => {
-                    let broken = matches!(&answer, Err(error) if error.code == Code::ModelFailed);
-                    let why = answer.as_ref().err().map(ToString::to_string);
                     self.engine.stepped(begun.elapsed());
                     let _ = job.reply.send(answer); // whoever asked may have left
-                    if broken {
-                        bail!(why.unwrap_or_default());
-                    }
                     self.failures = 0;
                 }
                 Err(panic) => {
-                    let _ = job.reply.send(Err(Error::new(Code::ModelFailed, "the model failed")));
-                    return Err(panic);
+                    let error = Error::new(Code::ModelFailed, "the model failed");
+                    return Err(self.fail(panic, error, job));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Turns requests away before anyone hears of the failure, so that who asks again at once does
+    /// not ask a model that is gone.
+    fn fail(&self, why: anyhow::Error, error: Error, job: Job) -> anyhow::Error {
+        self.engine.reopen(&format!("{why:#}"));
+        let _ = job.reply.send(Err(error)); // whoever asked may have left
+        why
     }
 
     /// A step before the first request, so that this one is as fast as those after it.

@@ -120,6 +120,19 @@ fn it_is_ready_when_the_model_has_acted_and_not_before() {
 }
 
 #[test]
+fn it_need_not_be_ready_to_end() {
+    let (_open, opening) = channel::<()>();
+    let open = move || -> anyhow::Result<Stub> {
+        let _ = opening.recv();
+        anyhow::bail!("never")
+    };
+    let mut server = Server::with(&[], Gate::default(), channel().1, open);
+    assert_eq!(server.get("/healthz", &[]).status, 200);
+    server.stop();
+    server.ended().unwrap();
+}
+
+#[test]
 fn a_model_that_fails_is_opened_again() {
     let server = Server::start(&[]);
     for (i, failing) in ["panic", "break", "panic"].iter().enumerate() {

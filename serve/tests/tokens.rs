@@ -51,6 +51,25 @@ fn many_clients_get_what_one_gets_from_the_library() {
     assert_eq!(server.metric("openvla_requests_total{form=\"act\",outcome=\"ok\"}"), 12.0);
 }
 
+/// A robot that stands still repeats its motion, which is then checked in one pass.
+#[test]
+fn drafts_come_from_the_same_robots_last_motion() {
+    let server = Server::example(&["--draft", "auto", "--session-s", "3"]);
+    let passes = |name: &str| {
+        let body = json!({ "image": STANDARD.encode(png(64, 64)), "instruction": "wave" });
+        let request = ureq::post(server.url("/v1/act")).content_type("application/json");
+        let response = request.header("x-client-id", name).send(body.to_string()).unwrap();
+        let answer = response.into_body().read_to_vec().unwrap();
+        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        answer["draft"]["passes"].as_u64().unwrap()
+    };
+    assert_eq!([passes("arm"), passes("leg")], [7, 7], "nothing is known of either");
+    assert_eq!([passes("arm"), passes("leg")], [1, 1]);
+    assert_eq!(server.metric("openvla_draft_accepted_total"), 12.0);
+    std::thread::sleep(std::time::Duration::from_millis(3100));
+    assert_eq!(passes("arm"), 7, "a session ends");
+}
+
 fn tokens(url: &str, name: &str, i: usize, as_array: bool) -> Value {
     let (instruction, side) = request(i);
     let image = match as_array {

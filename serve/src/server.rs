@@ -32,7 +32,19 @@ const LINGER: Duration = Duration::from_millis(500);
 pub struct Connection {
     /// Counts from 0.
     pub number: u64,
-    _place: Arc<OwnedSemaphorePermit>,
+    _place: Arc<Place>,
+}
+
+/// A place among the connections that may be open; counted as long as it is taken.
+struct Place {
+    engine: Engine,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.engine.metrics().connections.dec();
+    }
 }
 
 /// Serves until `stop` comes and everything accepted until then has its answer, or the worker gives
@@ -139,20 +151,20 @@ impl Accepting {
     }
 
     fn take(&mut self, stream: TcpStream, engine: &Engine) {
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.places).try_acquire_owned() else {
             engine.metrics().refused.inc();
             return; // closes it, so that the client knows at once
         };
+        engine.metrics().connections.inc();
+        let place = Place { engine: engine.clone(), _permit: permit };
         let connection = Connection { number: self.number, _place: Arc::new(place) };
         self.number += 1;
         let (router, draining) = (self.router.clone(), self.draining.clone());
-        let (patience, engine) = (self.settings.patience(), engine.clone());
+        let patience = self.settings.patience();
         tokio::spawn(async move {
-            engine.metrics().connections.inc();
             if let Err(error) = talk(stream, router, connection, draining, patience).await {
                 tracing::debug!(%error, "a connection ended");
             }
-            engine.metrics().connections.dec();
         });
     }
 }

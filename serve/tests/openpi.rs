@@ -187,6 +187,7 @@ fn at_the_end_it_finishes_the_step_and_says_goodbye() {
     let mut server = Server::start(&[]);
     let (mut busy, _) = connect(&server);
     let (mut idle, _) = connect(&server);
+    server.wait_for_metric("openvla_connections", 3.0); // and the one that asks for it
     busy.send(Message::Binary(frame("wait", None).into())).unwrap();
     server.seen();
     server.stop();

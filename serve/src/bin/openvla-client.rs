@@ -257,7 +257,8 @@ impl Tally {
         let n = self.milliseconds.len();
         let quantile = |q: f64| self.milliseconds.get(((n as f64 - 1.0) * q).round() as usize);
         let [p50, p90, p99] = [0.5, 0.9, 0.99].map(|q| quantile(q).copied().unwrap_or(f64::NAN));
-        let rate = n as f64 / took.as_secs_f64();
+        let asked = args.steps as f64 / args.hz; // the last picture's time counts, too
+        let rate = n as f64 / took.as_secs_f64().max(asked);
         let mut out = std::io::stdout().lock();
         if args.json {
             let ms = [p50, p90, p99];

@@ -9,7 +9,7 @@ fn root() -> &'static Path {
 /// Every Rust file of the workspace, with its text.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut folders: Vec<_> =
-        ["src", "convert", "kernels", "example", "tabletop", "tests", "benches"]
+        ["src", "convert", "kernels", "example", "tabletop", "serve", "tests", "benches"]
             .iter()
             .map(|name| root().join(name))
             .collect();

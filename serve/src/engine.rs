@@ -1,0 +1,290 @@
+//! The way from a request to the model and back: the queue, shared by requests and the worker.
+//!
+//! A request lines up and waits until its answer or its deadline comes, whichever is first. Who goes
+//! away while waiting leaves the line.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::oneshot;
+
+use crate::error::{Code, Error};
+use crate::metrics::Metrics;
+use crate::observation::{Answer, Observation};
+use crate::queue::{Gone, Left, Limits, Order, Queue, Refused, Ticket};
+use crate::worker::Card;
+
+/// Where requests meet the worker. Clones are the same engine.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    metrics: Metrics,
+}
+
+struct State {
+    queue: Queue<Job>,
+    phase: Phase,
+    card: Option<Arc<Card>>,
+    /// How long the last step took.
+    step: Duration,
+    /// When the step began that goes on now.
+    busy_since: Option<Instant>,
+}
+
+/// Whether requests are taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Phase {
+    /// The model is being opened, for the first time or after a failure, and this is why.
+    Opening(String),
+    /// They are.
+    Ready,
+    /// Not any more; what waits is still served.
+    Closing,
+    /// Never again.
+    Closed,
+}
+
+/// Work for the model.
+pub struct Job {
+    /// What to make a motion of.
+    pub observation: Observation,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Result<Answer, Error>>,
+}
+
+impl Engine {
+    /// An engine without a model yet.
+    pub fn new(limits: Limits) -> Self {
+        let state = State {
+            queue: Queue::new(limits),
+            phase: Phase::Opening("the model is being opened".into()),
+            card: None,
+            step: Duration::ZERO,
+            busy_since: None,
+        };
+        let (state, wake, metrics) = (Mutex::new(state), Condvar::new(), Metrics::default());
+        Self { shared: Arc::new(Shared { state, wake, metrics }) }
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// What the model says about itself, once it was ready.
+    pub fn card(&self) -> Option<Arc<Card>> {
+        self.state().card.clone()
+    }
+
+    /// A motion for an observation.
+    ///
+    /// # Errors
+    /// Any of the queue's, and those of the model.
+    pub async fn act(&self, observation: Observation, order: Order) -> Result<Answer, Error> {
+        let (reply, answer) = oneshot::channel();
+        let late = late(&order);
+        let deadline = order.deadline;
+        let ticket = self.line_up(order, Job { observation, reply })?;
+        let _place = Place { engine: self, ticket };
+        match tokio::time::timeout_at(deadline.into(), answer).await {
+            Ok(Ok(Ok(_))) if Instant::now() >= deadline => Err(late),
+            Ok(Ok(Err(error))) if error.code == Code::DeadlineExceeded => Err(late),
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Error::new(Code::ModelFailed, "the model was lost")),
+            Err(_) => Err(late),
+        }
+    }
+
+    fn line_up(&self, order: Order, job: Job) -> Result<Ticket, Error> {
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut state = self.state();
+        state.check_ready()?;
+        let pushed = state.queue.push(order, job, Instant::now(), unix.as_secs_f64());
+        let (ticket, left) = pushed.map_err(|refused| state.refusal(refused))?;
+        self.count(&state);
+        drop(state);
+        self.shared.wake.notify_one();
+        self.dismiss(left);
+        Ok(ticket)
+    }
+
+    /// Whether requests are taken, and no step takes longer than `stall`.
+    ///
+    /// # Errors
+    /// [`Code::NotReady`] says why not.
+    pub fn check_ready(&self, stall: Duration) -> Result<(), Error> {
+        let state = self.state();
+        state.check_ready()?;
+        match state.busy_since.map(|since| since.elapsed()) {
+            Some(busy) if busy > stall => {
+                let message = format!("the model has been busy with a step for {busy:.0?}");
+                Err(Error::new(Code::NotReady, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How many wait or are being served.
+    pub fn pending(&self) -> usize {
+        let state = self.state();
+        state.queue.len() + usize::from(state.busy_since.is_some())
+    }
+
+    /// For how long the step goes on that goes on now.
+    pub fn busy(&self) -> Option<Duration> {
+        self.state().busy_since.map(|since| since.elapsed())
+    }
+
+    /// The next job, as soon as there is one; `None` when there will be none.
+    pub(crate) fn next(&self) -> Option<(Order, Job)> {
+        let mut state = self.state();
+        loop {
+            state.busy_since = None;
+            let now = Instant::now();
+            let (next, late) = state.queue.pop(now);
+            self.count(&state);
+            self.dismiss(late);
+            if next.is_some() {
+                state.busy_since = Some(now);
+                return next;
+            }
+            if matches!(state.phase, Phase::Closing | Phase::Closed) {
+                return None;
+            }
+            state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes note of a step that has ended.
+    pub(crate) fn stepped(&self, took: Duration) {
+        self.state().step = took;
+    }
+
+    /// Takes requests from now on.
+    pub(crate) fn open(&self, card: Card) {
+        let mut state = self.state();
+        self.metrics().devices(&card.memory);
+        state.card = Some(Arc::new(card));
+        if matches!(state.phase, Phase::Opening(_)) {
+            state.phase = Phase::Ready;
+            self.metrics().ready.set(1);
+        }
+    }
+
+    /// Takes no requests until the model is open again. Those that wait go on waiting.
+    pub(crate) fn reopen(&self, why: &str) {
+        let mut state = self.state();
+        state.busy_since = None;
+        self.metrics().ready.set(0);
+        if state.phase == Phase::Ready {
+            state.phase = Phase::Opening(format!("the model failed and is opened again: {why}"));
+        }
+    }
+
+    /// Takes no requests any more; the worker ends after those that wait.
+    pub fn close(&self) {
+        let mut state = self.state();
+        if state.phase != Phase::Closed {
+            state.phase = Phase::Closing;
+        }
+        self.metrics().ready.set(0);
+        self.shared.wake.notify_all();
+    }
+
+    /// Sends all away who still wait: there is no worker any more.
+    pub(crate) fn end(&self) {
+        let mut state = self.state();
+        state.phase = Phase::Closed;
+        self.metrics().ready.set(0);
+        while let (Some((_, job)), late) = state.queue.pop(Instant::now()) {
+            self.dismiss(late);
+            let gone = Error::new(Code::NotReady, "the model failed and is not opened again");
+            let _ = job.reply.send(Err(gone)); // whoever asked may have left
+        }
+        self.count(&state);
+    }
+
+    fn dismiss(&self, left: Left<Job>) {
+        for (job, why) in left {
+            let error = match why {
+                Gone::Superseded => {
+                    self.metrics().superseded.inc();
+                    Error::new(Code::Superseded, "the same client sent a newer observation")
+                }
+                Gone::Late => {
+                    self.metrics().dropped.inc();
+                    Error::new(Code::DeadlineExceeded, "no turn came before the deadline")
+                }
+            };
+            let _ = job.reply.send(Err(error)); // whoever asked may have left
+        }
+    }
+
+    fn count(&self, state: &State) {
+        self.metrics().waiting.set(state.queue.len() as i64);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn check_ready(&self) -> Result<(), Error> {
+        let why = match &self.phase {
+            Phase::Ready => return Ok(()),
+            Phase::Opening(why) => why,
+            Phase::Closing | Phase::Closed => "the server is going away",
+        };
+        Err(Error::new(Code::NotReady, why).retry_after(1))
+    }
+
+    fn refusal(&self, refused: Refused) -> Error {
+        match refused {
+            Refused::Full => {
+                let waiting = self.queue.len();
+                let wait = self.step.as_secs_f64() * waiting as f64;
+                let message = format!("{waiting} observations wait already");
+                let hint = "fewer robots, a faster device, or a longer --queue";
+                let seconds = wait.ceil().clamp(1.0, 3600.0) as u64;
+                Error::new(Code::QueueFull, message).hint(hint).retry_after(seconds)
+            }
+            Refused::Stale(over) => {
+                let message =
+                    format!("the observation is {over:.0?} older than --max-age-ms allows");
+                let hint = "send pictures as they are taken, and keep both clocks synchronised";
+                Error::new(Code::Stale, message).hint(hint)
+            }
+            Refused::OutOfOrder(why) => Error::new(Code::OutOfOrder, why)
+                .hint("a program that begins anew needs a new X-Client-Id, or --session-s of rest"),
+        }
+    }
+}
+
+/// What a request is told that was not served in time.
+pub(crate) fn late(order: &Order) -> Error {
+    let allowed = order.deadline.saturating_duration_since(order.arrived).as_millis();
+    let message = format!("there was no motion within the {allowed} ms that the request allowed");
+    Error::new(Code::DeadlineExceeded, message)
+}
+
+/// A place in the line, left when the request goes away.
+struct Place<'a> {
+    engine: &'a Engine,
+    ticket: Ticket,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.engine.state();
+        if state.queue.cancel(self.ticket).is_some() {
+            self.engine.metrics().dropped.inc();
+            self.engine.count(&state);
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Serves an OpenVLA model to robots: three protocols, one queue that knows about time, one model.
+//!
+//! ```text
+//! connection ─ routes ─┬─ act ────┐                        ┌──────── worker ────────┐
+//!   server             ├─ plain ──┼─ Observation ─ engine ─┤ model ─ safety ─ Answer ├─ back
+//!                      └─ openpi ─┘      + Order    queue  └────────────────────────┘
+//! ```
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `options` | the command line |
+//! | `server` | listener, connections and their limits, the end |
+//! | `routes` | token, bodies, counting and logging of every request |
+//! | `auth` | who may ask |
+//! | `act`, `compat` | the reference's form, and its errors |
+//! | `openpi` | openpi's websocket |
+//! | `plain` | a picture file in, a JSON object out |
+//! | `numpy` | numpy's arrays in JSON and msgpack |
+//! | `observation` | what all forms decode to and encode from |
+//! | `engine` | where a request waits for its answer |
+//! | `queue`, `recent` | who is next, what is too late, what is forgotten; pure |
+//! | `worker` | the thread that owns the model |
+//! | `safety` | what a motion must be before it leaves |
+//! | `error` | what is answered in place of a motion |
+//! | `metrics` | numbers for whoever runs it |
+//! | `openapi.json` | all of it for programs and people, served at `/openapi.json` |
+//!
+//! # What is deliberately absent
+//!
+//! - No form knows another, nor the model; each makes one `Observation` and reads one `Answer`.
+//! - Nothing is batched: a robot's step is worth most alone, and as soon as can be.
+//! - No TLS: a proxy in front of it has that.
+
+pub mod act;
+pub mod auth;
+pub mod compat;
+pub mod engine;
+pub mod error;
+pub mod metrics;
+pub mod numpy;
+pub mod observation;
+pub mod openpi;
+pub mod options;
+pub mod plain;
+pub mod queue;
+pub mod recent;
+pub mod routes;
+pub mod safety;
+pub mod server;
+pub mod worker;

@@ -1,0 +1,66 @@
+//! `openvla-serve`: a model for robots, over the network.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use openvla_serve::options::Options;
+use openvla_serve::server::serve;
+use tokio::net::TcpListener;
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    // As llama.cpp's programs spell it; clap knows no short names of three letters.
+    let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
+    let options = Options::parse_from(std::env::args_os().map(spelled));
+    log(&options);
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            if let Some(hint) = error.downcast_ref::<openvla::Error>().and_then(|e| e.hint()) {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log(options: &Options) {
+    let log = tracing_subscriber::fmt()
+        .with_max_level(options.log)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    match options.log_json {
+        true => log.json().flatten_event(true).init(),
+        false => log.init(),
+    }
+}
+
+fn run(options: Options) -> Result<()> {
+    let Options { model, settings, .. } = options;
+    settings.token()?; // before anything listens
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let served = runtime.block_on(async {
+        let at = (settings.host, settings.port);
+        let listener = TcpListener::bind(at).await;
+        let listener = listener.with_context(|| format!("cannot listen on {}:{}", at.0, at.1))?;
+        let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
+            .map(|kind| signal(kind).expect("the system has signals"));
+        tracing::info!(address = %listener.local_addr()?, "listening");
+        let [terminate, interrupt] = &mut stop;
+        let stopped = async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        serve(listener, settings, move || model.open(), stopped).await
+    });
+    // A step that hangs must not keep the program.
+    runtime.shutdown_background();
+    served
+}

@@ -1,0 +1,300 @@
+//! What every form decodes to, and what it encodes: one observation, one answer.
+
+use std::time::{Duration, Instant};
+
+use axum::http::HeaderMap;
+use openvla::image::RgbImage;
+use openvla::{Timing, Unconstrained};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Code, Error};
+use crate::queue::{Client, Order};
+use crate::safety;
+
+/// What a robot sees, and what it is asked to do.
+#[derive(Debug, Clone)]
+pub struct Observation {
+    /// The picture, of any size.
+    pub image: RgbImage,
+    /// The task.
+    pub instruction: String,
+    /// The data set in whose units the motion is wanted.
+    pub unnorm_key: Option<String>,
+}
+
+/// Bytes of an instruction. More than any model's context, and little to tokenize.
+const MAX_INSTRUCTION: usize = 8192;
+
+impl Observation {
+    /// An observation whose texts are of a sane length.
+    ///
+    /// # Errors
+    /// [`Code::InstructionTooLong`], [`Code::UnknownUnnormKey`].
+    pub fn new(
+        image: RgbImage,
+        instruction: String,
+        unnorm_key: Option<String>,
+    ) -> Result<Self, Error> {
+        if instruction.len() > MAX_INSTRUCTION {
+            let n = instruction.len();
+            let message = format!("the instruction has {n} bytes; {MAX_INSTRUCTION} are taken");
+            return Err(Error::new(Code::InstructionTooLong, message));
+        }
+        if let Some(n) = unnorm_key.as_ref().map(String::len).filter(|n| *n > 256) {
+            let message = format!("no statistics have a name of {n} bytes");
+            return Err(Error::new(Code::UnknownUnnormKey, message));
+        }
+        Ok(Self { image, instruction, unnorm_key })
+    }
+}
+
+/// What a request may say about itself: headers of HTTP, fields of a websocket message.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Note {
+    /// `X-Client-Id`: the robot's name. Without it, whoever is at the end of the connection.
+    pub client_id: Option<String>,
+    /// `X-Seq`: the client's own count.
+    pub seq: Option<u64>,
+    /// `X-Timestamp`: when the picture was taken, in seconds since 1970.
+    pub timestamp: Option<f64>,
+    /// `X-Deadline-Ms`: for how long an answer is worth something.
+    pub deadline_ms: Option<u64>,
+}
+
+/// The longest deadline, in milliseconds: an hour.
+pub const MAX_DEADLINE_MS: u64 = 3_600_000;
+
+impl Note {
+    /// What the headers say.
+    ///
+    /// # Errors
+    /// [`Code::BadRequest`] names the header.
+    pub fn of(headers: &HeaderMap) -> Result<Self, Error> {
+        Ok(Self {
+            client_id: header(headers, "x-client-id", "a name")?,
+            seq: header(headers, "x-seq", "a whole number")?,
+            timestamp: header(headers, "x-timestamp", "seconds since 1970")?,
+            deadline_ms: header(headers, "x-deadline-ms", "milliseconds")?,
+        })
+    }
+
+    /// The order of a request that came at `arrived` on the connection of this number.
+    ///
+    /// # Errors
+    /// [`Code::BadRequest`] names the part that makes no sense.
+    pub fn order(
+        self,
+        arrived: Instant,
+        connection: u64,
+        default_deadline: Duration,
+    ) -> Result<Order, Error> {
+        let client = match self.client_id {
+            Some(name) if (1..=128).contains(&name.len()) => Client::Named(name),
+            Some(name) => {
+                let n = name.len();
+                let message = format!("the client's name has {n} bytes; 1 to 128 are taken");
+                return Err(Error::bad_request(message));
+            }
+            None => Client::Connection(connection),
+        };
+        if self.timestamp.is_some_and(|seconds| !seconds.is_finite()) {
+            return Err(Error::bad_request("the timestamp is no finite number"));
+        }
+        let deadline = match self.deadline_ms {
+            Some(ms @ 1..=MAX_DEADLINE_MS) => Duration::from_millis(ms),
+            Some(ms) => {
+                let message = format!("a deadline of {ms} ms; 1 to {MAX_DEADLINE_MS} are taken");
+                return Err(Error::bad_request(message));
+            }
+            None => default_deadline,
+        };
+        let (seq, timestamp) = (self.seq, self.timestamp);
+        Ok(Order { client, seq, timestamp, arrived, deadline: arrived + deadline })
+    }
+}
+
+fn header<T: std::str::FromStr>(
+    headers: &HeaderMap,
+    name: &str,
+    wanted: &str,
+) -> Result<Option<T>, Error> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let parsed = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    let wrong = || Error::bad_request(format!("`{name}: {value:?}`; {wanted} is wanted"));
+    parsed.ok_or_else(wrong).map(Some)
+}
+
+/// What a model makes of an observation.
+#[derive(Debug, Clone)]
+pub struct Motion {
+    /// One number per dimension, in the data set's units.
+    pub action: Vec<f64>,
+    /// The same in -1..1.
+    pub normalized: Vec<f64>,
+    /// The ids that it was decoded from.
+    pub tokens: Vec<u32>,
+    /// The data set.
+    pub unnorm_key: String,
+    /// What all ids together would have chosen, and whether those all are actions.
+    pub unconstrained: (Vec<u32>, bool),
+    /// What drafts did.
+    pub draft: Draft,
+    /// Milliseconds by stage.
+    pub timing: Timing,
+}
+
+/// What drafts did for a motion.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Draft {
+    /// Passes of the Llama.
+    pub passes: usize,
+    /// Whether each token but the last was drafted and right.
+    pub accepted: Vec<bool>,
+}
+
+impl From<openvla::Action> for Motion {
+    fn from(action: openvla::Action) -> Self {
+        let Unconstrained { tokens, all_actions, .. } = action.unconstrained;
+        Self {
+            action: action.action,
+            normalized: action.normalized,
+            tokens: action.tokens,
+            unnorm_key: action.unnorm_key,
+            unconstrained: (tokens, all_actions),
+            draft: Draft { passes: action.draft.passes, accepted: action.draft.accepted },
+            timing: action.timing_ms,
+        }
+    }
+}
+
+/// What is answered: a safe motion, and all there is to know about it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Answer {
+    /// One number per dimension, in the data set's units.
+    pub action: Vec<f64>,
+    /// What the model chose, in -1..1, before anything was clamped or limited.
+    pub normalized: Vec<f64>,
+    /// The ids that it was decoded from.
+    pub tokens: Vec<u32>,
+    /// The data set.
+    pub unnorm_key: String,
+    /// Lowest and highest number of each dimension in the data set.
+    pub ranges: Vec<[f64; 2]>,
+    /// Whether all ids together would have chosen actions only.
+    pub all_actions: bool,
+    /// What all ids together would have chosen.
+    pub unconstrained: Vec<u32>,
+    /// What a person should know about this motion.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warning: Option<&'static str>,
+    /// What was done to make it safe.
+    pub safety: safety::Report,
+    /// What drafts did.
+    pub draft: Draft,
+    /// Where the time went.
+    pub timing_ms: Times,
+    /// The request's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+}
+
+/// Said where the model would have chosen something that is no motion.
+pub const UNSURE: &str = "among all tokens the model would have chosen one that is no motion; is \
+                          this what it was trained for?";
+
+/// Milliseconds between a request and its answer.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Times {
+    /// From the request's first byte to the model: reading, decoding, waiting.
+    pub queue: f64,
+    /// Image to planes.
+    pub preprocess: f64,
+    /// Planes to patch features.
+    pub vision: f64,
+    /// Patch features to soft tokens.
+    pub projector: f64,
+    /// Instruction to ids, and the Llama over all of them.
+    pub prefill: f64,
+    /// The tokens after the first.
+    pub decode: f64,
+    /// The model's stages together.
+    pub step: f64,
+}
+
+impl Times {
+    /// A step's times, after so long a wait.
+    pub fn new(queue: Duration, step: &Timing) -> Self {
+        Self {
+            queue: queue.as_secs_f64() * 1e3,
+            preprocess: step.preprocess,
+            vision: step.vision,
+            projector: step.projector,
+            prefill: step.prefill,
+            decode: step.decode,
+            step: step.total,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(headers: &[(&'static str, &str)]) -> Result<Order, Error> {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.insert(*name, value.parse().unwrap());
+        }
+        Note::of(&map)?.order(Instant::now(), 7, Duration::from_secs(60))
+    }
+
+    #[test]
+    fn headers_say_who_and_when() {
+        let named = order(&[
+            ("x-client-id", "arm"),
+            ("x-seq", "18446744073709551615"),
+            ("x-timestamp", "1700000000.25"),
+            ("x-deadline-ms", "200"),
+        ]);
+        let named = named.unwrap();
+        assert_eq!(named.client, Client::Named("arm".into()));
+        assert_eq!((named.seq, named.timestamp), (Some(u64::MAX), Some(1_700_000_000.25)));
+        assert_eq!(named.deadline - named.arrived, Duration::from_millis(200));
+        let silent = order(&[]).unwrap();
+        assert_eq!(silent.client, Client::Connection(7));
+        assert_eq!(silent.deadline - silent.arrived, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn headers_that_make_no_sense_are_named() {
+        for (name, value) in [
+            ("x-seq", "-1"),
+            ("x-seq", "1.5"),
+            ("x-timestamp", "noon"),
+            ("x-deadline-ms", "9999999999999999999999"),
+        ] {
+            let error = order(&[(name, value)]).unwrap_err();
+            assert!(error.message.contains(name) && error.message.contains(value), "{error}");
+        }
+        for (name, value) in [
+            ("x-timestamp", "NaN"),
+            ("x-timestamp", "inf"),
+            ("x-deadline-ms", "0"),
+            ("x-deadline-ms", "3600001"),
+            ("x-client-id", ""),
+        ] {
+            assert_eq!(order(&[(name, value)]).unwrap_err().code, Code::BadRequest, "{name}");
+        }
+    }
+
+    #[test]
+    fn texts_are_bounded() {
+        let new = |n, key: usize| {
+            Observation::new(RgbImage::new(1, 1), "x".repeat(n), Some("k".repeat(key)))
+        };
+        assert!(new(MAX_INSTRUCTION, 256).is_ok());
+        assert_eq!(new(MAX_INSTRUCTION + 1, 0).unwrap_err().code, Code::InstructionTooLong);
+        assert_eq!(new(0, 257).unwrap_err().code, Code::UnknownUnnormKey);
+    }
+}

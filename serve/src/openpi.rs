@@ -1,0 +1,270 @@
+//! openpi's form: a websocket at `/`, one msgpack frame each way for each step.
+//!
+//! The server speaks first and says what it serves. A text frame is an error. Observations are maps
+//! with an image and a `prompt`; who sends the next one before the answer to the last gets both, or
+//! word that the newer one superseded the older.
+//!
+//! ref: openpi `WebsocketPolicyServer`, `openpi_client.msgpack_numpy`
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Extension, State};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{interval_at, timeout};
+
+use crate::error::{Code, Error};
+use crate::numpy::{Layout, Msgpack, Ndarray};
+use crate::observation::{Answer, Draft, Note, Observation};
+use crate::routes::App;
+use crate::safety;
+use crate::server::Connection;
+
+/// Observations of one connection that may be under way: one at the model, one in line, and news.
+const MAX_PENDING: usize = 4;
+
+/// How often a silent client is asked whether it is there. It is gone if it does not say so until
+/// the next time.
+const PING: Duration = Duration::from_secs(20);
+
+/// Bytes that each connection keeps to read into: an eighth of what the library would take.
+const READ_BUFFER: usize = 1 << 14;
+
+/// What the server says first.
+#[derive(Serialize)]
+struct Metadata<'a> {
+    model: &'a str,
+    image_size: u32,
+    action_horizon: usize,
+    unnorm_key: Option<&'a str>,
+    unnorm_keys: Vec<&'a str>,
+}
+
+/// What a client sends. Other keys, such as `observation/state`, are not looked at.
+#[derive(Deserialize)]
+struct Step<'a> {
+    #[serde(borrow, rename = "observation/image")]
+    #[serde(alias = "image", alias = "full_image", alias = "observation/exterior_image_1_left")]
+    image: Msgpack<'a>,
+    #[serde(alias = "instruction")]
+    prompt: String,
+    unnorm_key: Option<String>,
+    client_id: Option<String>,
+    seq: Option<u64>,
+    timestamp: Option<f64>,
+    deadline_ms: Option<u64>,
+}
+
+/// What it gets. Only `actions` is an array, since openpi's broker cuts arrays into steps.
+#[derive(Serialize)]
+struct Reply<'a> {
+    /// `[1, n]`
+    actions: Msgpack<'static>,
+    tokens: &'a [u32],
+    unnorm_key: &'a str,
+    ranges: &'a [[f64; 2]],
+    all_actions: bool,
+    warning: Option<&'static str>,
+    safety: &'a safety::Report,
+    draft: &'a Draft,
+    seq: Option<u64>,
+    server_timing: ServerTiming,
+}
+
+#[derive(Serialize)]
+struct ServerTiming {
+    infer_ms: f64,
+    queue_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prev_total_ms: Option<f64>,
+}
+
+/// `GET /`.
+pub async fn upgrade(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Connection>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Response {
+    let upgrade = match upgrade {
+        Ok(upgrade) => upgrade,
+        Err(why) => {
+            let message = format!("openpi's websocket is here: {}", why.body_text());
+            let hint = "see /openapi.json for what plain HTTP takes";
+            return Error::new(Code::UpgradeRequired, message).hint(hint).into_response();
+        }
+    };
+    if let Err(error) = app.engine.check_ready(app.settings.stall()) {
+        return error.into_response();
+    }
+    let limit = app.settings.max_body;
+    let upgrade = upgrade.max_message_size(limit).max_frame_size(limit);
+    let upgrade = upgrade.read_buffer_size(READ_BUFFER);
+    upgrade.on_upgrade(async move |socket| {
+        let talk = Talk { app, connection, socket, steps: JoinSet::new(), last: None };
+        talk.run().await;
+    })
+}
+
+struct Talk {
+    app: Arc<App>,
+    connection: Connection,
+    socket: WebSocket,
+    /// Dropped with the connection, and with it the places in line.
+    steps: JoinSet<(Instant, Result<Answer, Error>)>,
+    /// Milliseconds between the last observation and its answer.
+    last: Option<f64>,
+}
+
+/// The connection is over.
+struct Over;
+
+impl Talk {
+    async fn run(mut self) {
+        // An error means that the client is gone, which is no concern of ours.
+        if self.greet().await.is_ok() {
+            let _ = self.converse().await;
+        }
+    }
+
+    async fn greet(&mut self) -> Result<(), Over> {
+        let card = self.app.engine.card().ok_or(Over)?;
+        let keys: Vec<&str> = card.datasets.keys().map(String::as_str).collect();
+        let only = (keys.len() == 1).then(|| keys[0]);
+        let metadata = Metadata {
+            model: &card.name,
+            image_size: card.image_size,
+            action_horizon: 1,
+            unnorm_key: self.app.settings.unnorm_key.as_deref().or(only),
+            unnorm_keys: keys,
+        };
+        let frame = rmp_serde::to_vec_named(&metadata).map_err(|_| Over)?;
+        self.send(Message::Binary(frame.into())).await
+    }
+
+    async fn converse(&mut self) -> Result<(), Over> {
+        let mut draining = self.app.draining.clone();
+        let (mut ping, mut heard) = (interval_at((Instant::now() + PING).into(), PING), true);
+        loop {
+            let ending = *draining.borrow();
+            if ending && self.steps.is_empty() {
+                return self.close(close_code::AWAY, "the server is going away").await;
+            }
+            tokio::select! {
+                message = self.socket.recv(), if self.steps.len() < MAX_PENDING => {
+                    heard = true;
+                    match message.ok_or(Over)?.map_err(|_| Over)? {
+                        Message::Binary(frame) => self.begin(frame),
+                        Message::Text(_) => {
+                            let wrong = "a text frame came; binary frames of msgpack are wanted";
+                            self.refuse(&Error::bad_request(wrong)).await?;
+                        }
+                        Message::Ping(_) | Message::Pong(_) => {}
+                        Message::Close(_) => return Err(Over),
+                    }
+                }
+                Some(done) = self.steps.join_next() => self.answer(done).await?,
+                _ = ping.tick() => {
+                    if !heard && self.steps.is_empty() {
+                        return Err(Over);
+                    }
+                    heard = false;
+                    self.send(Message::Ping(Bytes::new())).await?;
+                }
+                _ = draining.changed(), if !ending => {}
+            }
+        }
+    }
+
+    fn begin(&mut self, frame: Bytes) {
+        let (app, connection) = (Arc::clone(&self.app), self.connection.clone());
+        let arrived = Instant::now();
+        self.steps.spawn(async move {
+            let at = Arc::clone(&app);
+            let answer = async {
+                let (observation, note) = app.decode(move || at_frame(&at, &frame)).await?;
+                let order = note.order(arrived, connection.number, app.settings.deadline())?;
+                app.engine.act(observation, order).await
+            };
+            (arrived, answer.await)
+        });
+    }
+
+    async fn answer(
+        &mut self,
+        done: Result<(Instant, Result<Answer, Error>), JoinError>,
+    ) -> Result<(), Over> {
+        let (arrived, answer) = done.map_err(|_| Over)?;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return self.refuse(&error).await,
+        };
+        let n = answer.action.len();
+        let times = answer.timing_ms;
+        let reply = Reply {
+            actions: Msgpack(Ndarray::of_f64(&answer.action, vec![1, n])),
+            tokens: &answer.tokens,
+            unnorm_key: &answer.unnorm_key,
+            ranges: &answer.ranges,
+            all_actions: answer.all_actions,
+            warning: answer.warning,
+            safety: &answer.safety,
+            draft: &answer.draft,
+            seq: answer.seq,
+            server_timing: ServerTiming {
+                infer_ms: times.step,
+                queue_ms: times.queue,
+                prev_total_ms: self.last,
+            },
+        };
+        let frame = rmp_serde::to_vec_named(&reply).map_err(|_| Over)?;
+        self.app.engine.metrics().answered("openpi", "ok");
+        self.send(Message::Binary(frame.into())).await?;
+        self.last = Some(arrived.elapsed().as_secs_f64() * 1e3);
+        Ok(())
+    }
+
+    /// An error ends the conversation only where the reference's would.
+    async fn refuse(&mut self, error: &Error) -> Result<(), Over> {
+        self.app.engine.metrics().answered("openpi", error.code.name());
+        let text = serde_json::to_string(error).map_err(|_| Over)?;
+        self.send(Message::Text(text.into())).await?;
+        match self.app.settings.compat_errors {
+            true => self.close(close_code::ERROR, "Internal server error").await,
+            false => Ok(()),
+        }
+    }
+
+    /// Says why it ends, and waits a little for the client to agree.
+    async fn close(&mut self, code: u16, reason: &'static str) -> Result<(), Over> {
+        let frame = CloseFrame { code, reason: reason.into() };
+        self.send(Message::Close(Some(frame))).await?;
+        let agreed = async { while let Some(Ok(_)) = self.socket.recv().await {} };
+        let _ = timeout(Duration::from_secs(1), agreed).await; // it need not
+        Err(Over)
+    }
+
+    async fn send(&mut self, message: Message) -> Result<(), Over> {
+        let sent = timeout(self.app.settings.patience(), self.socket.send(message)).await;
+        sent.map_err(|_| Over)?.map_err(|_| Over)
+    }
+}
+
+fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Note), Error> {
+    let step: Step<'_> = rmp_serde::from_slice(frame).map_err(|why| {
+        let hint = "a map with `observation/image` or `image`, an array of uint8, and `prompt`";
+        Error::bad_request(format!("the frame cannot be read: {why}")).hint(hint)
+    })?;
+    let image = step.image.0.image(Layout::ChannelsAnywhere, app.settings.max_pixels)?;
+    let note = Note {
+        client_id: step.client_id,
+        seq: step.seq,
+        timestamp: step.timestamp,
+        deadline_ms: step.deadline_ms,
+    };
+    Ok((Observation::new(image, step.prompt, step.unnorm_key)?, note))
+}

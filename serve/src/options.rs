@@ -1,0 +1,247 @@
+//! The command line of `openvla-serve`, and with it everything that can be set.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::{Args, Parser};
+use openvla::{Decoding, Devices, Draft, OpenVla};
+
+use crate::auth::Token;
+use crate::queue::Limits;
+use crate::safety::Safety;
+use crate::worker::{OnFailure, Rules};
+
+/// The example checkpoint of this repository at 4 bits, as in `openvla-run`.
+static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+
+/// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`, and
+/// `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Options {
+    /// The model.
+    #[command(flatten)]
+    pub model: Model,
+    /// The server.
+    #[command(flatten)]
+    pub settings: Settings,
+    /// Log lines of this level and above
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log: tracing::Level,
+    /// Log JSON, one object a line
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+/// Which model, and how it runs.
+#[derive(Debug, Clone, Args)]
+pub struct Model {
+    /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+    #[arg(short, long, value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: Devices,
+    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
+    #[arg(long, value_name = "N")]
+    n_gpu_layers: Option<usize>,
+    /// Guess tokens from the client's last motion, and check several in one pass where that pays
+    #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
+    #[arg(hide_possible_values = true)]
+    draft: String,
+    /// CPU threads [default: one for each core]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+    /// Choose among all tokens as the reference does, even those that are no motion
+    #[arg(long)]
+    reference_decoding: bool,
+}
+
+/// How the server serves.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// Address to listen on; other machines need a token, or --insecure
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// File with the token that clients must show: `Authorization: Bearer …`, or `Api-Key …`
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Listen on any address without a token
+    #[arg(long)]
+    pub insecure: bool,
+    /// Data set of requests that name none; needed if the model knows several
+    #[arg(long, value_name = "KEY")]
+    pub unnorm_key: Option<String>,
+    /// How long a request may take, unless it says so itself
+    #[arg(long, value_name = "MS", default_value_t = 60_000)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=crate::observation::MAX_DEADLINE_MS))]
+    pub deadline_ms: u64,
+    /// How old an observation's timestamp may be when it comes [default: any age]
+    #[arg(long, value_name = "MS")]
+    pub max_age_ms: Option<u64>,
+    /// Observations that may wait
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub queue: u16,
+    /// For how long a silent client is remembered
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    pub session_s: u32,
+    /// Keep every dimension within its data set's range
+    #[arg(long)]
+    pub clamp: bool,
+    /// How far a dimension may be from the client's last motion: one number, or one for each
+    #[arg(long, value_name = "X[,X…]", value_delimiter = ',', value_parser = delta)]
+    pub max_delta: Option<Vec<f64>>,
+    /// Answer errors of /act and the websocket as the reference does: "error" with status 200
+    #[arg(long)]
+    pub compat_errors: bool,
+    /// Connections that may be open
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub max_connections: u32,
+    /// Largest body or websocket message, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
+    pub max_body: usize,
+    /// Most pixels of an image
+    #[arg(long, value_name = "N", default_value_t = 1 << 24)]
+    pub max_pixels: usize,
+    /// Seconds for a request's headers, for its body, and for a client to take an answer
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub read_s: u64,
+    /// After a panic of the model or a failure of its device
+    #[arg(long, value_enum, default_value = "restart")]
+    pub on_failure: OnFailure,
+    /// Seconds after which a step counts as stuck: /readyz turns red; after twice as many, exit
+    #[arg(long, value_name = "S", default_value_t = 300)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub stall_s: u64,
+    /// Seconds to finish what was accepted when asked to stop
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    pub drain_s: u64,
+}
+
+fn delta(text: &str) -> Result<f64, String> {
+    let number = text.trim().parse::<f64>().ok().filter(|x| *x >= 0.0);
+    number.ok_or_else(|| "a number of the data set's units is wanted, or inf".to_owned())
+}
+
+impl Model {
+    /// Opens the model.
+    ///
+    /// # Errors
+    /// As [`OpenVla::open`].
+    pub fn open(&self) -> Result<OpenVla> {
+        let mut options = openvla::Options::default();
+        options.devices = self.device.clone();
+        options.n_gpu_layers = self.n_gpu_layers;
+        options.n_threads = self.threads.map_or(options.n_threads, usize::from);
+        if self.reference_decoding {
+            options.decoding = Decoding::Reference;
+        }
+        if self.draft == "auto" {
+            options.draft = Draft::Auto;
+        }
+        let named =
+            self.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
+        Ok(match named {
+            Some(path) => OpenVla::open(path, &options)?,
+            None => {
+                tracing::warn!("no model named: the built-in example, whose weights are random");
+                OpenVla::built_in("the built-in example", EXAMPLE, &options)?
+            }
+        })
+    }
+}
+
+impl Settings {
+    /// What clients must show, if anything.
+    ///
+    /// # Errors
+    /// If the file holds no token, or others could reach the server without one.
+    pub fn token(&self) -> Result<Option<Token>> {
+        let token = self.token_file.as_deref().map(Token::read).transpose()?;
+        ensure!(
+            token.is_some() || self.insecure || self.host.is_loopback(),
+            "{} is open to other machines: name a --token-file, or say --insecure",
+            self.host
+        );
+        Ok(token)
+    }
+
+    /// The queue's part.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            waiting: self.queue.into(),
+            max_age: self.max_age_ms.map(Duration::from_millis),
+            memory: self.memory(),
+        }
+    }
+
+    /// The worker's part.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            safety: Safety { clamp: self.clamp, max_delta: self.max_delta.clone() },
+            unnorm_key: self.unnorm_key.clone(),
+            memory: self.memory(),
+            on_failure: self.on_failure,
+        }
+    }
+
+    /// How long a request may take that does not say so.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_millis(self.deadline_ms)
+    }
+
+    /// How long a client may take to send or to read.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(self.read_s)
+    }
+
+    /// How long a step may take.
+    pub fn stall(&self) -> Duration {
+        Duration::from_secs(self.stall_s)
+    }
+
+    fn memory(&self) -> Duration {
+        Duration::from_secs(self.session_s.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Settings, clap::Error> {
+        Options::try_parse_from([&["openvla-serve"], args].concat()).map(|o| o.settings)
+    }
+
+    #[test]
+    fn other_machines_need_a_token() {
+        let token = |args: &[&str]| parse(args).unwrap().token();
+        assert!(token(&[]).unwrap().is_none());
+        assert!(token(&["--host", "::1"]).unwrap().is_none());
+        let error = token(&["--host", "0.0.0.0"]).unwrap_err().to_string();
+        assert!(error.contains("--token-file") && error.contains("--insecure"), "{error}");
+        assert!(token(&["--host", "0.0.0.0", "--insecure"]).unwrap().is_none());
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        std::fs::write(&file, "0123456789abcdef\n").unwrap();
+        let named = ["--host", "0.0.0.0", "--token-file", file.to_str().unwrap()];
+        assert!(token(&named).unwrap().is_some());
+    }
+
+    #[test]
+    fn deltas_are_numbers_for_each_dimension() {
+        let deltas = parse(&["--max-delta", "0.1,0.2,inf"]).unwrap().max_delta;
+        assert_eq!(deltas, Some(vec![0.1, 0.2, f64::INFINITY]));
+        for wrong in ["-1", "NaN", "x", "1,,2"] {
+            assert!(parse(&[&format!("--max-delta={wrong}")]).is_err(), "{wrong}");
+        }
+    }
+}

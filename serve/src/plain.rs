@@ -1,0 +1,107 @@
+//! The form for everyone else: `POST /v1/act`, a picture file in, a JSON object out.
+//!
+//! in   JSON `{"image": base64 of a PNG or JPEG, "instruction": text, "unnorm_key": text}`, or
+//!      multipart/form-data with the same fields, `image` being the file itself
+//! out  [`crate::observation::Answer`]
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request, State};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+
+use crate::act::object;
+use crate::error::{Code, Error};
+use crate::observation::{Answer, Observation};
+use crate::routes::App;
+
+#[derive(Deserialize)]
+struct Payload<'a> {
+    #[serde(borrow)]
+    image: Cow<'a, str>,
+    instruction: String,
+    unnorm_key: Option<String>,
+}
+
+/// `POST /v1/act`.
+pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
+    answer(&app, request).await.map(Json).into_response()
+}
+
+async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
+    let order = app.order(&request)?;
+    let headers = request.headers().clone();
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or("").trim().to_lowercase();
+    let observation = match kind.as_str() {
+        "application/json" => {
+            let body = app.body(request).await?;
+            let at = Arc::clone(app);
+            app.decode(move || from_json(&at, &body)).await?
+        }
+        "multipart/form-data" => {
+            let body = app.body(request).await?;
+            let fields = fields(&headers, body).await?;
+            let at = Arc::clone(app);
+            app.decode(move || from_fields(&at, fields)).await?
+        }
+        other => {
+            let message = format!("the body is `{other}`");
+            let hint = "application/json or multipart/form-data";
+            return Err(Error::new(Code::UnsupportedMediaType, message).hint(hint));
+        }
+    };
+    app.engine.act(observation, order).await
+}
+
+fn from_json(app: &App, body: &[u8]) -> Result<Observation, Error> {
+    let payload: Payload<'_> = object(body)?;
+    let file = STANDARD.decode(payload.image.as_bytes());
+    let file = file.map_err(|why| Error::bad_request(format!("`image` is no base64: {why}")))?;
+    app.picture(&file, payload.instruction, payload.unnorm_key)
+}
+
+/// The parts of a form.
+#[derive(Default)]
+struct Fields {
+    image: Option<Bytes>,
+    instruction: Option<String>,
+    unnorm_key: Option<String>,
+}
+
+async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
+    let mut whole = Request::new(Body::from(body));
+    *whole.headers_mut() = headers.clone();
+    DefaultBodyLimit::disable().apply(&mut whole); // it is here already
+    let wrong = |why: &dyn std::fmt::Display| Error::bad_request(format!("the form: {why}"));
+    let mut form = Multipart::from_request(whole, &()).await.map_err(|why| wrong(&why))?;
+    let mut fields = Fields::default();
+    while let Some(field) = form.next_field().await.map_err(|why| wrong(&why.body_text()))? {
+        let name = field.name().unwrap_or_default().to_owned();
+        let bytes = field.bytes().await.map_err(|why| wrong(&why.body_text()))?;
+        let text = || {
+            let no_text = |_| Error::bad_request(format!("the form: `{name}` is no UTF-8"));
+            String::from_utf8(bytes.to_vec()).map_err(no_text)
+        };
+        match name.as_str() {
+            "image" => fields.image = Some(bytes),
+            "instruction" => fields.instruction = Some(text()?),
+            "unnorm_key" => fields.unnorm_key = Some(text()?),
+            _ => {}
+        }
+    }
+    Ok(fields)
+}
+
+fn from_fields(app: &App, fields: Fields) -> Result<Observation, Error> {
+    let missing = |name| Error::bad_request(format!("the form has no field `{name}`"));
+    let file = fields.image.ok_or_else(|| missing("image"))?;
+    let instruction = fields.instruction.ok_or_else(|| missing("instruction"))?;
+    app.picture(&file, instruction, fields.unnorm_key)
+}

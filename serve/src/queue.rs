@@ -1,0 +1,346 @@
+//! What waits for the model: a bounded line that knows about time. Pure; the clock is an argument.
+//!
+//! - A client waits once. Its newer observation takes the place in line of the older one, so a fast
+//!   client neither waits longer for being fast nor keeps others from their turn.
+//! - What is too late is never handed out.
+//! - What is older than what the client sent before, or than the operator bears, is refused.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::recent::Recent;
+
+/// Who sent an observation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Client {
+    /// Whoever goes by this name.
+    Named(String),
+    /// Whoever is at the other end of the connection of this number.
+    Connection(u64),
+}
+
+/// When an observation was made, and until when a motion is worth something.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// Who wants the motion.
+    pub client: Client,
+    /// The client's own count.
+    pub seq: Option<u64>,
+    /// The client's clock when it looked, in seconds since 1970.
+    pub timestamp: Option<f64>,
+    /// When the request came.
+    pub arrived: Instant,
+    /// When its answer becomes worthless.
+    pub deadline: Instant,
+}
+
+/// The queue's rules.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Observations that may wait.
+    pub waiting: usize,
+    /// How old an observation's timestamp may be when it comes.
+    pub max_age: Option<Duration>,
+    /// For how long a silent client's last `seq` and `timestamp` are remembered.
+    pub memory: Duration,
+}
+
+/// Why an observation never got into the line.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Refused {
+    /// As many wait as may.
+    Full,
+    /// It is this much older than it may be.
+    Stale(Duration),
+    /// A `seq` or `timestamp` of the client's was as high already.
+    OutOfOrder(String),
+}
+
+/// Why an observation left the line without reaching the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    /// The same client sent a newer one.
+    Superseded,
+    /// Its deadline passed.
+    Late,
+}
+
+/// A place in the line.
+pub type Ticket = u64;
+
+/// Items that left the line without reaching the model, and why.
+pub type Left<T> = Vec<(T, Gone)>;
+
+/// The line.
+#[derive(Debug)]
+pub struct Queue<T> {
+    limits: Limits,
+    waiting: VecDeque<Waiting<T>>,
+    seen: Recent<Client, Seen>,
+    tickets: Ticket,
+}
+
+#[derive(Debug)]
+struct Waiting<T> {
+    ticket: Ticket,
+    order: Order,
+    item: T,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    seq: Option<u64>,
+    timestamp: Option<f64>,
+}
+
+impl<T> Queue<T> {
+    /// An empty line.
+    pub fn new(limits: Limits) -> Self {
+        let seen = Recent::new(limits.memory);
+        Self { limits, waiting: VecDeque::new(), seen, tickets: 0 }
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Lines up. `now` and `unix`, in seconds since 1970, are the same moment.
+    ///
+    /// # Errors
+    /// [`Refused`]; the line is then as before.
+    pub fn push(
+        &mut self,
+        order: Order,
+        item: T,
+        now: Instant,
+        unix: f64,
+    ) -> Result<(Ticket, Left<T>), Refused> {
+        if let (Some(max), Some(timestamp)) = (self.limits.max_age, order.timestamp) {
+            let age = Duration::try_from_secs_f64(unix - timestamp).unwrap_or_default();
+            if age > max {
+                return Err(Refused::Stale(age - max));
+            }
+        }
+        self.check_order(&order, now)?;
+        let same = |waiting: &Waiting<T>| waiting.order.client == order.client;
+        let place = self.waiting.iter().position(same);
+        let in_time = self.waiting.iter().filter(|waiting| waiting.order.deadline > now).count();
+        if place.is_none() && in_time >= self.limits.waiting {
+            return Err(Refused::Full);
+        }
+        let seen = self.seen.entry(order.client.clone(), now);
+        seen.seq = order.seq.or(seen.seq);
+        seen.timestamp = order.timestamp.or(seen.timestamp);
+        self.tickets += 1;
+        let ticket = self.tickets;
+        let new = Waiting { ticket, order, item };
+        let mut left = Vec::new();
+        match place {
+            Some(place) => {
+                let old = std::mem::replace(&mut self.waiting[place], new);
+                left.push((old.item, Gone::Superseded));
+            }
+            None => self.waiting.push_back(new),
+        }
+        left.extend(self.take_late(now));
+        Ok((ticket, left))
+    }
+
+    /// The next in line, and those for whom it is too late.
+    pub fn pop(&mut self, now: Instant) -> (Option<(Order, T)>, Left<T>) {
+        let late = self.take_late(now);
+        (self.waiting.pop_front().map(|waiting| (waiting.order, waiting.item)), late)
+    }
+
+    /// Leaves the line, if still in it.
+    pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
+        let place = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
+        self.waiting.remove(place).map(|waiting| waiting.item)
+    }
+
+    fn take_late(&mut self, now: Instant) -> Left<T> {
+        let mut late = Vec::new();
+        for waiting in std::mem::take(&mut self.waiting) {
+            match waiting.order.deadline > now {
+                true => self.waiting.push_back(waiting),
+                false => late.push((waiting.item, Gone::Late)),
+            }
+        }
+        late
+    }
+
+    fn check_order(&mut self, order: &Order, now: Instant) -> Result<(), Refused> {
+        let Some(seen) = self.seen.get(&order.client, now) else { return Ok(()) };
+        if let (Some(new), Some(old)) = (order.seq, seen.seq)
+            && new <= old
+        {
+            return Err(Refused::OutOfOrder(format!("seq {new} came after seq {old}")));
+        }
+        if let (Some(new), Some(old)) = (order.timestamp, seen.timestamp)
+            && new < old
+        {
+            let why = format!("it was made {:.3} s before one that came earlier", old - new);
+            return Err(Refused::OutOfOrder(why));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn queue(waiting: usize) -> Queue<&'static str> {
+        let max_age = Some(Duration::from_millis(200));
+        Queue::new(Limits { waiting, max_age, memory: 60 * SECOND })
+    }
+
+    fn order(client: &str, now: Instant) -> Order {
+        let client = Client::Named(client.into());
+        Order { client, seq: None, timestamp: None, arrived: now, deadline: now + SECOND }
+    }
+
+    fn next(queue: &mut Queue<&'static str>, now: Instant) -> Option<&'static str> {
+        queue.pop(now).0.map(|(_, item)| item)
+    }
+
+    #[test]
+    fn the_newest_of_a_client_wins_and_keeps_the_place() {
+        let (mut queue, now) = (queue(8), Instant::now());
+        queue.push(order("a", now), "a1", now, 0.0).unwrap();
+        queue.push(order("b", now), "b1", now, 0.0).unwrap();
+        let (_, left) = queue.push(order("a", now), "a2", now, 0.0).unwrap();
+        assert_eq!(left, [("a1", Gone::Superseded)]);
+        assert_eq!([next(&mut queue, now), next(&mut queue, now)], [Some("a2"), Some("b1")]);
+        assert_eq!(next(&mut queue, now), None);
+    }
+
+    #[test]
+    fn a_client_that_floods_gets_every_other_turn() {
+        let (mut queue, now) = (queue(8), Instant::now());
+        let mut turns = Vec::new();
+        queue.push(order("slow", now), "slow", now, 0.0).unwrap();
+        for _ in 0..6 {
+            for _ in 0..100 {
+                queue.push(order("fast", now), "fast", now, 0.0).unwrap();
+            }
+            let turn = next(&mut queue, now).unwrap();
+            if turn == "slow" {
+                queue.push(order("slow", now), "slow", now, 0.0).unwrap();
+            }
+            turns.push(turn);
+        }
+        assert_eq!(turns, ["slow", "fast", "slow", "fast", "slow", "fast"]);
+    }
+
+    #[test]
+    fn late_work_is_handed_back_and_makes_room() {
+        let (mut queue, now) = (queue(1), Instant::now());
+        queue.push(order("a", now), "a", now, 0.0).unwrap();
+        assert_eq!(queue.push(order("b", now), "b", now, 0.0).unwrap_err(), Refused::Full);
+        let later = now + SECOND;
+        let (_, left) = queue.push(order("b", later), "b", later, 0.0).unwrap();
+        assert_eq!(left, [("a", Gone::Late)]);
+        let (next, left) = queue.pop(later + SECOND);
+        assert!(next.is_none());
+        assert_eq!(left, [("b", Gone::Late)], "its deadline is over at the very moment");
+    }
+
+    #[test]
+    fn a_full_line_still_takes_news_of_those_in_it() {
+        let (mut queue, now) = (queue(2), Instant::now());
+        for client in ["a", "b"] {
+            queue.push(order(client, now), "old", now, 0.0).unwrap();
+        }
+        assert_eq!(queue.push(order("c", now), "c", now, 0.0).unwrap_err(), Refused::Full);
+        assert!(queue.push(order("b", now), "new", now, 0.0).is_ok());
+        assert_eq!(queue.len(), 2);
+    }
+
+    #[test]
+    fn a_seq_or_a_timestamp_never_goes_back() {
+        let (mut queue, now) = (queue(8), Instant::now());
+        let at = |seq, timestamp| Order { seq, timestamp, ..order("a", now) };
+        queue.push(at(Some(5), Some(100.0)), "5", now, 100.0).unwrap();
+        for (seq, timestamp) in [(Some(5), None), (Some(4), Some(101.0)), (Some(6), Some(99.9))] {
+            let refused = queue.push(at(seq, timestamp), "old", now, 100.0).unwrap_err();
+            assert!(matches!(refused, Refused::OutOfOrder(_)), "{seq:?} {timestamp:?}");
+        }
+        queue.push(at(None, None), "none given", now, 100.0).unwrap();
+        assert!(queue.push(at(Some(5), None), "5", now, 100.0).is_err(), "still known");
+        queue.push(at(Some(6), Some(100.0)), "6", now, 100.0).unwrap();
+        let b = Order { seq: Some(1), ..order("b", now) };
+        queue.push(b, "another client counts for itself", now, 100.0).unwrap();
+        let later = now + 61 * SECOND;
+        queue.push(at(Some(0), None), "forgotten", later, 100.0).unwrap();
+    }
+
+    #[test]
+    fn what_is_stale_when_it_comes_is_refused() {
+        let (mut queue, now) = (queue(8), Instant::now());
+        let at = |timestamp| Order { timestamp: Some(timestamp), ..order("a", now) };
+        let refused = queue.push(at(99.0), "old", now, 100.0).unwrap_err();
+        assert_eq!(refused, Refused::Stale(Duration::from_millis(800)));
+        queue.push(at(99.9), "young", now, 100.0).unwrap();
+        queue.push(at(1e300), "a clock that is ahead is not ours to judge", now, 100.0).unwrap();
+    }
+
+    #[test]
+    fn who_leaves_is_not_served() {
+        let (mut queue, now) = (queue(8), Instant::now());
+        let (ticket, _) = queue.push(order("a", now), "a", now, 0.0).unwrap();
+        assert_eq!(queue.cancel(ticket), Some("a"));
+        assert_eq!(queue.cancel(ticket), None);
+        assert!(next(&mut queue, now).is_none());
+    }
+
+    proptest! {
+        /// Whatever comes: each item leaves exactly once, never late, in the order of its client's
+        /// place, and no more wait than may.
+        #[test]
+        fn nothing_is_lost_and_nothing_is_late(
+            steps in prop::collection::vec((0..6_u8, 0..3_u32, 1..5_u32), 1..80)
+        ) {
+            let mut queue: Queue<usize> =
+                Queue::new(Limits { waiting: 3, max_age: None, memory: 60 * SECOND });
+            let mut now = Instant::now();
+            let (mut pushed, mut out, mut deadlines) = (0, Vec::new(), Vec::new());
+            for (client, wait, life) in steps {
+                now += wait * SECOND;
+                if client == 5 {
+                    let (next, left) = queue.pop(now);
+                    for (item, why) in left {
+                        prop_assert!(why == Gone::Late && deadlines[item] <= now);
+                        out.push(item);
+                    }
+                    if let Some((order, item)) = next {
+                        prop_assert!(order.deadline > now);
+                        out.push(item);
+                    }
+                } else {
+                    let deadline = now + life * SECOND;
+                    let order = Order { deadline, ..order(&client.to_string(), now) };
+                    if let Ok((_, left)) = queue.push(order, pushed, now, 0.0) {
+                        deadlines.push(deadline);
+                        pushed += 1;
+                        out.extend(left.into_iter().map(|(item, _)| item));
+                    }
+                }
+                prop_assert!(queue.len() <= 3);
+            }
+            now += 60 * SECOND;
+            out.extend(queue.pop(now).1.into_iter().map(|(item, _)| item));
+            out.sort();
+            prop_assert_eq!(out, (0..pushed).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What a request meets before and after its form: token, limits, counting, logging.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::auth::{Token, check_origin};
+use crate::engine::Engine;
+use crate::error::{Code, Error, Outcome};
+use crate::observation::{Note, Observation};
+use crate::options::Settings;
+use crate::queue::{Client, Order};
+use crate::server::Connection;
+use crate::{act, openpi, plain};
+
+/// The API's description, which is also its documentation.
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+/// What all requests share.
+pub struct App {
+    /// Queue and model.
+    pub engine: Engine,
+    /// The command line's.
+    pub settings: Settings,
+    /// Whether the server is about to end.
+    pub draining: watch::Receiver<bool>,
+    token: Option<Token>,
+    /// Bodies that may be decoded at a time, since a picture may be large.
+    decoders: Arc<Semaphore>,
+}
+
+/// When a request's headers were read.
+#[derive(Clone, Copy)]
+pub struct Arrived(pub Instant);
+
+impl App {
+    /// What requests share, without anything accepted yet.
+    pub fn new(
+        engine: Engine,
+        settings: Settings,
+        token: Option<Token>,
+        draining: watch::Receiver<bool>,
+    ) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let decoders = Arc::new(Semaphore::new(cores));
+        Arc::new(Self { engine, settings, draining, token, decoders })
+    }
+
+    /// The order of a request, of its headers.
+    ///
+    /// # Errors
+    /// [`Code::BadRequest`], [`Code::ClientNeeded`].
+    pub fn order(&self, request: &Request) -> Result<Order, Error> {
+        let Arrived(arrived) = *extension(request);
+        let Connection { number, .. } = *extension(request);
+        let note = Note::of(request.headers())?;
+        let order = note.order(arrived, number, self.settings.deadline())?;
+        if self.settings.max_delta.is_some() && matches!(order.client, Client::Connection(_)) {
+            let message = "--max-delta compares a motion with the client's last one";
+            let hint = "name the robot in the header X-Client-Id";
+            return Err(Error::new(Code::ClientNeeded, message).hint(hint));
+        }
+        Ok(order)
+    }
+
+    /// A request's whole body.
+    ///
+    /// # Errors
+    /// [`Code::PayloadTooLarge`], [`Code::RequestTimeout`], [`Code::BadRequest`].
+    pub async fn body(&self, mut request: Request) -> Result<Bytes, Error> {
+        let (limit, patience) = (self.settings.max_body, self.settings.patience());
+        let too_large = || {
+            let message = format!("the body is larger than {limit} bytes");
+            Error::new(Code::PayloadTooLarge, message).hint("smaller pictures, or --max-body")
+        };
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if length.is_some_and(|length| length > limit) {
+            return Err(too_large());
+        }
+        DefaultBodyLimit::max(limit).apply(&mut request);
+        match timeout(patience, Bytes::from_request(request, &())).await {
+            Ok(Ok(body)) => Ok(body),
+            Ok(Err(why)) if why.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
+            Ok(Err(why)) => Err(Error::bad_request(format!("the body broke off: {why}"))),
+            Err(_) => {
+                let message = format!("the body did not come within {patience:.0?}");
+                Err(Error::new(Code::RequestTimeout, message))
+            }
+        }
+    }
+
+    /// Decodes beside the connections' threads, a few at a time.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub async fn decode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let place = Arc::clone(&self.decoders).acquire_owned().await;
+        let work = move || {
+            let _place = place; // kept until the work ends, even if nobody waits for it any more
+            work()
+        };
+        spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::bad_image("its decoder failed")))
+    }
+
+    /// A picture file's picture.
+    ///
+    /// # Errors
+    /// [`Code::BadImage`]; sizes are checked before pixels are read.
+    pub fn picture(
+        &self,
+        file: &[u8],
+        instruction: String,
+        unnorm_key: Option<String>,
+    ) -> Result<Observation, Error> {
+        if let Ok(size) = imagesize::blob_size(file) {
+            crate::numpy::check_pixels(size.width, size.height, self.settings.max_pixels)?;
+        }
+        Observation::new(openvla::decode(file)?, instruction, unnorm_key)
+    }
+
+    fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
+        match &self.token {
+            _ if ["/healthz", "/readyz"].contains(&path) => Ok(()),
+            Some(token) => token.check(headers),
+            None => check_origin(headers),
+        }
+    }
+}
+
+/// What the connection and [`guard`] add to every request.
+pub fn extension<T: Clone + Send + Sync + 'static>(request: &Request) -> &T {
+    request.extensions().get().expect("every request has it")
+}
+
+/// All routes.
+pub fn routes(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/", get(openpi::upgrade))
+        .route("/act", post(act::act))
+        .route("/v1/act", post(plain::act))
+        .route("/healthz", get(async || (TEXT, "OK\n")))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(async || (JSON, OPENAPI)))
+        .fallback(act::not_found)
+        .method_not_allowed_fallback(act::method_not_allowed)
+        .layer(from_fn_with_state(Arc::clone(&app), guard))
+        .with_state(app)
+}
+
+const TEXT: [(&str, &str); 1] = [("content-type", "text/plain; charset=utf-8")];
+const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
+const METRICS: [(&str, &str); 1] =
+    [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    if *app.draining.borrow() {
+        return Error::new(Code::NotReady, "the server is going away").into_response();
+    }
+    app.engine.check_ready(app.settings.stall()).map(|()| (TEXT, "ready\n")).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    (METRICS, app.engine.metrics().text()).into_response()
+}
+
+async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let arrived = Instant::now();
+    request.extensions_mut().insert(Arrived(arrived));
+    let path = request.uri().path().to_owned();
+    let method = request.method().clone();
+    let mut response = match app.admit(request.headers(), &path) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    };
+    let outcome = response.extensions().get().map_or("ok", |Outcome(code)| code.name());
+    let form = match path.as_str() {
+        "/act" => "act",
+        "/v1/act" => "plain",
+        "/" => "openpi",
+        _ => "other",
+    };
+    // A connection that became a websocket is no answer; its messages are counted one by one.
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        app.engine.metrics().answered(form, outcome);
+        if *app.draining.borrow() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+    let ms = arrived.elapsed().as_secs_f64() * 1e3;
+    let status = response.status().as_u16();
+    match status {
+        500 => tracing::error!(%method, path, status, outcome, ms, "request"),
+        _ => tracing::debug!(%method, path, status, outcome, ms, "request"),
+    }
+    response
+}

@@ -1,0 +1,126 @@
+//! What a motion must be before it leaves: numbers, within bounds, and not too far from the last.
+
+use serde::Serialize;
+
+use crate::error::{Code, Error};
+
+/// What the operator wants of every motion beyond being finite.
+#[derive(Debug, Clone, Default)]
+pub struct Safety {
+    /// Keep each dimension within the data set's range.
+    pub clamp: bool,
+    /// How far each dimension may be from the client's last motion, in the data set's units. One
+    /// number stands for every dimension.
+    pub max_delta: Option<Vec<f64>>,
+}
+
+/// What was done to a motion.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Dimensions that were outside the range and are now at its edge.
+    pub clamped: Vec<usize>,
+    /// Dimensions that were too far from the last motion and are now nearer.
+    pub limited: Vec<usize>,
+}
+
+impl Safety {
+    /// Makes a motion safe. `last` is what the client was answered before, if that is known and in
+    /// the same units.
+    ///
+    /// # Errors
+    /// [`Code::NotFinite`] if it holds something that is no number; [`Code::BadRequest`] if
+    /// `max_delta` is for motions of another length.
+    pub fn check(
+        &self,
+        motion: &mut [f64],
+        ranges: &[[f64; 2]],
+        last: Option<&[f64]>,
+    ) -> Result<Report, Error> {
+        if let Some(i) = motion.iter().position(|x| !x.is_finite()) {
+            let message =
+                format!("dimension {i} of the motion is {}, which is no number", motion[i]);
+            return Err(Error::new(Code::NotFinite, message));
+        }
+        let clamped = match self.clamp {
+            true => confine(motion, |i| ranges.get(i).copied()),
+            false => Vec::new(),
+        };
+        let limited = match (&self.max_delta, last) {
+            (Some(most), Some(last)) if last.len() == motion.len() => {
+                if most.len() != 1 && most.len() != motion.len() {
+                    let (wanted, found) = (motion.len(), most.len());
+                    let message = format!("--max-delta has {found} numbers, this motion {wanted}");
+                    return Err(Error::bad_request(message));
+                }
+                let most = |i: usize| *most.get(i).unwrap_or(&most[0]);
+                confine(motion, |i| Some([last[i] - most(i), last[i] + most(i)]))
+            }
+            _ => Vec::new(),
+        };
+        Ok(Report { clamped, limited })
+    }
+}
+
+/// Moves each number into its range, and says which were outside.
+fn confine(motion: &mut [f64], range: impl Fn(usize) -> Option<[f64; 2]>) -> Vec<usize> {
+    let mut outside = Vec::new();
+    for (i, x) in motion.iter_mut().enumerate() {
+        let Some([low, high]) = range(i) else { continue };
+        let inside = x.max(low.min(high)).min(high.max(low));
+        if inside != *x {
+            *x = inside;
+            outside.push(i);
+        }
+    }
+    outside
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGES: [[f64; 2]; 3] = [[-1.0, 1.0], [0.0, 0.5], [-1.0, 1.0]];
+
+    #[test]
+    fn what_is_no_number_is_refused_by_name() {
+        for wrong in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let error = Safety::default().check(&mut [0.0, wrong], &RANGES, None).unwrap_err();
+            assert_eq!(error.code, Code::NotFinite);
+            assert!(error.message.contains("dimension 1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_done_unless_asked_for() {
+        let mut motion = [9.0, -9.0, 0.0];
+        let report = Safety::default().check(&mut motion, &RANGES, Some(&[0.0; 3])).unwrap();
+        assert_eq!((motion, report), ([9.0, -9.0, 0.0], Report::default()));
+    }
+
+    #[test]
+    fn clamping_reports_what_it_moved() {
+        let (mut motion, safety) = ([0.5, 0.7, -3.0], Safety { clamp: true, max_delta: None });
+        let report = safety.check(&mut motion, &RANGES, None).unwrap();
+        assert_eq!(motion, [0.5, 0.5, -1.0]);
+        assert_eq!(report, Report { clamped: vec![1, 2], limited: vec![] });
+    }
+
+    #[test]
+    fn a_motion_is_held_near_the_one_before() {
+        let safety = |max_delta: &[f64]| Safety { clamp: true, max_delta: Some(max_delta.into()) };
+        let mut motion = [1.0, 0.1, -5.0];
+        let last = [0.0, 0.0, -0.9];
+        let report = safety(&[0.25]).check(&mut motion, &RANGES, Some(&last)).unwrap();
+        assert_eq!(motion, [0.25, 0.1, -1.0], "clamped first, then within reach of the last");
+        assert_eq!(report, Report { clamped: vec![2], limited: vec![0] });
+
+        let mut motion = [1.0, 0.1, 1.0];
+        let each = [0.5, 0.5, f64::INFINITY];
+        let report = safety(&each).check(&mut motion, &RANGES, Some(&last)).unwrap();
+        assert_eq!((motion, report.limited), ([0.5, 0.1, 1.0], vec![0]));
+
+        let mut motion = [1.0, 0.1, 1.0];
+        assert!(safety(&[0.1]).check(&mut motion, &RANGES, None).unwrap().limited.is_empty());
+        assert!(safety(&[0.1, 0.1]).check(&mut motion, &RANGES, Some(&last)).is_err());
+    }
+}

@@ -1,0 +1,199 @@
+//! Connections in, answers out: the listener and its limits, and how it all ends.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail};
+use axum::Router;
+use axum::extract::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutStream;
+use tower_service::Service;
+
+use crate::engine::Engine;
+use crate::options::Settings;
+use crate::routes::{App, routes};
+use crate::worker::{Policy, run};
+
+/// For how long after the signal to stop a connection may still bring a request.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// A request's connection: its number, and its place among those that may be open, which an upgraded
+/// connection keeps.
+#[derive(Clone)]
+pub struct Connection {
+    /// Counts from 0.
+    pub number: u64,
+    _place: Arc<Place>,
+}
+
+/// A place among the connections that may be open; counted as long as it is taken.
+struct Place {
+    engine: Engine,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.engine.metrics().connections.dec();
+    }
+}
+
+/// Serves until `stop` comes and everything accepted until then has its answer, or the worker gives
+/// up.
+///
+/// # Errors
+/// If the model cannot be opened, fails too often or hangs, or if not all was answered in time.
+pub async fn serve<P, O>(
+    listener: TcpListener,
+    settings: Settings,
+    open: O,
+    stop: impl Future<Output = ()>,
+) -> Result<()>
+where
+    P: Policy,
+    O: FnMut() -> Result<P> + Send + 'static,
+{
+    let engine = Engine::new(settings.limits());
+    let token = settings.token()?;
+    let (mut worker, mut ended) = start(&engine, &settings, open);
+    let (drain, draining) = watch::channel(false);
+    let places = Arc::new(Semaphore::new(settings.max_connections as usize));
+    let app = App::new(engine.clone(), settings.clone(), token, draining.clone());
+    let (stall, drain_s) = (settings.stall(), settings.drain_s);
+    let mut accepting = Accepting { router: routes(app), places, settings, draining, number: 0 };
+
+    let failed = tokio::select! {
+        () = accepting.accept_all(&listener, &engine) => unreachable!("accepts until the end"),
+        () = stop => false,
+        _ = &mut ended => true,
+        () = stuck(&engine, 2 * stall) => bail!("a step of the model hangs"),
+    };
+    tracing::info!(pending = engine.pending(), "draining");
+    let _ = drain.send(true); // connections may all be gone
+    // The system has accepted these already, and their clients may have sent a request.
+    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
+        accepting.take(stream, &engine);
+    }
+    drop(listener);
+    let limit = Duration::from_secs(drain_s);
+    let all = accepting.places.acquire_many(accepting.settings.max_connections);
+    let in_time = timeout(limit, all).await.is_ok();
+    engine.close();
+    if !failed && !in_time {
+        bail!("not all was answered within {limit:.0?}: --drain-s");
+    }
+    if !failed && engine.card().is_none() {
+        return Ok(()); // nothing was promised yet, and opening a large model takes its time
+    }
+    if !failed && timeout(limit, &mut ended).await.is_err() {
+        bail!("the model did not end its step within {limit:.0?}");
+    }
+    worker
+        .take()
+        .map_or(Ok(Ok(())), JoinHandle::join)
+        .map_err(|_| anyhow!("the worker panicked"))?
+}
+
+/// The worker's thread, and word of its end.
+type Worker = (Option<JoinHandle<Result<()>>>, oneshot::Receiver<()>);
+
+fn start<P: Policy>(
+    engine: &Engine,
+    settings: &Settings,
+    open: impl FnMut() -> Result<P> + Send + 'static,
+) -> Worker {
+    let (end, ended) = oneshot::channel();
+    let (engine, rules) = (engine.clone(), settings.rules());
+    let work = move || {
+        let _end = end; // dropped with the thread, however it ends
+        run(&engine, &rules, open)
+    };
+    let named = std::thread::Builder::new().name("model".into());
+    (Some(named.spawn(work).expect("a thread can be started")), ended)
+}
+
+/// Returns if a step takes longer than this.
+async fn stuck(engine: &Engine, limit: Duration) {
+    while engine.busy().is_none_or(|busy| busy < limit) {
+        sleep(Duration::from_secs(1).min(limit)).await;
+    }
+}
+
+struct Accepting {
+    router: Router,
+    places: Arc<Semaphore>,
+    settings: Settings,
+    draining: watch::Receiver<bool>,
+    number: u64,
+}
+
+impl Accepting {
+    async fn accept_all(&mut self, listener: &TcpListener, engine: &Engine) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.take(stream, engine),
+                Err(error) => {
+                    // Such as too many open files: others must close theirs first.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, stream: TcpStream, engine: &Engine) {
+        let Ok(permit) = Arc::clone(&self.places).try_acquire_owned() else {
+            engine.metrics().refused.inc();
+            return; // closes it, so that the client knows at once
+        };
+        engine.metrics().connections.inc();
+        let place = Place { engine: engine.clone(), _permit: permit };
+        let connection = Connection { number: self.number, _place: Arc::new(place) };
+        self.number += 1;
+        let (router, draining) = (self.router.clone(), self.draining.clone());
+        let patience = self.settings.patience();
+        tokio::spawn(async move {
+            if let Err(error) = talk(stream, router, connection, draining, patience).await {
+                tracing::debug!(%error, "a connection ended");
+            }
+        });
+    }
+}
+
+async fn talk(
+    stream: TcpStream,
+    router: Router,
+    connection: Connection,
+    mut draining: watch::Receiver<bool>,
+    patience: Duration,
+) -> hyper::Result<()> {
+    let _ = stream.set_nodelay(true); // answers are small; without it they are only slower
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(patience));
+    let answer = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(connection.clone());
+        router.clone().call(request)
+    });
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(patience).max_buf_size(1 << 16);
+    let http = http.serve_connection(TokioIo::new(Box::pin(stream)), answer).with_upgrades();
+    let mut http = std::pin::pin!(http);
+    let end = async {
+        let _ = draining.wait_for(|draining| *draining).await; // an error is the end, too
+        sleep(LINGER).await;
+    };
+    tokio::select! {
+        done = http.as_mut() => return done,
+        () = end => http.as_mut().graceful_shutdown(),
+    }
+    http.await
+}

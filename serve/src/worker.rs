@@ -1,0 +1,258 @@
+//! The thread that owns the model: one observation after the other to one safe motion each.
+//!
+//! A step that panics, or a device that fails, ends the model's life but not the thread's: the model
+//! is opened again, or the program ends, as the operator wants it.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use openvla::image::{Rgb, RgbImage};
+use openvla::{Dataset, OpenVla, Session};
+
+use crate::engine::{Engine, Job, late};
+use crate::error::{Code, Error};
+use crate::observation::{Answer, Motion, Observation, Times, UNSURE};
+use crate::queue::{Client, Order};
+use crate::recent::Recent;
+use crate::safety::Safety;
+
+/// What makes motions of observations: a model, or what stands for one in tests.
+pub trait Policy {
+    /// What it says about itself.
+    fn card(&self) -> Card;
+
+    /// One step of a session, in units of the data set of this name.
+    ///
+    /// # Errors
+    /// As [`OpenVla::act_in`].
+    fn act(
+        &mut self,
+        session: &mut Session,
+        observation: &Observation,
+        unnorm_key: Option<&str>,
+    ) -> openvla::Result<Motion>;
+}
+
+/// What a model says about itself.
+#[derive(Debug, Clone, Default)]
+pub struct Card {
+    /// For people.
+    pub name: String,
+    /// Sides of the square that pictures become, in pixels.
+    pub image_size: u32,
+    /// The data sets it was trained on.
+    pub datasets: BTreeMap<String, Dataset>,
+    /// Bytes that it takes on each device.
+    pub memory: Vec<(String, usize)>,
+}
+
+impl Policy for OpenVla {
+    fn card(&self) -> Card {
+        let config = self.config();
+        let bytes = |usage: &openvla::Usage| usage.weights + usage.states + usage.graphs;
+        Card {
+            name: config.general.name.clone(),
+            image_size: config.preprocess.size,
+            datasets: config.statistics.datasets().clone(),
+            memory: self.usage().iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
+        }
+    }
+
+    fn act(
+        &mut self,
+        session: &mut Session,
+        observation: &Observation,
+        unnorm_key: Option<&str>,
+    ) -> openvla::Result<Motion> {
+        let Observation { image, instruction, .. } = observation;
+        self.act_in(session, image, instruction, unnorm_key).map(Motion::from)
+    }
+}
+
+/// What happens after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnFailure {
+    /// The model is opened again, until that does not help.
+    Restart,
+    /// The program ends.
+    Exit,
+}
+
+/// How the worker works.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// What every motion must be.
+    pub safety: Safety,
+    /// The data set of requests that name none.
+    pub unnorm_key: Option<String>,
+    /// For how long a silent client's motions are remembered.
+    pub memory: Duration,
+    /// What happens after a failure.
+    pub on_failure: OnFailure,
+}
+
+/// Failures in a row after which the model is not opened again.
+const MAX_FAILURES: u32 = 5;
+
+/// What is known of a client.
+#[derive(Default)]
+struct Known {
+    session: Session,
+    /// The data set and the motion of the last answer.
+    last: Option<(String, Vec<f64>)>,
+}
+
+/// Serves until the engine closes.
+///
+/// # Errors
+/// If the model cannot be opened, or fails more often than the rules bear.
+pub fn run<P: Policy>(
+    engine: &Engine,
+    rules: &Rules,
+    mut open: impl FnMut() -> Result<P>,
+) -> Result<()> {
+    let mut worker = Worker { engine, rules, clients: Recent::new(rules.memory), failures: 0 };
+    loop {
+        let Err(why) = worker.live(&mut open) else {
+            engine.end();
+            return Ok(());
+        };
+        worker.failures += 1;
+        let first = engine.card().is_none();
+        if first || rules.on_failure == OnFailure::Exit || worker.failures >= MAX_FAILURES {
+            engine.end();
+            return Err(why);
+        }
+        tracing::error!(error = format!("{why:#}"), "the model failed and is opened again");
+        engine.metrics().restarts.inc();
+        std::thread::sleep(Duration::from_millis(50 << worker.failures));
+    }
+}
+
+struct Worker<'a> {
+    engine: &'a Engine,
+    rules: &'a Rules,
+    clients: Recent<Client, Known>,
+    /// Failures since the last good step.
+    failures: u32,
+}
+
+impl Worker<'_> {
+    /// One life of the model: opened, warmed up, and used until the end or a failure.
+    fn live<P: Policy>(&mut self, open: &mut impl FnMut() -> Result<P>) -> Result<()> {
+        let mut policy = sound(open)??;
+        let card = policy.card();
+        self.warm_up(&mut policy, &card)?;
+        self.engine.open(card.clone());
+        tracing::info!(model = card.name, "ready");
+        while let Some((order, job)) = self.engine.next() {
+            let begun = Instant::now();
+            match sound(|| self.step(&mut policy, &card, &order, &job.observation)) {
+                Ok(Err(error)) if error.code == Code::ModelFailed => {
+                    let why = anyhow!(error.message.clone());
+                    return Err(self.fail(why, error, job));
+                }
+                Ok(answer) => {
+                    self.engine.stepped(begun.elapsed());
+                    let _ = job.reply.send(answer); // whoever asked may have left
+                    self.failures = 0;
+                }
+                Err(panic) => {
+                    let error = Error::new(Code::ModelFailed, "the model failed");
+                    return Err(self.fail(panic, error, job));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns requests away before anyone hears of the failure, so that who asks again at once does
+    /// not ask a model that is gone.
+    fn fail(&self, why: anyhow::Error, error: Error, job: Job) -> anyhow::Error {
+        self.engine.reopen(&format!("{why:#}"));
+        let _ = job.reply.send(Err(error)); // whoever asked may have left
+        why
+    }
+
+    /// A step before the first request, so that this one is as fast as those after it.
+    fn warm_up(&self, policy: &mut impl Policy, card: &Card) -> Result<()> {
+        if let Some(key) = &self.rules.unnorm_key {
+            let known = || card.datasets.keys().cloned().collect();
+            let suffixed = format!("{key}_no_noops");
+            if ![key, &suffixed].iter().any(|name| card.datasets.contains_key(*name)) {
+                bail!(openvla::Error::UnknownStatistics { key: key.clone(), known: known() });
+            }
+        }
+        let key = self.rules.unnorm_key.as_ref().or_else(|| card.datasets.keys().next());
+        let image = RgbImage::from_pixel(card.image_size, card.image_size, Rgb([127; 3]));
+        let observation =
+            Observation { image, instruction: "warm up".into(), unnorm_key: key.cloned() };
+        let act = || policy.act(&mut Session::default(), &observation, key.map(String::as_str));
+        sound(act)?.context("the warm-up step failed")?;
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        policy: &mut impl Policy,
+        card: &Card,
+        order: &Order,
+        observation: &Observation,
+    ) -> Result<Answer, Error> {
+        let begun = Instant::now();
+        let known = self.clients.entry(order.client.clone(), begun);
+        // A step that fails half way leaves no session behind.
+        let mut session = std::mem::take(&mut known.session);
+        let key = observation.unnorm_key.as_ref().or(self.rules.unnorm_key.as_ref());
+        let motion = policy.act(&mut session, observation, key.map(String::as_str))?;
+        known.session = session;
+
+        let dataset = card.datasets.get(&motion.unnorm_key);
+        let ranges = dataset.map(ranges).unwrap_or_default();
+        let mut action = motion.action;
+        let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
+        let last = last.map(|(_, motion)| motion.as_slice());
+        let safety = self.rules.safety.check(&mut action, &ranges, last)?;
+        let timing_ms = Times::new(begun.saturating_duration_since(order.arrived), &motion.timing);
+        self.engine.metrics().step(&timing_ms, &motion.draft);
+        if Instant::now() >= order.deadline {
+            self.engine.metrics().dropped.inc();
+            return Err(late(order));
+        }
+        known.last = Some((motion.unnorm_key.clone(), action.clone()));
+        self.engine.metrics().sessions.set(self.clients.len() as i64);
+        let (unconstrained, all_actions) = motion.unconstrained;
+        Ok(Answer {
+            action,
+            normalized: motion.normalized,
+            tokens: motion.tokens,
+            unnorm_key: motion.unnorm_key,
+            ranges,
+            all_actions,
+            unconstrained,
+            warning: (!all_actions).then_some(UNSURE),
+            safety,
+            draft: motion.draft,
+            timing_ms,
+            seq: order.seq,
+        })
+    }
+}
+
+/// Lowest and highest number of each dimension. Those that are not scaled are in -1..1.
+fn ranges(dataset: &Dataset) -> Vec<[f64; 2]> {
+    let scaled = dataset.q01.iter().zip(&dataset.q99).zip(&dataset.mask);
+    scaled.map(|((q01, q99), mask)| if *mask { [*q01, *q99] } else { [-1.0, 1.0] }).collect()
+}
+
+/// What a call returns, or the panic it ended with as an error.
+fn sound<T>(call: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        anyhow!("the model panicked: {}", text.unwrap_or("no reason given"))
+    })
+}

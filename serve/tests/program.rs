@@ -1,0 +1,203 @@
+//! Both programs as a user meets them: what they say, how they end, what they survive.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+fn command(program: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(args).env_remove("OPENVLA_MODEL").stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn run(program: &str, args: &[&str]) -> (Output, String) {
+    let output = command(program, args).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output, said)
+}
+
+const SERVE: &str = env!("CARGO_BIN_EXE_openvla-serve");
+const CLIENT: &str = env!("CARGO_BIN_EXE_openvla-client");
+
+fn table() -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/table.png").display().to_string()
+}
+
+/// A server as its own process.
+struct Server {
+    child: Child,
+    url: String,
+    log: BufReader<std::process::ChildStderr>,
+}
+
+impl Server {
+    fn start(args: &[&str]) -> Self {
+        let fixed = ["--port", "0", "--log-json", "--threads", "1"];
+        let mut child = command(SERVE, &[&fixed, args].concat()).spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let mut server = Self { child, url: String::new(), log };
+        while !server.reads_ready() {}
+        server
+    }
+
+    /// Reads a line of the log.
+    fn reads_ready(&mut self) -> bool {
+        let mut line = String::new();
+        assert!(self.log.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
+        let event: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        if let Some(address) = event["address"].as_str() {
+            self.url = format!("http://{address}");
+        }
+        event["message"] == "ready"
+    }
+
+    fn terminate(&self) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    }
+
+    fn ended(mut self) -> (bool, String) {
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().success(), rest)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // it may have ended
+        let _ = self.child.wait();
+    }
+}
+
+fn body() -> String {
+    let file = std::fs::read(table()).unwrap();
+    json!({ "image": STANDARD.encode(file), "instruction": "put eggplant into pot" }).to_string()
+}
+
+#[test]
+fn what_cannot_work_is_said_at_once() {
+    let (output, said) = run(SERVE, &["--host", "0.0.0.0"]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("error: ") && said.contains("--token-file"), "{said}");
+    let (output, said) = run(SERVE, &["--port", "0", "-m", "/nowhere/model.gguf"]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("error: ") && said.contains("/nowhere/model.gguf"), "{said}");
+    let (output, said) = run(SERVE, &["--port", "0", "--unnorm-key", "example_tabletops"]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("hint: did you mean `example_tabletop`?"), "{said}");
+    let (output, said) = run(SERVE, &["--max-delta", "much"]);
+    assert_eq!(output.status.code(), Some(2), "usage: {said}");
+}
+
+/// What was asked is answered, or was never accepted: a client is told one of the two.
+#[test]
+fn nothing_accepted_is_lost_when_it_is_asked_to_stop() {
+    let server = Server::start(&[]);
+    let (url, body) = (format!("{}/v1/act", server.url), body());
+    let (answered, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                loop {
+                    // A connection for each request, as `requests.post` has it.
+                    let agent: ureq::Agent = ureq::Agent::config_builder()
+                        .http_status_as_error(false)
+                        .timeout_global(Some(Duration::from_secs(60)))
+                        .build()
+                        .into();
+                    let request = agent.post(&url).content_type("application/json");
+                    match request.send(&body) {
+                        Ok(response) if response.status() == 200 => {
+                            answered.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Ok(other) => panic!("{other:?}"),
+                        Err(ureq::Error::Io(why))
+                            if why.kind() == std::io::ErrorKind::ConnectionRefused =>
+                        {
+                            return;
+                        }
+                        Err(ureq::Error::ConnectionFailed) => return,
+                        Err(why) => {
+                            eprintln!("{why:?}");
+                            lost.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+        while answered.load(Ordering::Relaxed) < 12 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        server.terminate();
+    });
+    let (success, log) = server.ended();
+    assert!(success && log.contains("draining"), "{log}");
+    assert_eq!(lost.load(Ordering::Relaxed), 0, "of {}", answered.load(Ordering::Relaxed));
+}
+
+#[test]
+fn clients_that_die_leave_nothing_behind() {
+    let server = Server::start(&[]);
+    for _ in 0..6 {
+        let args = ["camera", "--url", &server.url, "--hz", "100", "-n", "1000", &table(), "wave"];
+        let mut client = command(CLIENT, &args).spawn().unwrap();
+        let mut said = BufReader::new(client.stdout.take().unwrap());
+        said.read_line(&mut String::new()).unwrap(); // it has begun
+        client.kill().unwrap(); // SIGKILL, with requests under way
+        client.wait().unwrap();
+    }
+    let metric = |name: &str| -> f64 {
+        let text = ureq::get(format!("{}/metrics", server.url)).call().unwrap();
+        let text = text.into_body().read_to_string().unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap().parse().unwrap()
+    };
+    let begun = Instant::now();
+    while metric("openvla_connections") > 1.0 || metric("openvla_queue_depth") > 0.0 {
+        assert!(begun.elapsed() < Duration::from_secs(30), "connections or work of the dead stay");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let answer = ureq::post(format!("{}/v1/act", server.url))
+        .content_type("application/json")
+        .send(body())
+        .unwrap();
+    assert_eq!(answer.status(), 200);
+    server.terminate();
+    assert!(server.ended().0);
+}
+
+#[test]
+fn the_client_shows_what_became_of_every_picture() {
+    let server = Server::start(&[]);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example");
+    let folder = folder.display().to_string();
+    let args =
+        ["camera", "--url", &server.url, "--hz", "50", "-n", "30", "--json", &folder, "wave"];
+    let (output, said) = run(CLIENT, &args);
+    assert!(output.status.success(), "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last = lines.last().unwrap();
+    let outcomes = last["outcomes"].as_object().unwrap();
+    assert_eq!(outcomes.values().map(|n| n.as_u64().unwrap()).sum::<u64>(), 30, "{last}");
+    assert!(outcomes["acted"].as_u64().unwrap() > 0, "{last}");
+    let acted = lines.iter().filter(|line| line["outcome"] == "acted");
+    let seqs: Vec<u64> = acted.map(|line| line["seq"].as_u64().unwrap()).collect();
+    assert!(seqs.is_sorted(), "never an older picture's motion after a newer one's: {seqs:?}");
+
+    let args = ["tabletop", "--url", &server.url, "-n", "1", "--size", "56"];
+    let (output, said) = run(CLIENT, &[&args[..], &["--deadline-ms", "60000"]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("of 1 episodes, 40 steps"), "{text}{said}");
+    drop(server);
+    let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
+    assert!(!output.status.success() && said.contains("no_answer"), "{said}");
+}

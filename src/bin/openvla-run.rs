@@ -11,7 +11,7 @@ use openvla::image::RgbImage;
 use openvla::{Action, Dataset, Decoding, Devices, Draft, OpenVla, Options, Session, Usage};
 
 /// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
-static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+static EXAMPLE: &[u8] = include_bytes!("../../example/tabletop.gguf");
 
 /// Computes the motion that an OpenVLA model makes of an image and an instruction. Several images
 /// are one robot's, step after step.
@@ -114,8 +114,8 @@ fn open(args: &Args) -> Result<OpenVla> {
         Some(path) => Ok(OpenVla::open(path, &options)?),
         None => {
             eprintln!(
-                "no model named: using the built-in example, whose weights are random; \
-                 -m MODEL.gguf names yours"
+                "no model named: using the built-in example, which knows the simulated table \
+                 alone; -m MODEL.gguf names yours"
             );
             Ok(OpenVla::built_in("the built-in example", EXAMPLE, &options)?)
         }

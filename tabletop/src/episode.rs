@@ -11,7 +11,7 @@ use crate::geometry::half_turn;
 use crate::render::picture;
 use crate::world::{Action, TICKS, World};
 
-/// Steps after which an episode has failed. The expert needs about 15.
+/// Steps after which an episode has failed. The expert needs about 11.
 pub const STEPS: usize = 40;
 
 /// What acts in a world.

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use openvla::{Draft, OpenVla, Options};
 use openvla_tabletop::{
     Comparison, Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World,
-    bytes, evaluate, film, gym, record, svg, table,
+    bytes, evaluate, film, gym, picture, record, svg, table,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -111,6 +111,9 @@ struct Play {
     /// Pixels of the film's sides
     #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u32).range(16..=1024))]
     size: u32,
+    /// Also writes what the camera sees first
+    #[arg(long, value_name = "FILE.png")]
+    picture: Option<PathBuf>,
     /// Where the film goes
     #[arg(short, long, default_value = "episode.gif", value_name = "FILE.gif")]
     out: PathBuf,
@@ -290,6 +293,10 @@ fn play(args: &Play) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut policy = open(&args.who, cores)?;
     let world = World::new(Scene::new(args.suite, args.seed));
+    if let Some(path) = &args.picture {
+        let seen = picture(&world, args.size);
+        seen.save(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let instruction = world.scene.instruction.clone();
     let outcome = film(&args.out, world, policy.as_mut(), STEPS, args.size)?;
     let done = if outcome.done { "done" } else { "not done" };

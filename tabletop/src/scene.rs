@@ -74,9 +74,9 @@ const fn receptacle(
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Suite {
-    /// The training distribution: one or two objects, a receptacle, sometimes a distractor
+    /// The training distribution: one or two objects, a receptacle
     Base,
-    /// Other table colours and light, and more distractors
+    /// Other table colours and light, and a distractor
     Visual,
     /// Objects farther out and turned farther than in training
     Motion,

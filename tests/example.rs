@@ -183,15 +183,24 @@ fn default_decoding_stays_among_the_actions_and_reports_the_rest() {
     assert_eq!(strays, 1, "one of the cases has a token that is no action");
 }
 
-/// The model built into `openvla-run` is the example, converted at the default type.
+/// The model built into `openvla-run` is the trained example, converted at the default type.
 #[test]
-fn the_built_in_model_is_the_example() {
+fn the_built_in_model_is_the_trained_example() {
+    is_converted("openvla-tabletop", "tabletop.gguf");
+}
+
+#[test]
+fn the_random_model_is_the_random_example() {
+    is_converted("openvla-example", "example.gguf");
+}
+
+fn is_converted(checkpoint: &str, file: &str) {
     let dir = tempfile::tempdir().unwrap();
     let fresh = dir.path().join("fresh.gguf");
-    convert(&example().join("openvla-example"), "Q4_K_M", &fresh);
+    convert(&example().join(checkpoint), "Q4_K_M", &fresh);
     let (fresh, built_in) =
-        (Gguf::open(&fresh).unwrap(), Gguf::open(&example().join("example.gguf")).unwrap());
-    let again = "openvla-convert --q4 example/openvla-example -o example/example.gguf writes it";
+        (Gguf::open(&fresh).unwrap(), Gguf::open(&example().join(file)).unwrap());
+    let again = &*format!("openvla-convert --q4 example/{checkpoint} -o example/{file} writes it");
     // What was computed, as bytes below, may round differently.
     let stated =
         |key: &&String| !["openvla.proof.", "openvla.checksum."].iter().any(|p| key.starts_with(p));

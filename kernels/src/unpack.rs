@@ -196,11 +196,14 @@ pub(crate) fn iq4_xs(block: &[u8], slab: &mut Slab) {
             let scale = _mm512_or_si512(four, _mm512_slli_epi32::<4>(two));
             let scale = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
             slab.scale[b][half] = _mm512_mul_ps(_mm512_cvtepi32_ps(scale), d);
-            for w in 0..4 {
-                let [low, high] = nibbles(words(block, 2 + 4 * b + w, half));
-                slab.q[8 * b + w][half] = _mm512_shuffle_epi8(steps, low);
-                slab.q[8 * b + 4 + w][half] = _mm512_shuffle_epi8(steps, high);
-            }
+        }
+    }
+    for w in 0..32 {
+        let at = w / 4 * 8 + w % 4;
+        for half in 0..2 {
+            let [low, high] = nibbles(words(block, 2 + w, half));
+            slab.q[at][half] = _mm512_shuffle_epi8(steps, low);
+            slab.q[at + 4][half] = _mm512_shuffle_epi8(steps, high);
         }
     }
 }

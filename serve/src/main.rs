@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use openvla::cli;
 use openvla_serve::options::Options;
 use openvla_serve::server::serve;
 use tokio::net::TcpListener;
@@ -12,20 +13,9 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
-    // As llama.cpp's programs spell it; clap knows no short names of three letters.
-    let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
-    let options = Options::parse_from(std::env::args_os().map(spelled));
+    let options = Options::parse_from(cli::arguments());
     log(&options);
-    match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            if let Some(hint) = error.downcast_ref::<openvla::Error>().and_then(|e| e.hint()) {
-                eprintln!("hint: {hint}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    cli::end(run(options))
 }
 
 fn log(options: &Options) {

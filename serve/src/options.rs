@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
-use openvla::{Decoding, Devices, Draft, OpenVla};
+use openvla::cli::Place;
+use openvla::{Decoding, Draft, OpenVla};
 
 use crate::auth::Token;
 use crate::queue::Limits;
 use crate::safety::Safety;
 use crate::worker::{OnFailure, Rules};
 
-/// The example checkpoint of this repository at 4 bits, as in `openvla-run`.
-static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+/// The trained example at 4 bits, as in `openvla-run`.
+static EXAMPLE: &[u8] = include_bytes!("../../example/tabletop.gguf");
 
 /// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`, and
 /// `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
@@ -41,19 +42,12 @@ pub struct Model {
     /// Model file [default: $OPENVLA_MODEL, else the built-in example]
     #[arg(short, long, value_name = "MODEL.gguf")]
     model: Option<PathBuf>,
-    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    device: Devices,
-    /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
-    #[arg(long, value_name = "N")]
-    n_gpu_layers: Option<usize>,
+    #[command(flatten)]
+    place: Place,
     /// Guess tokens from the client's last motion, and check several in one pass where that pays
     #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
     #[arg(hide_possible_values = true)]
     draft: String,
-    /// CPU threads [default: one for each core]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
-    threads: Option<u16>,
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]
     reference_decoding: bool,
@@ -137,10 +131,7 @@ impl Model {
     /// # Errors
     /// As [`OpenVla::open`].
     pub fn open(&self) -> Result<OpenVla> {
-        let mut options = openvla::Options::default();
-        options.devices = self.device.clone();
-        options.n_gpu_layers = self.n_gpu_layers;
-        options.n_threads = self.threads.map_or(options.n_threads, usize::from);
+        let mut options = self.place.options();
         if self.reference_decoding {
             options.decoding = Decoding::Reference;
         }
@@ -152,7 +143,9 @@ impl Model {
         Ok(match named {
             Some(path) => OpenVla::open(path, &options)?,
             None => {
-                tracing::warn!("no model named: the built-in example, whose weights are random");
+                tracing::warn!(
+                    "no model named: the built-in example, which knows the simulated table alone"
+                );
                 OpenVla::built_in("the built-in example", EXAMPLE, &options)?
             }
         })

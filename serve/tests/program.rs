@@ -90,9 +90,9 @@ fn what_cannot_work_is_said_at_once() {
     let (output, said) = run(SERVE, &["--port", "0", "-m", "/nowhere/model.gguf"]);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("error: ") && said.contains("/nowhere/model.gguf"), "{said}");
-    let (output, said) = run(SERVE, &["--port", "0", "--unnorm-key", "example_tabletops"]);
+    let (output, said) = run(SERVE, &["--port", "0", "--unnorm-key", "tabletops"]);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("hint: did you mean `example_tabletop`?"), "{said}");
+    assert!(said.contains("hint: did you mean `tabletop`?"), "{said}");
     let (output, said) = run(SERVE, &["--max-delta", "much"]);
     assert_eq!(output.status.code(), Some(2), "usage: {said}");
 }

@@ -12,7 +12,7 @@ use openvla::image::RgbImage;
 use openvla::{Action, Dataset, Decoding, Draft, OpenVla, Session, Usage};
 
 /// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
-static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+static EXAMPLE: &[u8] = include_bytes!("../../example/tabletop.gguf");
 
 /// Computes the motion that an OpenVLA model makes of an image and an instruction. Several images
 /// are one robot's, step after step.
@@ -92,8 +92,8 @@ fn open(args: &Args) -> Result<OpenVla> {
         Some(path) => Ok(OpenVla::open(path, &options)?),
         None => {
             eprintln!(
-                "no model named: using the built-in example, whose weights are random; \
-                 -m MODEL.gguf names yours"
+                "no model named: using the built-in example, which knows the simulated table \
+                 alone; -m MODEL.gguf names yours"
             );
             Ok(OpenVla::built_in("the built-in example", EXAMPLE, &options)?)
         }

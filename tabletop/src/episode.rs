@@ -3,14 +3,15 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use openvla::OpenVla;
+use openvla::image::RgbImage;
+use openvla::{OpenVla, Session, Totals};
 
 use crate::expert;
 use crate::geometry::half_turn;
 use crate::render::picture;
 use crate::world::{Action, TICKS, World};
 
-/// Steps after which an episode has failed. The expert needs about 15.
+/// Steps after which an episode has failed. The expert needs about 11.
 pub const STEPS: usize = 40;
 
 /// What acts in a world.
@@ -20,6 +21,14 @@ pub trait Policy {
     /// # Errors
     /// If it cannot say.
     fn act(&mut self, world: &World) -> Result<Action>;
+
+    /// An episode begins.
+    fn begin(&mut self) {}
+
+    /// What drafts did in this episode, if the policy has any.
+    fn drafted(&self) -> Totals {
+        Totals::default()
+    }
 }
 
 /// Knows where everything is.
@@ -35,6 +44,8 @@ impl Policy for Expert {
 pub struct Model {
     vla: OpenVla,
     unnorm_key: Option<String>,
+    session: Session,
+    drafted: Totals,
 }
 
 impl Model {
@@ -47,16 +58,42 @@ impl Model {
         let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
         let n = dataset.q01.len();
         anyhow::ensure!(n == 7, "motions of `{name}` have {n} numbers; seven move this gripper");
-        Ok(Self { vla, unnorm_key })
+        Ok(Self { vla, unnorm_key, session: Session::default(), drafted: Totals::default() })
+    }
+
+    /// What it sees.
+    pub fn look(&self, world: &World) -> RgbImage {
+        picture(world, self.vla.config().preprocess.size)
+    }
+
+    /// All that it says to a picture.
+    ///
+    /// # Errors
+    /// If it cannot say.
+    pub fn answer(&mut self, picture: &RgbImage, instruction: &str) -> Result<openvla::Action> {
+        let key = self.unnorm_key.as_deref();
+        Ok(self.vla.act_in(&mut self.session, picture, instruction, key)?)
+    }
+
+    /// The network that it is.
+    pub fn vla(&self) -> &OpenVla {
+        &self.vla
     }
 }
 
 impl Policy for Model {
     fn act(&mut self, world: &World) -> Result<Action> {
-        let picture = picture(world, self.vla.config().preprocess.size);
-        let action =
-            self.vla.act(&picture, &world.scene.instruction, self.unnorm_key.as_deref())?;
+        let action = self.answer(&self.look(world), &world.scene.instruction)?;
+        self.drafted = action.draft.session;
         Ok(std::array::from_fn(|i| action.action[i]))
+    }
+
+    fn begin(&mut self) {
+        (self.session, self.drafted) = Default::default();
+    }
+
+    fn drafted(&self) -> Totals {
+        self.drafted.clone()
     }
 }
 
@@ -77,7 +114,7 @@ pub enum Pace {
 }
 
 /// How an episode went.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// Whether the thing lies where it should.
     pub done: bool,
@@ -85,6 +122,8 @@ pub struct Outcome {
     pub steps: usize,
     /// Means over all steps of how far the policy was from the expert.
     pub error: Difference,
+    /// What drafts did.
+    pub drafted: Totals,
 }
 
 /// How far two actions are from each other.
@@ -128,6 +167,7 @@ pub fn run(
     most: usize,
     seen: &mut dyn FnMut(&World),
 ) -> Result<Outcome> {
+    policy.begin();
     let mut errors = Vec::new();
     let mut going = Going { action: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], left: 0 };
     let mut time = 0; // in ticks
@@ -153,7 +193,8 @@ pub fn run(
         going.on(&mut world, going.left);
     }
     seen(&world);
-    Ok(Outcome { done: world.is_done(), steps: errors.len(), error: Difference::mean(&errors) })
+    let error = Difference::mean(&errors);
+    Ok(Outcome { done: world.is_done(), steps: errors.len(), error, drafted: policy.drafted() })
 }
 
 /// A step, and how many ticks of it are still to come.

@@ -40,6 +40,10 @@ pub struct Report {
     pub steps: Option<f64>,
     /// Mean over episodes of how far the policy was from the expert.
     pub error: Difference,
+    /// Passes of the Llama for one motion.
+    pub passes: Option<f64>,
+    /// Tokens of a motion that were drafted and right.
+    pub accepted: Option<f64>,
 }
 
 /// Runs a suite, with as many threads as there are policies. The outcome does not depend on how
@@ -82,6 +86,9 @@ fn report(suite: Suite, outcomes: &[Outcome]) -> Report {
     let steps: Vec<usize> = outcomes.iter().filter(|o| o.done).map(|o| o.steps).collect();
     let (episodes, successes) = (outcomes.len(), steps.len());
     let errors: Vec<Difference> = outcomes.iter().map(|outcome| outcome.error).collect();
+    let sum = |f: fn(&Outcome) -> usize| outcomes.iter().map(f).sum::<usize>() as f64;
+    let (actions, passes) = (sum(|o| o.drafted.actions), sum(|o| o.drafted.passes));
+    let accepted = sum(|o| o.drafted.accepted.iter().sum());
     Report {
         suite,
         episodes,
@@ -90,6 +97,8 @@ fn report(suite: Suite, outcomes: &[Outcome]) -> Report {
         interval: wilson(successes, episodes),
         steps: (successes > 0).then(|| steps.iter().sum::<usize>() as f64 / successes as f64),
         error: Difference::mean(&errors),
+        passes: (actions > 0.0).then(|| passes / actions),
+        accepted: (actions > 0.0).then(|| accepted / actions),
     }
 }
 

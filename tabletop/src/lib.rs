@@ -12,12 +12,14 @@
 //! | `gym` | worlds for a policy in another program |
 //! | `episode` | a policy in a world, which waits for it or not |
 //! | `eval` | many episodes, and how sure their success rate is |
+//! | `compare` | one checkpoint at several types, as a table and a picture |
 //! | `film` | one episode as a GIF |
 //!
 //! Nothing here depends on the machine but the model's own arithmetic: the same seed gives the same
 //! scenes, pictures and steps everywhere. Metres and radians throughout; `train/` holds the program
 //! that trains a miniature OpenVLA on this table.
 
+mod compare;
 mod episode;
 mod eval;
 mod expert;
@@ -30,6 +32,7 @@ mod scene;
 mod steps;
 mod world;
 
+pub use compare::{Comparison, svg, table};
 pub use episode::{Difference, Expert, Model, Outcome, Pace, Policy, STEPS, run};
 pub use eval::{Plan, Report, evaluate, wilson};
 pub use expert::act as expert;

@@ -4,13 +4,13 @@ use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use openvla::{OpenVla, Options};
+use openvla::{Draft, OpenVla, Options};
 use openvla_tabletop::{
-    Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World, bytes, evaluate,
-    film, gym, record,
+    Comparison, Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World,
+    bytes, evaluate, film, gym, picture, record, svg, table,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -25,6 +25,8 @@ struct Cli {
 enum Command {
     /// How often a model, or the expert, does what it is asked
     Eval(Eval),
+    /// One checkpoint at every type: success, tokens, size, speed
+    Compare(Compare),
     /// One episode as a GIF
     Play(Play),
     /// A data set of the expert's steps
@@ -43,6 +45,9 @@ struct Who {
     /// The model's data set whose units are metres and radians a step; needed if it knows several
     #[arg(long, value_name = "KEY", requires = "model")]
     unnorm_key: Option<String>,
+    /// Whether the motion before is tried as the next one's tokens
+    #[arg(long, default_value = "off", value_parser = ["off", "auto"], requires = "model")]
+    draft: String,
 }
 
 #[derive(Args)]
@@ -79,6 +84,21 @@ struct Eval {
 }
 
 #[derive(Args)]
+struct Compare {
+    /// Folder of the checkpoint
+    checkpoint: PathBuf,
+    /// Episodes of each suite
+    #[arg(short = 'n', long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    episodes: u32,
+    /// Seed of the first scene
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Also writes STEM.json and STEM.svg
+    #[arg(short, long, value_name = "STEM")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args)]
 struct Play {
     #[command(flatten)]
     who: Who,
@@ -91,6 +111,9 @@ struct Play {
     /// Pixels of the film's sides
     #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u32).range(16..=1024))]
     size: u32,
+    /// Also writes what the camera sees first
+    #[arg(long, value_name = "FILE.png")]
+    picture: Option<PathBuf>,
     /// Where the film goes
     #[arg(short, long, default_value = "episode.gif", value_name = "FILE.gif")]
     out: PathBuf,
@@ -160,6 +183,7 @@ fn between(text: &str, least: f64, most: f64) -> Result<f64, String> {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Eval(args) => eval(&args),
+        Command::Compare(args) => compare(&args),
         Command::Play(args) => play(&args),
         Command::Record(args) => write_data(&args),
         Command::Stream(args) => stream(&args),
@@ -168,17 +192,12 @@ fn main() -> ExitCode {
             gym(args.suite, args.seed, args.worlds as usize, args.size, input, out)
         }
     };
-    let Err(error) = done else { return ExitCode::SUCCESS };
     // Whoever reads a stream ends it by not reading on.
-    let io = error.downcast_ref::<std::io::Error>();
-    if io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe) {
-        return ExitCode::SUCCESS;
+    let is_end = |error: &std::io::Error| error.kind() == ErrorKind::BrokenPipe;
+    match done {
+        Err(error) if error.downcast_ref().is_some_and(is_end) => ExitCode::SUCCESS,
+        done => openvla::cli::end(done),
     }
-    eprintln!("error: {error:#}");
-    if let Some(hint) = error.downcast_ref::<openvla::Error>().and_then(|e| e.hint()) {
-        eprintln!("hint: {hint}");
-    }
-    ExitCode::FAILURE
 }
 
 /// The model, or else the expert.
@@ -186,6 +205,9 @@ fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
     let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
     let mut options = Options::default();
     options.n_threads = n_threads;
+    if who.draft == "auto" {
+        options.draft = Draft::Auto;
+    }
     Ok(Box::new(Model::new(OpenVla::open(path, &options)?, who.unnorm_key.clone())?))
 }
 
@@ -226,10 +248,12 @@ fn print(report: &Report, json: bool) -> Result<()> {
     let [low, high] = report.interval.map(|x| 100.0 * x);
     let steps = report.steps.map_or("      ".into(), |steps| format!("{steps:6.1}"));
     let error = &report.error;
+    let drafts = report.accepted.filter(|accepted| *accepted > 0.0);
+    let drafts = drafts.map_or(String::new(), |n| format!(", {n:.2} tokens of a motion drafted"));
     writeln!(
         out,
         "{:<9} {:5.1} %  ({low:.1} … {high:.1}), {} of {}  steps {steps}  off by {:.1} mm, {:.1}°, \
-         gripper {:.1} %",
+         gripper {:.1} %{drafts}",
         name.get_name(),
         100.0 * report.rate,
         report.successes,
@@ -241,10 +265,33 @@ fn print(report: &Report, json: bool) -> Result<()> {
     Ok(())
 }
 
+fn compare(args: &Compare) -> Result<()> {
+    let (episodes, seed) = (args.episodes as usize, args.seed);
+    let plan = Plan { episodes, seed, pace: Pace::Blocking, steps: STEPS };
+    let progress = bar(0);
+    let comparison = Comparison::of(&args.checkpoint, &plan, &progress)?;
+    progress.finish_and_clear();
+    if let Some(stem) = &args.out {
+        let text = serde_json::to_string_pretty(&comparison)? + "\n";
+        for (ending, text) in [("json", text), ("svg", svg(&comparison)?)] {
+            let path = stem.with_extension(ending);
+            std::fs::write(&path, text)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    table(&comparison).iter().try_for_each(|line| writeln!(out, "{line}"))?;
+    Ok(())
+}
+
 fn play(args: &Play) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut policy = open(&args.who, cores)?;
     let world = World::new(Scene::new(args.suite, args.seed));
+    if let Some(path) = &args.picture {
+        let seen = picture(&world, args.size);
+        seen.save(path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let instruction = world.scene.instruction.clone();
     let outcome = film(&args.out, world, policy.as_mut(), STEPS, args.size)?;
     let done = if outcome.done { "done" } else { "not done" };

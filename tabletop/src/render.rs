@@ -8,14 +8,14 @@ use tiny_skia::{Color, FillRule, Paint, PathBuilder, Pixmap, Transform};
 
 use crate::geometry::{Point, Rod, add, direction, hull, scale};
 use crate::scene::{Item, Look};
-use crate::world::{FINGER, Gripper, OPEN, TABLE, World};
+use crate::world::{FINGER, Gripper, TABLE, World};
 
 /// Where the camera is, in metres: in front of the table and above it.
-const EYE: [f64; 3] = [0.0, -0.45, 0.72];
+const EYE: [f64; 3] = [0.0, -0.30, 0.75];
 /// The point of the table's middle axis that it looks at.
-const AIM: [f64; 3] = [0.0, 0.035, 0.05];
+const AIM: [f64; 3] = [0.0, 0.025, 0.03];
 /// Tangent of half its angle of view.
-const VIEW: f64 = 0.35;
+const VIEW: f64 = 0.28;
 /// Points of a round outline.
 const ROUND: usize = 20;
 
@@ -25,7 +25,7 @@ const PALM: f64 = 0.07;
 const WRIST: f64 = 0.11;
 
 const STEEL: [u8; 3] = [215, 217, 222];
-const DARK: [u8; 3] = [38, 40, 46];
+const BLUE: [u8; 3] = [20, 70, 230];
 const FLOOR: [u8; 3] = [58, 62, 68];
 
 /// What the camera sees, `size` pixels square.
@@ -63,6 +63,16 @@ pub fn picture(world: &World, size: u32) -> RgbImage {
     canvas.into_image()
 }
 
+/// Where the camera sees a point: -1 … 1 from left to right and from top to bottom.
+pub fn seen([x, y]: Point, z: f64) -> Point {
+    let (dy, dz) = (AIM[1] - EYE[1], AIM[2] - EYE[2]);
+    let long = dy.hypot(dz);
+    let (forward_y, forward_z) = (dy / long, dz / long);
+    let (y, z) = (y - EYE[1], z - EYE[2]);
+    let depth = VIEW * (y * forward_y + z * forward_z);
+    [(x - EYE[0]) / depth, (y * forward_z - z * forward_y) / depth]
+}
+
 struct Canvas {
     pixmap: Pixmap,
     brightness: f64,
@@ -83,15 +93,9 @@ impl Canvas {
     }
 
     /// Where the camera sees a point, in pixels.
-    fn project(&self, [x, y]: Point, z: f64) -> Point {
-        let (dy, dz) = (AIM[1] - EYE[1], AIM[2] - EYE[2]);
-        let long = dy.hypot(dz);
-        let (forward_y, forward_z) = (dy / long, dz / long);
-        let (y, z) = (y - EYE[1], z - EYE[2]);
-        let depth = y * forward_y + z * forward_z;
-        let up = z * forward_y - y * forward_z;
+    fn project(&self, at: Point, z: f64) -> Point {
         let half = f64::from(self.pixmap.width()) / 2.0;
-        [half + half * (x - EYE[0]) / (VIEW * depth), half - half * up / (VIEW * depth)]
+        seen(at, z).map(|x| half + half * x)
     }
 
     fn seen(&self, outline: &[Point], z: f64) -> Vec<Point> {
@@ -150,14 +154,15 @@ impl Canvas {
     fn gripper_parts(gripper: &Gripper) -> [(Rod, [f64; 2], [u8; 3]); 4] {
         let z = gripper.z;
         let [left, right] = gripper.fingers().map(|finger| Rod::disk(finger, FINGER));
-        let half = scale(direction(gripper.yaw), OPEN / 2.0);
+        // The palm is as wide as the fingers are open, so that this is seen from above.
+        let half = scale(direction(gripper.yaw), gripper.opening / 2.0);
         let palm = Rod { at: gripper.at, half, radius: 0.011 };
         let wrist = Rod::disk(gripper.at, 0.013);
         [
             (left, [z, z + FINGERS], STEEL),
             (right, [z, z + FINGERS], STEEL),
-            (palm, [z + FINGERS, z + PALM], DARK),
-            (wrist, [z + PALM, z + WRIST], STEEL),
+            (palm, [z + FINGERS, z + PALM], BLUE),
+            (wrist, [z + PALM, z + WRIST], BLUE),
         ]
     }
 

@@ -26,12 +26,10 @@ const fn object(name: &'static str, size: [f64; 3], colour: [u8; 3]) -> Object {
 }
 
 /// What can be asked for.
-pub const OBJECTS: [Object; 5] = [
-    object("eggplant", [0.022, 0.018, 0.034], [98, 34, 120]),
-    object("carrot", [0.028, 0.012, 0.024], [240, 120, 20]),
-    object("banana", [0.028, 0.013, 0.026], [245, 215, 50]),
-    object("cucumber", [0.026, 0.014, 0.028], [60, 140, 50]),
-    object("cup", [0.0, 0.024, 0.055], [40, 90, 200]),
+pub const OBJECTS: [Object; 3] = [
+    object("eggplant", [0.018, 0.021, 0.036], [120, 20, 150]),
+    object("carrot", [0.026, 0.017, 0.032], [250, 120, 10]),
+    object("cucumber", [0.026, 0.018, 0.034], [30, 150, 50]),
 ];
 /// What only lies about.
 pub const DISTRACTORS: [Object; 2] = [
@@ -57,10 +55,9 @@ pub struct Receptacle {
 }
 
 /// Where things can be put.
-pub const RECEPTACLES: [Receptacle; 3] = [
-    receptacle("pot", [0.056, 0.062, 0.05], [70, 72, 80], ["into", "in"]),
-    receptacle("plate", [0.058, 0.064, 0.012], [238, 238, 232], ["onto", "on"]),
-    receptacle("bowl", [0.052, 0.058, 0.035], [200, 60, 60], ["into", "in"]),
+pub const RECEPTACLES: [Receptacle; 2] = [
+    receptacle("pot", [0.058, 0.066, 0.05], [56, 58, 66], ["into", "in"]),
+    receptacle("plate", [0.058, 0.066, 0.012], [250, 250, 250], ["onto", "on"]),
 ];
 
 const fn receptacle(
@@ -77,9 +74,9 @@ const fn receptacle(
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Suite {
-    /// The training distribution: one or two objects, a receptacle, sometimes a distractor
+    /// The training distribution: one or two objects, a receptacle
     Base,
-    /// Other table colours and light, and more distractors
+    /// Other table colours and light, and a distractor
     Visual,
     /// Objects farther out and turned farther than in training
     Motion,
@@ -190,12 +187,10 @@ impl Dice {
 }
 
 /// Wordings of the training data; `{into}` is the receptacle's.
-pub const WORDINGS: [&str; 5] = [
+pub const WORDINGS: [&str; 3] = [
     "put {object} {into} {receptacle}",
     "put the {object} {into} the {receptacle}",
     "place the {object} {into} the {receptacle}",
-    "move the {object} to the {receptacle}",
-    "pick up the {object} and put it {into} the {receptacle}",
 ];
 const UNSEEN_WORDINGS: [&str; 4] = [
     "take the {object} and place it {into} the {receptacle}",
@@ -223,7 +218,7 @@ fn fill(wording: &str, object: &Object, receptacle: &Receptacle, into: &str) -> 
 }
 
 /// What things keep between them, so that fingers fit: metres from outline to outline.
-const GAP: f64 = 0.05;
+const GAP: f64 = 0.055;
 
 impl Scene {
     /// The scene of a suite and a seed.
@@ -240,10 +235,10 @@ impl Scene {
     fn draw(suite: Suite, dice: &mut Dice) -> Option<Self> {
         let receptacle = dice.pick(&RECEPTACLES);
         let n_object = if suite == Suite::Language { 2 } else { 1 + dice.below(2) };
-        let n_distractor = if suite == Suite::Visual { 2 } else { dice.below(2) };
-        let (reach, turn) = if suite == Suite::Motion { (0.15, 1.1) } else { (0.13, 0.7) };
+        let n_distractor = if suite == Suite::Visual { 1 } else { 0 };
+        let (reach, turn) = if suite == Suite::Motion { (0.14, 0.5) } else { (0.12, 0.3) };
         let place = |dice: &mut Dice| [dice.within(-reach, reach), dice.within(-reach, reach)];
-        let receptacle_at = place(dice).map(|x| x.clamp(-0.13, 0.13));
+        let receptacle_at = place(dice).map(|x| x.clamp(-0.12, 0.12));
         let mut items: Vec<Item> = Vec::new();
         for i in 0..n_object + n_distractor {
             let kinds = if i < n_object { &OBJECTS[..] } else { &DISTRACTORS[..] };
@@ -267,12 +262,7 @@ impl Scene {
         let wordings = if suite == Suite::Semantic { &UNSEEN_WORDINGS[..] } else { &WORDINGS[..] };
         let (wording, into) = (dice.pick(wordings), dice.pick(&receptacle.into));
         let instruction = fill(wording, items[target].object, receptacle, into);
-        let start = [
-            dice.within(-0.1, 0.1),
-            dice.within(-0.1, 0.1),
-            dice.within(0.10, 0.15),
-            dice.within(-0.2, 0.2),
-        ];
+        let start = [dice.within(-0.1, 0.1), dice.within(-0.1, 0.1), dice.within(0.09, 0.12), 0.0];
         let clear = items.iter().all(|item| length(sub(item.at, [start[0], start[1]])) > 0.03);
         let look = Look::draw(suite, dice);
         clear.then_some(Self { items, receptacle, receptacle_at, target, instruction, look, start })
@@ -280,19 +270,19 @@ impl Scene {
 }
 
 /// Woods and cloths that tables of the training data are of.
-const TABLES: [[u8; 3]; 3] = [[176, 140, 104], [196, 172, 140], [160, 150, 140]];
+const TABLES: [[u8; 3]; 1] = [[190, 170, 140]];
 const UNSEEN_TABLES: [[u8; 3]; 3] = [[120, 150, 165], [205, 190, 200], [110, 100, 90]];
 
 impl Look {
     fn draw(suite: Suite, dice: &mut Dice) -> Self {
         let unseen = suite == Suite::Visual;
         let base = *dice.pick(if unseen { &UNSEEN_TABLES } else { &TABLES });
-        let table = base.map(|level| (f64::from(level) + dice.within(-10.0, 10.0)) as u8);
+        let table = base.map(|level| (f64::from(level) + dice.within(-5.0, 5.0)) as u8);
         let brightness = match unseen {
             true => dice.within(0.75, 0.9),
-            false => dice.within(0.92, 1.08),
+            false => dice.within(0.97, 1.03),
         };
-        let light = [dice.within(0.15, 0.35), dice.within(0.0, 0.15)];
+        let light = [dice.within(0.55, 0.65), dice.within(0.0, 0.05)];
         Self { table, brightness, light }
     }
 }

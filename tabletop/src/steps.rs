@@ -1,21 +1,21 @@
 //! Steps of the expert, for training: what the camera sees, what is asked, what the expert does.
 //!
-//! Half of the worlds begin anywhere, with the gripper low, turned or closed; and noise is added to
+//! Half of the worlds begin anywhere, with the gripper low or closed; and noise is added to
 //! what is done, never to what is recorded: the policy sees states off the path, and the way back.
 
 use crate::expert;
-use crate::geometry::{add, direction};
-use crate::render::picture;
+use crate::geometry::add;
+use crate::render::{picture, seen};
 use crate::scene::{Dice, OBJECTS, Scene, Suite};
-use crate::world::{Action, CEILING, REACH, World};
+use crate::world::{Action, CEILING, LIMITS, OPEN, REACH, World};
 
 /// An episode ends here at the latest.
 const LONGEST: usize = 30;
 
-/// Numbers that may be learnt beside the action: gripper x, y, z, cos and sin of twice the yaw,
-/// opening; target x, y, cos and sin of twice its yaw; receptacle x, y; and for each kind of object,
-/// whether it is there, x and y.
-const N_STATE: usize = 12 + 3 * OBJECTS.len();
+/// Numbers that may be learnt beside the action, about 0 to 1: height and opening of the gripper; and
+/// where, from -1 to 1 in the picture, the table is under the gripper, the target, the receptacle, and
+/// each kind of object, which follows on whether it is there.
+const N_STATE: usize = 8 + 3 * OBJECTS.len();
 /// Bytes of the instruction, filled up with zeros.
 const TEXT: usize = 96;
 /// An endless stream of steps.
@@ -62,7 +62,7 @@ impl Steps {
         world.step(&noisy(&action, &mut self.dice));
         *n += 1;
         // Of the time after success, little is to be learnt.
-        if *n == LONGEST || (world.is_done() && self.dice.chance(0.7)) {
+        if *n == LONGEST || (world.is_done() && self.dice.chance(0.9)) {
             (*world, *episode, *n) = (begin(&mut self.dice), newest + 1, 0);
         }
         self.next = (self.next + 1) % self.worlds.len();
@@ -84,9 +84,11 @@ fn begin(dice: &mut Dice) -> World {
     };
     world.gripper.at = at.map(|x| x.clamp(-REACH, REACH));
     world.gripper.z = dice.within(0.07, CEILING);
-    world.gripper.yaw = dice.within(-0.8, 0.8);
+    if dice.chance(0.5) {
+        world.step(&[0.0, 0.0, dice.within(-LIMITS[2], 0.0), 0.0, 0.0, 0.0, 1.0]);
+    }
     if dice.chance(0.1) {
-        world.step(&[0.0; 7]); // closes on nothing
+        world.step(&[0.0; 7]); // closes, mostly on nothing
     }
     world
 }
@@ -94,7 +96,7 @@ fn begin(dice: &mut Dice) -> World {
 fn noisy(action: &Action, dice: &mut Dice) -> Action {
     let mut noisy = *action;
     if dice.chance(0.4) {
-        for (i, deviation) in [(0, 0.012), (1, 0.012), (2, 0.008), (5, 0.12)] {
+        for (i, deviation) in [(0, 0.015), (1, 0.015), (2, 0.01)] {
             noisy[i] += deviation * dice.normal();
         }
     }
@@ -104,27 +106,17 @@ fn noisy(action: &Action, dice: &mut Dice) -> Action {
     noisy
 }
 
-/// The numbers beside the action, about -1 to 1.
+/// The numbers beside the action.
 fn state(world: &World) -> Vec<f64> {
-    let (gripper, item) = (&world.gripper, world.target());
-    let place = |[x, y]: [f64; 2]| [5.0 * x, 5.0 * y];
-    let round = item.object.half == 0.0;
-    let mut state = place(gripper.at).to_vec();
-    state.push(10.0 * gripper.z);
-    state.extend(direction(2.0 * gripper.yaw));
-    state.push(10.0 * gripper.opening);
-    state.extend(place(item.at));
-    state.extend(if round { [1.0, 0.0] } else { direction(2.0 * item.yaw) });
-    state.extend(place(world.scene.receptacle_at));
+    let (gripper, scene) = (&world.gripper, &world.scene);
+    let mut state = vec![gripper.z / CEILING, gripper.opening / OPEN];
+    for at in [gripper.at, world.target().at, scene.receptacle_at] {
+        state.extend(seen(at, 0.0));
+    }
     for object in &OBJECTS {
-        let [x, y] = world
-            .scene
-            .items
-            .iter()
-            .find(|item| item.object == object)
-            .map_or([0.0; 2], |item| place(item.at));
-        let there = world.scene.items.iter().any(|item| item.object == object);
-        state.extend([f64::from(u8::from(there)), x, y]);
+        let item = scene.items.iter().find(|item| item.object == object);
+        let [x, y] = item.map_or([0.0; 2], |item| seen(item.at, 0.0));
+        state.extend([f64::from(u8::from(item.is_some())), x, y]);
     }
     state
 }

@@ -7,7 +7,7 @@
 //! is cut into [`TICKS`] small motions. Each is refused if a finger or what it holds would enter a
 //! wall, the table, or a thing that cannot give way; a finger that moves sideways pushes free things.
 
-use std::f64::consts::{FRAC_PI_2, PI};
+use std::f64::consts::FRAC_PI_2;
 
 use crate::geometry::{Point, Rod, add, direction, half_turn, length, scale, sub, turn};
 use crate::scene::{Item, Scene};
@@ -16,19 +16,19 @@ use crate::scene::{Item, Scene};
 pub type Action = [f64; 7];
 
 /// The most that a step moves: metres and radians.
-pub const LIMITS: [f64; 6] = [0.04, 0.04, 0.04, 0.0, 0.0, 0.3];
+pub const LIMITS: [f64; 6] = [0.06, 0.06, 0.06, 0.0, 0.0, 0.3];
 /// Motions of a step.
 pub const TICKS: usize = 10;
 /// Between the fingers' middles when they are open.
-pub const OPEN: f64 = 0.10;
+pub const OPEN: f64 = 0.11;
 /// Radius of a finger.
-pub const FINGER: f64 = 0.007;
+pub const FINGER: f64 = 0.008;
 /// How far from the middle the gripper and things on the table can be.
-pub const REACH: f64 = 0.17;
+pub const REACH: f64 = 0.15;
 /// Where the table ends, in a rim that nothing gets over.
-pub const TABLE: f64 = 0.21;
+pub const TABLE: f64 = 0.20;
 /// The highest the fingertips get.
-pub const CEILING: f64 = 0.16;
+pub const CEILING: f64 = 0.12;
 /// Thickness of a receptacle's floor.
 pub const FLOOR: f64 = 0.004;
 /// A thing slips out of fingers that press it at more than this from its short axis: about 35°.
@@ -305,15 +305,4 @@ enum Motion {
 fn on_table(rod: &Rod) -> bool {
     let most = |i: usize| rod.at[i].abs() + rod.half[i].abs() + rod.radius;
     most(0) < TABLE && most(1) < TABLE
-}
-
-/// The turn that brings the fingers across an item.
-pub fn alignment(gripper: &Gripper, item: &Item) -> f64 {
-    let turn = half_turn(item.yaw - gripper.yaw);
-    // The gripper does not turn past a quarter.
-    match gripper.yaw + turn {
-        yaw if yaw > FRAC_PI_2 => turn - PI,
-        yaw if yaw < -FRAC_PI_2 => turn + PI,
-        _ => turn,
-    }
 }

@@ -4,8 +4,8 @@ use std::hash::Hasher;
 
 use clap::ValueEnum;
 use openvla_tabletop::{
-    Action, CEILING, Dice, FINGER, Gripper, LIMITS, OBJECTS, OPEN, REACH, Rod, Scene, Suite, TABLE,
-    World, expert, picture,
+    Action, CEILING, DISTRACTORS, Dice, FINGER, Gripper, LIMITS, OBJECTS, OPEN, Object, REACH, Rod,
+    Scene, Suite, TABLE, World, expert, picture,
 };
 use twox_hash::XxHash64;
 
@@ -80,13 +80,13 @@ fn nothing_goes_through_walls_or_hangs_in_the_air_whatever_is_done() {
 }
 
 /// A world with one thing in the middle, turned by `yaw`, and the gripper beside or around it.
-fn alone(object: usize, yaw: f64, at: [f64; 2], z: f64) -> World {
+fn alone(object: &'static Object, yaw: f64, at: [f64; 2], z: f64) -> World {
     let mut scene = Scene::new(Suite::Base, 1);
     scene.items.truncate(1);
     scene.target = 0;
     scene.receptacle_at = [0.12, 0.12];
     let item = &mut scene.items[0];
-    (item.object, item.size, item.at, item.yaw) = (&OBJECTS[object], 1.0, [0.0, 0.0], yaw);
+    (item.object, item.size, item.at, item.yaw) = (object, 1.0, [0.0, 0.0], yaw);
     scene.start = [at[0], at[1], z, 0.0];
     World::new(scene)
 }
@@ -100,13 +100,13 @@ fn only_what_is_between_the_fingers_is_grasped() {
         world.step(&CLOSE);
         world.held.is_some()
     };
-    assert!(grasps(0, 0.0, [0.0, 0.0], 0.01));
-    assert!(grasps(0, 0.4, [0.01, 0.01], 0.01), "a little off and turned");
-    assert!(!grasps(0, 0.0, [0.0, 0.0], 0.06), "above it");
-    assert!(!grasps(0, 0.0, [0.06, 0.0], 0.01), "beside it");
-    assert!(!grasps(0, 0.0, [0.0, 0.06], 0.01), "before it");
-    assert!(!grasps(0, 0.8, [0.0, 0.0], 0.01), "slips out at a slant");
-    assert!(grasps(4, 0.8, [0.0, 0.0], 0.01), "a round thing has no slant");
+    assert!(grasps(&OBJECTS[0], 0.0, [0.0, 0.0], 0.01));
+    assert!(grasps(&OBJECTS[0], 0.4, [0.01, 0.01], 0.01), "a little off and turned");
+    assert!(!grasps(&OBJECTS[0], 0.0, [0.0, 0.0], 0.06), "above it");
+    assert!(!grasps(&OBJECTS[0], 0.0, [0.06, 0.0], 0.01), "beside it");
+    assert!(!grasps(&OBJECTS[0], 0.0, [0.0, 0.06], 0.01), "before it");
+    assert!(!grasps(&OBJECTS[0], 0.8, [0.0, 0.0], 0.01), "slips out at a slant");
+    assert!(grasps(&DISTRACTORS[1], 0.8, [0.0, 0.0], 0.01), "a round thing has no slant");
 }
 
 #[test]
@@ -115,7 +115,8 @@ fn a_grasped_thing_was_inside_the_opening() {
     for seed in 0..2000 {
         let mut dice = Dice::new(seed);
         let at = [dice.within(-0.06, 0.06), dice.within(-0.06, 0.06)];
-        let mut world = alone(dice.below(5), dice.within(-1.5, 1.5), at, dice.within(0.0, 0.05));
+        let object = &OBJECTS[dice.below(OBJECTS.len())];
+        let mut world = alone(object, dice.within(-1.5, 1.5), at, dice.within(0.0, 0.05));
         let (before, item) = (world.gripper, world.scene.items[0].clone());
         world.step(&CLOSE);
         let along = [1.0, 0.0];
@@ -135,24 +136,24 @@ fn a_grasped_thing_was_inside_the_opening() {
 
 #[test]
 fn what_is_released_in_the_air_falls() {
-    let mut world = alone(0, 0.0, [0.0, 0.0], 0.01);
+    let mut world = alone(&OBJECTS[0], 0.0, [0.0, 0.0], 0.01);
     world.step(&CLOSE);
-    for _ in 0..3 {
+    for _ in 0..2 {
         world.step(&[0.0, 0.0, 0.04, 0.0, 0.0, 0.0, 0.0]);
     }
-    assert!((world.scene.items[0].z - 0.12).abs() < 1e-9, "carried up");
+    assert!((world.scene.items[0].z - 0.08).abs() < 1e-9, "carried up");
     world.step(&STILL);
     assert_eq!((world.scene.items[0].z, world.held), (0.0, None));
 }
 
 #[test]
 fn fingers_push_things_and_do_not_land_on_them() {
-    let mut world = alone(0, 0.0, [-0.12, 0.0], 0.01);
+    let mut world = alone(&OBJECTS[0], 0.0, [-0.12, 0.0], 0.01);
     for _ in 0..4 {
         world.step(&[0.04, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
     }
     assert!(world.scene.items[0].at[0] > 0.08, "pushed to the right");
-    let mut world = alone(0, 0.0, [-0.05, 0.0], 0.1);
+    let mut world = alone(&OBJECTS[0], 0.0, [-0.05, 0.0], 0.1);
     for _ in 0..4 {
         world.step(&[0.0, 0.0, -0.04, 0.0, 0.0, 0.0, 1.0]);
     }
@@ -162,7 +163,7 @@ fn fingers_push_things_and_do_not_land_on_them() {
 
 #[test]
 fn numbers_that_are_none_do_not_move_the_world() {
-    let mut world = alone(0, 0.0, [-0.05, 0.0], 0.1);
+    let mut world = alone(&OBJECTS[0], 0.0, [-0.05, 0.0], 0.1);
     let before = world.gripper;
     world.step(&[f64::NAN, f64::NAN, f64::NAN, f64::NAN, f64::NAN, f64::NAN, 1.0]);
     assert_eq!(world.gripper, before);
@@ -194,8 +195,8 @@ fn a_seed_gives_the_same_world_and_pictures_again() {
 
 /// Of seeds 0 to 3.
 const HASHES: [u64; 4] = [
-    6_624_895_696_935_271_799,
-    18_255_601_833_368_500_384,
-    16_594_565_053_387_680_278,
-    14_153_082_433_779_683_712,
+    16_088_111_311_090_022_020,
+    15_199_164_510_745_494_931,
+    7_970_582_679_897_338_663,
+    4_844_472_453_212_967_866,
 ];

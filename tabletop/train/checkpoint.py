@@ -97,6 +97,7 @@ def write(out, model, sizes, data):
         (out / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     tensors = {name: x.to(torch.bfloat16).contiguous() for name, x in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main():

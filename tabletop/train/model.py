@@ -87,10 +87,23 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+def waves(dim, patch):
+    """Cosines of both axes, the longest first, of each colour: what the patches' filters begin as.
+
+    A thing's colour and place in its patch are linear in them, near enough.
+    """
+    frequencies = sorted(((a, b) for a in range(patch) for b in range(patch)), key=lambda f: (sum(f), f))
+    half = torch.pi * (torch.arange(patch) + 0.5) / patch
+    wave = [torch.outer((a * half).cos(), (b * half).cos()) for a, b in frequencies[: dim // 3 + 1]]
+    colours = [F.one_hot(torch.tensor(c), 3)[:, None, None] * w for w in wave for c in range(3)]
+    return 4.0 / patch**2 * torch.stack(colours)[:dim]
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, dim, patch):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch, patch)
+        self.proj.weight.data = waves(dim, patch)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -192,13 +205,19 @@ class SelfAttention(nn.Module):
         for name in "qkvo":
             setattr(self, f"{name}_proj", nn.Linear(dim, dim, bias=False))
 
-    def forward(self, x, cos, sin):
-        b, n, dim = x.shape
-        split = lambda y: y.view(b, n, self.heads, -1).transpose(1, 2)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(b, n, dim))
+    def forward(self, x, cos, sin, at=None):
+        """At all places, or at those of `at`, [B, n], alone."""
+        split = lambda y: y.view(*y.shape[:2], self.heads, -1).transpose(1, 2)
+        k, v = split(self.k_proj(x)), split(self.v_proj(x))
+        k = rope(k, cos, sin)
+        if at is None:
+            q, mask = rope(split(self.q_proj(x)), cos, sin), None
+        else:
+            q = split(self.q_proj(x[torch.arange(len(x))[:, None], at]))
+            q = rope(q, cos[at][:, None], sin[at][:, None])
+            mask = (torch.arange(x.shape[1]) <= at[..., None])[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class GatedMlp(nn.Module):
@@ -220,8 +239,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(s.llama)
         self.mlp = GatedMlp(s.llama, s.llama_ff)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, at=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, at)
+        x = y + (x if at is None else x[torch.arange(len(x))[:, None], at])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -234,13 +254,16 @@ class LlamaModel(nn.Module):
         self.norm = RmsNorm(s.llama)
         self.half = s.llama // s.llama_heads // 2
 
-    def forward(self, x):
+    def forward(self, x, at):
+        """The hidden states at `at`, [B, n, dim], the only ones the last layer computes; and those of
+        all places after the first layer."""
         frequency = 10_000.0 ** (-torch.arange(self.half) / self.half)
         angle = torch.outer(torch.arange(x.shape[1]), frequency).repeat(1, 2)
         cos, sin = angle.cos(), angle.sin()
-        for layer in self.layers:
+        first = x = self.layers[0](x, cos, sin)
+        for layer in self.layers[1:-1]:
             x = layer(x, cos, sin)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, cos, sin, at)), first
 
 
 class Llama(nn.Module):
@@ -265,9 +288,9 @@ class OpenVla(nn.Module):
     def forward(self, soft, ids, length):
         """ids: [B, n], each row a prompt of `length` ids, the first six action ids, padding.
 
-        Returns the hidden states that the seven action tokens are predicted from, [B, 7, dim].
+        Returns the hidden states that the seven action tokens are predicted from, [B, 7, dim], and
+        those of the whole prompt after the first layer.
         """
         text = self.language_model.model.embed_tokens(ids)
-        hidden = self.language_model.model(torch.cat([text[:, :1], soft, text[:, 1:]], 1))
         at = length[:, None] - 1 + soft.shape[1] + torch.arange(N_ACTION)
-        return hidden[torch.arange(len(ids))[:, None], at]
+        return self.language_model.model(torch.cat([text[:, :1], soft, text[:, 1:]], 1), at)

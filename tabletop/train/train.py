@@ -18,10 +18,11 @@ from model import N_ACTION, N_BIN, OpenVla, Sizes
 
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 # What a step holds beside its picture and action: see ../src/steps.rs.
-N_POSE, N_OBJECT, TEXT = 12, 5, 96
+N_POSE, N_OBJECT, TEXT = 8, 3, 96
 N_STATE = N_POSE + 3 * N_OBJECT
-# Of the pose, the target's part depends on the instruction, so soft tokens do not know it.
-SEEN = [0, 1, 2, 3, 4, 5, 10, 11]
+OBJECTS = ["eggplant", "carrot", "cucumber"]
+METRES = 0.21  # that half of the picture shows, on the table
+N_KIND = N_OBJECT + 2  # with the gripper and the receptacle
 
 
 class Data:
@@ -31,6 +32,8 @@ class Data:
         self.sizes, self.known = sizes, {}
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.space = self.tokenizer.token_to_id("▁")
+        self.objects = {self.tokenizer.token_to_id("▁" + name) for name in OBJECTS}
+        assert None not in self.objects, "a word for each object is one piece"
         action = json.loads((folder / "dataset_statistics.json").read_text())["tabletop"]["action"]
         self.low, self.high = np.array(action["q01"]), np.array(action["q99"])
         self.mask = np.array(action["mask"])
@@ -65,11 +68,16 @@ class Data:
         tokens = self.sizes.n_piece - 1 - bins
         prompts = [self.prompt(text.decode()) for text in steps["text"]]
         length = torch.tensor([len(prompt) for prompt in prompts])
+        # An action is learnt from picture and words alone: tokens that tell of each other would be
+        # copied from each other instead, one mistake with the next.
+        tokens = np.random.randint(self.sizes.n_piece - N_BIN, self.sizes.n_piece, tokens.shape)
         ids = torch.zeros(len(prompts), int(length.max()) + N_ACTION - 1, dtype=torch.long)
         for row, prompt, own in zip(ids, prompts, tokens):
             row[: len(prompt) + N_ACTION - 1] = torch.tensor(prompt + list(own[:-1]))
+        word = [next(i for i, t in enumerate(prompt) if t in self.objects) for prompt in prompts]
         return dict(
             image=image,
+            word=torch.tensor(word),
             ids=ids,
             length=length,
             bins=torch.from_numpy(bins),
@@ -87,30 +95,59 @@ def stream(program, data, size, seed):
         yield data.batch(np.frombuffer(raw, data.step))
 
 
+def huber(x, y):
+    return F.smooth_l1_loss(x, y, beta=0.1, reduction="none")
+
+
 class Training(nn.Module):
-    """The model, and two readouts that only help it learn where things are."""
+    """The model, and readouts that only help it learn where things are: from each soft token, from
+    the object's word after the first layer, and from the end of the prompt."""
 
     def __init__(self, sizes):
         super().__init__()
         self.vla = OpenVla(sizes)
+        self.from_soft = nn.Linear(sizes.llama, 3 * N_KIND + 2)
+        self.from_word = nn.Linear(sizes.llama, 2)
         self.from_hidden = nn.Linear(sizes.llama, N_ACTION + N_POSE)
-        self.from_soft = nn.Linear(sizes.n_patch * sizes.llama, len(SEEN) + 3 * N_OBJECT)
         self.actions = slice(sizes.n_piece - N_BIN, sizes.n_piece)
+        side = sizes.image // sizes.patch
+        self.patch = 2.0 / side
+        middle = (torch.arange(side) + 0.5) * self.patch - 1.0
+        places = torch.stack([middle.expand(side, -1), middle[:, None].expand(-1, side)], -1)
+        self.register_buffer("places", places.reshape(-1, 1, 2), persistent=False)
 
     def seeing(self, batch):
-        """How wrong the soft tokens' readout is, and the soft tokens."""
+        """How wrong each soft token is about what is near it and where; how many millimetres the
+        most confident of each kind is off; and the soft tokens."""
         soft = self.vla.see(batch["image"])
         pose, objects = batch["state"].split([N_POSE, 3 * N_OBJECT], 1)
-        there = objects.view(-1, N_OBJECT, 3)[..., :1]  # where a thing is counts if it is there
-        counts = torch.cat([torch.ones_like(there), there, there], 2).flatten(1)
-        counts = torch.cat([torch.ones(len(pose), len(SEEN)), counts], 1)
-        known = torch.cat([pose[:, SEEN], objects], 1)
-        off = F.smooth_l1_loss(self.from_soft(soft.flatten(1)), known, beta=0.1, reduction="none")
-        return (off * counts).sum() / counts.sum(), soft
+        objects = objects.view(-1, 1, N_OBJECT, 3)
+        grippers = torch.stack([pose[:, 2:4], pose[:, 6:8]], 1)[:, None]
+        # From the middle of each patch, in patches.
+        off = (torch.cat([objects[..., 1:], grippers], 2) - self.places) / self.patch
+        there = torch.cat([objects[..., 0], torch.ones(len(pose), 1, 2)], 2)
+        near = there * torch.exp(-off.square().sum(-1))  # [B, patch, kind]
+        read = self.from_soft(soft)
+        heat, place = read[..., :N_KIND], read[..., N_KIND : 3 * N_KIND].unflatten(-1, (N_KIND, 2))
+        miss = huber(place, off).sum(-1)
+        state = huber(read[..., -2:], pose[:, None, :2].expand(-1, len(self.places), -1))
+        loss = (
+            5.0 * (heat - near).square().mean() * N_KIND
+            + (near * miss).sum() / near.sum()
+            + (near[..., N_OBJECT, None] * state).sum() / near[..., N_OBJECT].sum()
+        )
+        with torch.no_grad():
+            best = heat.argmax(1)[:, None, :, None].expand(-1, -1, -1, 2)
+            error = (place - off).gather(1, best)[:, 0].norm(dim=-1) * self.patch
+            error = torch.where(there[:, 0] > 0, error, torch.nan).nanmean(0)
+        return loss, METRES * 1e3 * error, soft
 
     def acting(self, batch, soft, width):
         """How wrong the action tokens are, each, and the readout after the prompt."""
-        hidden = self.vla(soft, batch["ids"], batch["length"])
+        hidden, first = self.vla(soft, batch["ids"], batch["length"])
+        word = first[torch.arange(len(first)), batch["word"] + soft.shape[1]]
+        target = batch["state"][:, 4:6]
+        asked = huber(self.from_word(word), target).mean()
         logits = self.vla.language_model.lm_head(hidden)
         log_p = logits.log_softmax(-1)[..., self.actions].flip(-1)  # by bin
         # Bins near the right one are nearly right; the gripper has two, far from each other.
@@ -120,7 +157,11 @@ class Training(nn.Module):
         target = target / target.sum(-1, keepdim=True)
         tokens = F.kl_div(log_p, target, reduction="none").sum(-1).mean(0)
         known = torch.cat([batch["action"], batch["state"][:, :N_POSE]], 1)
-        return tokens, F.smooth_l1_loss(self.from_hidden(hidden[:, 0]), known, beta=0.1)
+        after = asked + huber(self.from_hidden(hidden[:, 0]), known).mean()
+        with torch.no_grad():
+            off = (log_p.argmax(-1) - batch["bins"]).abs().float()
+            gripper = (off[:, -1] > 60).float()
+        return tokens, after, torch.cat([off[:, :3].mean(0), gripper.mean()[None]])
 
 
 @torch.no_grad()
@@ -129,7 +170,7 @@ def act(vla, batch):
     end, ids = vla.n_piece, batch["ids"].clone()
     soft, rows, motions = vla.see(batch["image"]), torch.arange(len(ids)), []
     for i in range(N_ACTION):
-        hidden = vla(soft, ids, batch["length"])[:, i]
+        hidden = vla(soft, ids, batch["length"])[0][:, i]
         token = vla.language_model.lm_head(hidden)[:, end - N_BIN : end].argmax(-1) + end - N_BIN
         if i + 1 < N_ACTION:
             ids[rows, batch["length"] + i] = token
@@ -162,24 +203,27 @@ def main():
     parser.add_argument("data", type=Path, help="folder that `tabletop record` wrote")
     parser.add_argument("out", type=Path, help="where state.pt goes; training goes on from it")
     parser.add_argument("--program", default="tabletop")
-    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--seeing", type=int, default=1000, help="steps without the Llama, at first")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--seeing", type=int, default=4000, help="steps without the Llama, at first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--every", type=float, default=10, help="minutes between closed loops")
+    parser.add_argument("--every", type=int, default=2000, help="steps between closed loops")
     parser.add_argument("--scenes", type=int, default=50, help="of a closed loop")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = Sizes()
     data, training = Data(args.data, sizes), Training(sizes)
     average = copy.deepcopy(training)
-    shapes = [[p for p in training.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
-    groups = [dict(params=p, weight_decay=decay) for p, decay in zip(shapes, (0.05, 0.0))]
-    optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.98))
+    # Filters are as small as they are long: a step of the others' size would undo them.
+    filters = [p for name, p in training.named_parameters() if "patch_embed" in name]
+    others = [p for name, p in training.named_parameters() if "patch_embed" not in name]
+    groups = [dict(params=filters, scale=0.2), dict(params=others, scale=1.0)]
+    optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     step = 0
     kept = dict(average=average, training=training, optimiser=optimiser)
     path = args.out / "state.pt"
@@ -188,46 +232,43 @@ def main():
         step = state["step"]
         for name, part in kept.items():
             part.load_state_dict(state[name])
-    print(f"{sum(p.numel() for p in training.vla.parameters())} parameters, step {step}", flush=True)
-
-    def report(minutes):
-        torch.save(dict(step=step, **{name: part.state_dict() for name, part in kept.items()}), path)
-        for suite in ("base", "language") if step > args.seeing else ():
-            rate = success(average.vla, args.program, data, suite, args.scenes)
-            print(f"{minutes:.1f} min, step {step}, {suite} {100 * rate:.0f} %", flush=True)
+    print(f"{sum(p.numel() for p in training.vla.parameters())} parameters, step {step}")
+    print("minutes, step, pictures/s | losses of dx dy dz gripper, after the prompt, of seeing")
+    print("| off: bins of dx dy dz, share of gripper; mm of each object, gripper, receptacle")
 
     batches = stream(args.program, data, args.batch, args.seed + step)
-    begin, first, minutes, reported, smooth = time.time(), step, 0.0, 0.0, None
-    while minutes < args.minutes:
-        acting = max(0, step - args.seeing)
-        since = acting if acting else step
-        rate = args.rate * min((since + 1) / 300, 1.0, math.sqrt(8000 / (since + 1)))
+    begin, first, smooth = time.time(), step, None
+    while step < args.steps:
+        left, acting = 1.0 - step / args.steps, max(0, step - args.seeing)
+        rate = args.rate * min((acting or step) / 200 + 0.01, 1.0, 2.0 * left)
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         batch = next(batches)
-        seen, soft = training.seeing(batch)
-        tokens, after = torch.zeros(N_ACTION), torch.zeros(())
+        seen, far, soft = training.seeing(batch)
+        tokens, after, off = torch.zeros(N_ACTION), torch.zeros(()), torch.zeros(4)
         if acting:
-            tokens, after = training.acting(batch, soft, 1.0 + 5.0 * math.exp(-acting / 5000))
+            tokens, after, off = training.acting(batch, soft, 1.5 + 6.5 * left)
         optimiser.zero_grad(set_to_none=True)
-        (tokens.mean() + 5 * (after + seen)).backward()
+        (tokens.mean() + 2 * after + seen).backward()
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         optimiser.step()
         step += 1
         with torch.no_grad():
-            for mean, value in zip(average.parameters(), training.parameters()):
-                mean.lerp_(value, max(0.001, 10 / (step + 10)))
-        losses = torch.cat([tokens.detach(), after.detach()[None], seen.detach()[None]])
-        smooth = losses if smooth is None else smooth.lerp(losses, 0.02)
+            share = max(0.001, 10 / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(training.parameters()), share)
+        now = [tokens.detach()[[0, 1, 2, 6]], torch.stack([after, seen]).detach(), off, far]
+        smooth = now if smooth is None else [a.lerp(b, 0.02) for a, b in zip(smooth, now)]
         minutes = (time.time() - begin) / 60
         if step % 100 == 0:
             speed = (step - first) * args.batch / minutes / 60
-            words = " ".join(f"{x:.3f}" for x in smooth.tolist())
-            print(f"{minutes:.1f} min, step {step}, {speed:.0f}/s, losses {words}", flush=True)
-        if minutes - reported > args.every:
-            reported = minutes
-            report(minutes)
-    report(minutes)
+            words = [" ".join(f"{x:.3g}" for x in part.tolist()) for part in smooth]
+            losses, errors = " ".join(words[:2]), " ".join(words[2:])
+            print(f"{minutes:.1f} {step} {speed:.0f} | {losses} | {errors}", flush=True)
+        if step % args.every == 0 or step == args.steps:
+            torch.save(dict(step=step, **{n: part.state_dict() for n, part in kept.items()}), path)
+            for suite in ("base", "language") if acting else ():
+                rate = success(average.vla, args.program, data, suite, args.scenes)
+                print(f"{minutes:.1f} {step} {suite} {100 * rate:.0f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ macro_rules! files {
     ($($name:literal)*) => {
         [$((
             $name,
-            include_bytes!(concat!("../../../example/openvla-example/", $name)).as_slice(),
+            include_bytes!(concat!("../../../example/openvla-tabletop/", $name)).as_slice(),
         )),*]
     };
 }
@@ -22,7 +22,7 @@ const FILES: [(&str, &[u8]); 9] = files! {
 
 /// Writes the checkpoint's folder into `root`.
 pub fn unpack(root: &Path) -> Result<PathBuf> {
-    let dir = root.join("openvla-example");
+    let dir = root.join("openvla-tabletop");
     let failed = || format!("cannot write the example to {}", dir.display());
     std::fs::create_dir(&dir).with_context(failed)?;
     for (name, bytes) in FILES {

@@ -62,13 +62,18 @@ impl User {
 
     /// What was converted, from wherever, is what the folder gives.
     fn assert_converted(&self, output: &Output) {
+        self.assert_is(output, FILE, "openvla-example");
+    }
+
+    /// The file is what that example becomes.
+    fn assert_is(&self, output: &Output, file: &str, checkpoint: &str) {
         assert!(output.status.success(), "{}", stderr(output));
         assert_eq!(output.stdout, b"");
-        let got = std::fs::read(self.dir.path().join(FILE)).unwrap();
+        let got = std::fs::read(self.dir.path().join(file)).unwrap();
         let other = tempfile::tempdir().unwrap();
         let wanted = other.path().join("wanted.gguf");
         let encoding = "Q8_0".parse::<Encoding>().unwrap();
-        let conversion = Conversion::new(&example("openvla-example"), &encoding.into()).unwrap();
+        let conversion = Conversion::new(&example(checkpoint), &encoding.into()).unwrap();
         conversion.write(&wanted, &indicatif::ProgressBar::hidden()).unwrap();
         let wanted = std::fs::read(wanted).unwrap();
         let data = usize::try_from(conversion.data_bytes()).unwrap();
@@ -342,7 +347,7 @@ fn an_adapter_may_be_a_repository_too() {
 fn the_example_is_built_in() {
     let user = User { dir: tempfile::tempdir().unwrap(), endpoint: String::new() };
     let output = user.run(&["--example", "--q8", "--no-proof"]);
-    user.assert_converted(&output);
+    user.assert_is(&output, "OpenVLA-1M-tabletop-v1.0-Q8_0.gguf", "openvla-tabletop");
     assert_eq!(user.run(&["--example", ID]).status.code(), Some(2), "one of them");
     assert_eq!(user.run(&["--q8", "--no-proof"]).status.code(), Some(2), "none of them");
 }

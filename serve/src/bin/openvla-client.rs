@@ -97,13 +97,10 @@ fn hz(text: &str) -> Result<f64, String> {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    openvla::cli::end(match Cli::parse().command {
         Command::Camera(args) => camera(&args),
         Command::Tabletop(args) => tabletop(&args),
-    };
-    let Err(error) = done else { return ExitCode::SUCCESS };
-    eprintln!("error: {error:#}");
-    ExitCode::FAILURE
+    })
 }
 
 /// The server's plain form, over connections that are kept.

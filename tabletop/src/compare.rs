@@ -1,0 +1,235 @@
+//! One checkpoint at several types: how often each succeeds, and what it costs.
+//!
+//! OpenVLA's Table 2 in miniature (arXiv 2406.09246): the same scenes for every type, with a world
+//! that waits; and how success falls as a policy takes longer, with a world that does not.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use indicatif::ProgressBar;
+use openvla::{OpenVla, Options};
+use openvla_convert::{Conversion, plan::Encoding};
+use plotters::prelude::*;
+use serde::Serialize;
+
+use crate::episode::{Expert, Model, Pace, Policy, run};
+use crate::eval::{Plan, Report, evaluate};
+use crate::scene::{Scene, Suite};
+use crate::world::World;
+
+/// What is compared. The first is what tokens are held against.
+pub const TYPES: [&str; 8] =
+    ["F32", "BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"];
+/// Whose success is held against the time a policy takes, after the expert.
+pub const RUNNING: [&str; 2] = ["BF16", "Q4_K_M"];
+/// Those times: 833 ms are 1.2 Hz, which the paper measured for int8, and 333 ms are 3 Hz, its int4.
+pub const LATENCIES: [f64; 6] = [0.0, 100.0, 200.0, 333.0, 500.0, 833.0];
+/// Steps a second of a world that does not wait, as the paper's robot, and how many an episode has.
+pub const HZ: f64 = 5.0;
+/// See [`HZ`].
+pub const RUNNING_STEPS: usize = 60;
+/// Episodes whose tokens are compared, at most.
+pub const COMPARED: usize = 50;
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub struct Comparison {
+    /// What was typed.
+    pub command: String,
+    /// The processor, of which each policy has one core.
+    pub machine: String,
+    /// A line for each of [`TYPES`].
+    pub types: Vec<Type>,
+    /// For the expert and each of [`RUNNING`], success at each of [`LATENCIES`].
+    pub running: Vec<Running>,
+}
+
+/// One type in a world that waits.
+#[derive(Debug, Serialize)]
+pub struct Type {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Bytes that the device holds.
+    pub memory: usize,
+    /// Control steps a second on one core, camera not counted.
+    pub hz: f64,
+    /// The share of tokens that are F32's, in the steps of F32's own episodes of suite base.
+    pub agreement: f64,
+    /// Success by suite.
+    pub suites: Vec<Report>,
+}
+
+/// One policy in a world that does not wait.
+#[derive(Debug, Serialize)]
+pub struct Running {
+    /// The type, or `expert`.
+    pub name: &'static str,
+    /// How long it takes.
+    pub latency_ms: f64,
+    /// Success.
+    pub report: Report,
+}
+
+impl Comparison {
+    /// Converts a checkpoint to each type and lets it act on the same scenes.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be converted, or those of the policy.
+    pub fn of(checkpoint: &Path, plan: &Plan, progress: &ProgressBar) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a folder for temporary files")?;
+        let waiting = [Suite::Base, Suite::Language];
+        let n = TYPES.len() * waiting.len() + (1 + RUNNING.len()) * LATENCIES.len();
+        progress.set_length(n as u64 * plan.episodes as u64);
+        let (mut seen, mut types) = (Vec::new(), Vec::new());
+        for name in TYPES {
+            let path = dir.path().join(name);
+            convert(checkpoint, name, &path)?;
+            let mut model = open(&path)?;
+            if seen.is_empty() {
+                seen = steps(&mut model, plan)?;
+            }
+            let (agreement, hz) = agreement(&mut model, &seen)?;
+            let memory = model.vla().usage().iter().map(|u| u.weights + u.states + u.graphs).sum();
+            let mut policies: Vec<Box<dyn Policy + Send>> = vec![Box::new(model)];
+            let suites = waiting.map(|suite| evaluate(suite, plan, &mut policies, progress));
+            let suites = suites.into_iter().collect::<Result<_>>()?;
+            let bytes = path.metadata()?.len();
+            types.push(Type { name, bytes, memory, hz, agreement, suites });
+        }
+        let mut running = Vec::new();
+        for name in std::iter::once("expert").chain(RUNNING) {
+            let policy: Box<dyn Policy + Send> = match name {
+                "expert" => Box::new(Expert),
+                name => Box::new(open(&dir.path().join(name))?),
+            };
+            let mut policies = vec![policy];
+            for latency_ms in LATENCIES {
+                let pace = Pace::Running { hz: HZ, latency_ms: Some(latency_ms) };
+                let plan = Plan { pace, steps: RUNNING_STEPS, ..*plan };
+                let report = evaluate(Suite::Base, &plan, &mut policies, progress)?;
+                running.push(Running { name, latency_ms, report });
+            }
+        }
+        let typed = std::iter::once("tabletop".to_owned()).chain(std::env::args().skip(1));
+        let command = typed.collect::<Vec<_>>().join(" ");
+        let machine = openvla_bench::machine::Machine::here(&one_core())?.cpu;
+        Ok(Self { command, machine, types, running })
+    }
+}
+
+fn one_core() -> Options {
+    let mut options = Options::default();
+    options.n_threads = 1;
+    options
+}
+
+fn open(path: &Path) -> Result<Model> {
+    Model::new(OpenVla::open(path, &one_core())?, None)
+}
+
+fn convert(checkpoint: &Path, name: &str, out: &Path) -> Result<()> {
+    let encoding: Encoding = name.parse()?;
+    Conversion::new(checkpoint, &encoding.into())?.write(out, &ProgressBar::hidden())
+}
+
+/// The worlds that a policy sees in its episodes, and its tokens there.
+fn steps(model: &mut Model, plan: &Plan) -> Result<Vec<(World, Vec<u32>)>> {
+    let mut worlds = Vec::new();
+    for i in 0..plan.episodes.min(COMPARED) as u64 {
+        let world = World::new(Scene::new(Suite::Base, plan.seed + i));
+        let mut own = Vec::new();
+        run(world, model, Pace::Blocking, plan.steps, &mut |world| own.push(world.clone()))?;
+        own.pop(); // the end, where nothing was asked
+        worlds.extend(own);
+    }
+    let answer = |world: World| {
+        let tokens = model.answer(&model.look(&world), &world.scene.instruction)?.tokens;
+        Ok((world, tokens))
+    };
+    worlds.into_iter().map(answer).collect()
+}
+
+/// The lines of a Markdown table.
+pub fn table(comparison: &Comparison) -> Vec<String> {
+    let titles = "| type | file | memory | Hz | tokens as F32's | off by | base | language |";
+    let mut lines = vec![titles.to_owned(), "|---|---:|---:|---:|---:|---:|---:|---:|".to_owned()];
+    lines.extend(comparison.types.iter().map(|kind| {
+        let rates = kind.suites.iter().map(|report| {
+            let deviation = (report.rate * (1.0 - report.rate) / report.episodes as f64).sqrt();
+            format!("{:.1} ± {:.1} %", 100.0 * report.rate, 100.0 * deviation)
+        });
+        format!(
+            "| {} | {:.2} MB | {:.1} MB | {:.0} | {:.1} % | {:.1} mm | {} |",
+            kind.name,
+            kind.bytes as f64 / 1e6,
+            kind.memory as f64 / 1e6,
+            kind.hz,
+            100.0 * kind.agreement,
+            1e3 * kind.suites[0].error.metres,
+            rates.collect::<Vec<_>>().join(" | "),
+        )
+    }));
+    lines
+}
+
+/// Colours that colour-blind people can tell apart. ref: Okabe and Ito, 2008
+const COLOURS: [RGBColor; 3] =
+    [RGBColor(120, 120, 120), RGBColor(0, 114, 178), RGBColor(230, 159, 0)];
+
+/// An SVG of success against the time that a policy takes, with 95 % intervals.
+///
+/// # Errors
+/// If it cannot be drawn.
+pub fn svg(comparison: &Comparison) -> Result<String> {
+    let mut out = String::new();
+    let root = SVGBackend::with_string(&mut out, (640, 360)).into_drawing_area();
+    let drawn = (|| {
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption("success when the world does not wait", ("sans-serif", 18))
+            .margin(12)
+            .x_label_area_size(40)
+            .y_label_area_size(52)
+            .build_cartesian_2d(-20.0..860.0, 0.0..102.0)?;
+        let mut mesh = chart.configure_mesh();
+        mesh.x_desc("milliseconds that the policy takes").y_desc("%").light_line_style(WHITE);
+        mesh.draw()?;
+        let policies = comparison.running.chunk_by(|a, b| a.name == b.name);
+        for ((i, policy), colour) in policies.enumerate().zip(COLOURS) {
+            // Beside each other, or their intervals would hide one another.
+            let x = |run: &Running| run.latency_ms + 6.0 * (i as f64 - 1.0);
+            let rates = policy.iter().map(|run| (x(run), 100.0 * run.report.rate));
+            chart
+                .draw_series(LineSeries::new(rates, colour.stroke_width(2)))?
+                .label(policy[0].name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour));
+            let bars = policy.iter().map(|run| {
+                let ends = run.report.interval.map(|end| (x(run), 100.0 * end));
+                PathElement::new(ends, colour)
+            });
+            chart.draw_series(bars)?;
+        }
+        chart.configure_series_labels().border_style(BLACK.mix(0.3)).draw()?;
+        root.present()
+    })();
+    drawn.ok().context("the picture cannot be drawn")?;
+    drop(root);
+    Ok(out)
+}
+
+/// The share of the same tokens, and steps a second.
+fn agreement(model: &mut Model, seen: &[(World, Vec<u32>)]) -> Result<(f64, f64)> {
+    let (mut same, mut all, mut seconds) = (0, 0, 0.0);
+    for (world, tokens) in seen {
+        let picture = model.look(world);
+        let start = Instant::now();
+        let own = model.answer(&picture, &world.scene.instruction)?.tokens;
+        seconds += start.elapsed().as_secs_f64();
+        same += own.iter().zip(tokens).filter(|(a, b)| a == b).count();
+        all += tokens.len();
+    }
+    Ok((same as f64 / all as f64, seen.len() as f64 / seconds))
+}

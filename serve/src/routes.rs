@@ -141,7 +141,7 @@ impl App {
     }
 }
 
-/// What the connection and [`guard`] add to every request.
+/// What the connection and `guard` add to every request.
 pub fn extension<T: Clone + Send + Sync + 'static>(request: &Request) -> &T {
     request.extensions().get().expect("every request has it")
 }

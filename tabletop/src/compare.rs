@@ -19,18 +19,16 @@ use crate::scene::{Scene, Suite};
 use crate::world::World;
 
 /// What is compared. The first is what tokens are held against.
-pub const TYPES: [&str; 8] =
-    ["F32", "BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"];
+const TYPES: [&str; 8] = ["F32", "BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"];
 /// Whose success is held against the time a policy takes, after the expert.
-pub const RUNNING: [&str; 2] = ["BF16", "Q4_K_M"];
+const RUNNING: [&str; 2] = ["BF16", "Q4_K_M"];
 /// Those times: 833 ms are 1.2 Hz, which the paper measured for int8, and 333 ms are 3 Hz, its int4.
-pub const LATENCIES: [f64; 6] = [0.0, 100.0, 200.0, 333.0, 500.0, 833.0];
+const LATENCIES: [f64; 6] = [0.0, 100.0, 200.0, 333.0, 500.0, 833.0];
 /// Steps a second of a world that does not wait, as the paper's robot, and how many an episode has.
-pub const HZ: f64 = 5.0;
-/// See [`HZ`].
-pub const RUNNING_STEPS: usize = 60;
+const HZ: f64 = 5.0;
+const RUNNING_STEPS: usize = 60;
 /// Episodes whose tokens are compared, at most.
-pub const COMPARED: usize = 50;
+const COMPARED: usize = 50;
 
 /// All of it.
 #[derive(Debug, Serialize)]
@@ -39,9 +37,9 @@ pub struct Comparison {
     pub command: String,
     /// The processor, of which each policy has one core.
     pub machine: String,
-    /// A line for each of [`TYPES`].
+    /// A line for each type.
     pub types: Vec<Type>,
-    /// For the expert and each of [`RUNNING`], success at each of [`LATENCIES`].
+    /// Success of the expert and of some types at each of several latencies.
     pub running: Vec<Running>,
 }
 

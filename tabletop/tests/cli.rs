@@ -54,7 +54,8 @@ fn a_model_file_acts() {
     assert_eq!(alone, once, "whatever the threads");
 }
 
-/// In closed loop, at int4. About 19 of 20 are done; the floor is what chance does not reach.
+/// In closed loop, at int4. Of 200 scenes it does 99 % and more; the floor leaves room for processors
+/// that round otherwise.
 #[test]
 fn the_built_in_model_does_what_it_is_asked() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/tabletop.gguf");

@@ -197,7 +197,10 @@ fn the_client_shows_what_became_of_every_picture() {
     let (output, said) = run(CLIENT, &[&args[..], &["--deadline-ms", "60000"]].concat());
     let text = String::from_utf8(output.stdout).unwrap();
     let done = text.split_once(" of 5 episodes").and_then(|(done, _)| done.parse::<u32>().ok());
-    assert!(output.status.success() && done.is_some_and(|n| n >= 3), "20 of 20: {text}{said}");
+    assert!(
+        output.status.success() && done.is_some_and(|n| n >= 3),
+        "it did 20 of 20 when it was measured: {text}{said}"
+    );
     drop(server);
     let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
     assert!(!output.status.success() && said.contains("no_answer"), "{said}");

@@ -52,7 +52,7 @@ impl Default for Options {
 }
 
 /// Whether tokens are guessed ahead, for the Llama to check several in one pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Draft {
     /// One pass for each token.
     #[default]

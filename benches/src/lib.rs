@@ -10,7 +10,9 @@
 //! | [`report`] | that as tables |
 //! | [`plot`] | that as a picture |
 //! | [`project`] | what cards that were not measured might reach |
+//! | [`file`] | how a picture or a table gets to its place |
 
+pub mod file;
 pub mod machine;
 pub mod measure;
 pub mod plot;

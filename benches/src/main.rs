@@ -1,17 +1,17 @@
 //! `openvla-bench`: what a control step costs here, and what results say side by side.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use openvla::Draft;
 use openvla::cli::{self, Place};
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::workload::ModelFile;
-use openvla_bench::{plot, project, report};
+use openvla_bench::{file, plot, project, report};
 
 /// Measures an OpenVLA model stage by stage, against what this machine reaches at best.
 #[derive(Parser)]
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     let text = match args.command {
         Some(Command::Plot { results, output }) => {
-            write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
+            file::write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
             eprintln!("wrote {}", output.display());
             return Ok(());
         }
@@ -104,19 +104,4 @@ impl Measure {
             Format::Jsonl => serde_json::to_string(&results)? + "\n",
         })
     }
-}
-
-/// Writes a file beside its place and moves it there.
-fn write(path: &Path, text: &str) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let cannot = || format!("cannot write {}", path.display());
-    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
-    let permissions = std::fs::Permissions::from_mode(0o644);
-    let mut file = tempfile::Builder::new()
-        .permissions(permissions)
-        .tempfile_in(folder)
-        .with_context(cannot)?;
-    file.write_all(text.as_bytes()).with_context(cannot)?;
-    file.persist(path).with_context(cannot)?;
-    Ok(())
 }

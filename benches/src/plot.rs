@@ -14,7 +14,7 @@ const GAP: u32 = 48;
 const HEIGHT: u32 = 360;
 
 /// Colours that colour-blind people can tell apart. ref: Okabe and Ito, 2008
-const COLOURS: [RGBColor; 7] = [
+pub const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),

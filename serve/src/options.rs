@@ -45,9 +45,9 @@ pub struct Model {
     #[command(flatten)]
     place: Place,
     /// Guess tokens from the client's last motion, and check several in one pass where that pays
-    #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
+    #[arg(long, value_name = "off|auto", default_value = "off")]
     #[arg(hide_possible_values = true)]
-    draft: String,
+    draft: Draft,
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]
     reference_decoding: bool,
@@ -135,9 +135,7 @@ impl Model {
         if self.reference_decoding {
             options.decoding = Decoding::Reference;
         }
-        if self.draft == "auto" {
-            options.draft = Draft::Auto;
-        }
+        options.draft = self.draft;
         let named =
             self.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
         Ok(match named {

@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use openvla::cli::Threads;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -51,7 +52,7 @@ impl App {
         token: Option<Token>,
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = Threads::default().count();
         let decoders = Arc::new(Semaphore::new(cores));
         Arc::new(Self { engine, settings, draining, token, decoders })
     }

@@ -39,9 +39,9 @@ struct Args {
     #[command(flatten)]
     place: Place,
     /// Guess tokens from the image before, and check several in one pass where that has paid
-    #[arg(long, value_name = "off|auto", value_parser = ["off", "auto"], default_value = "off")]
+    #[arg(long, value_name = "off|auto", default_value = "off")]
     #[arg(hide_possible_values = true)]
-    draft: String,
+    draft: Draft,
 }
 
 fn main() -> ExitCode {
@@ -84,9 +84,7 @@ fn open(args: &Args) -> Result<OpenVla> {
     if args.reference_decoding {
         options.decoding = Decoding::Reference;
     }
-    if args.draft == "auto" {
-        options.draft = Draft::Auto;
-    }
+    options.draft = args.draft;
     let named = args.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
     match named {
         Some(path) => Ok(OpenVla::open(path, &options)?),

@@ -173,9 +173,9 @@ pub fn table(comparison: &Comparison) -> Vec<String> {
     lines
 }
 
-/// Colours that colour-blind people can tell apart. ref: Okabe and Ito, 2008
+/// The expert in grey, then the types.
 const COLOURS: [RGBColor; 3] =
-    [RGBColor(120, 120, 120), RGBColor(0, 114, 178), RGBColor(230, 159, 0)];
+    [RGBColor(120, 120, 120), openvla_bench::plot::COLOURS[0], openvla_bench::plot::COLOURS[1]];
 
 /// An SVG of success against the time that a policy takes, with 95 % intervals.
 ///

@@ -7,7 +7,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use openvla::cli::Threads;
 use openvla::{Draft, OpenVla, Options};
+use openvla_bench::file::write;
 use openvla_tabletop::{
     Comparison, Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World,
     bytes, evaluate, film, gym, picture, record, svg, table,
@@ -46,8 +48,9 @@ struct Who {
     #[arg(long, value_name = "KEY", requires = "model")]
     unnorm_key: Option<String>,
     /// Whether the motion before is tried as the next one's tokens
-    #[arg(long, default_value = "off", value_parser = ["off", "auto"], requires = "model")]
-    draft: String,
+    #[arg(long, default_value = "off", hide_possible_values = true, value_name = "off|auto")]
+    #[arg(requires = "model")]
+    draft: Draft,
 }
 
 #[derive(Args)]
@@ -200,20 +203,21 @@ fn main() -> ExitCode {
     }
 }
 
+fn cores() -> usize {
+    Threads::default().count()
+}
+
 /// The model, or else the expert.
 fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
     let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
     let mut options = Options::default();
     options.n_threads = n_threads;
-    if who.draft == "auto" {
-        options.draft = Draft::Auto;
-    }
+    options.draft = who.draft;
     Ok(Box::new(Model::new(OpenVla::open(path, &options)?, who.unnorm_key.clone())?))
 }
 
 fn eval(args: &Eval) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let n_thread = args.threads.map_or(cores, usize::from).min(args.episodes as usize);
+    let n_thread = args.threads.map_or_else(cores, usize::from).min(args.episodes as usize);
     let pace = match args.hz {
         Some(hz) => Pace::Running { hz, latency_ms: args.latency_ms },
         None => Pace::Blocking,
@@ -275,8 +279,7 @@ fn compare(args: &Compare) -> Result<()> {
         let text = serde_json::to_string_pretty(&comparison)? + "\n";
         for (ending, text) in [("json", text), ("svg", svg(&comparison)?)] {
             let path = stem.with_extension(ending);
-            std::fs::write(&path, text)
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            write(&path, &text)?;
         }
     }
     let mut out = std::io::stdout().lock();
@@ -285,8 +288,7 @@ fn compare(args: &Compare) -> Result<()> {
 }
 
 fn play(args: &Play) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut policy = open(&args.who, cores)?;
+    let mut policy = open(&args.who, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
     if let Some(path) = &args.picture {
         let seen = picture(&world, args.size);

@@ -9,4 +9,19 @@ fn main() {
     let out = Path::new(&modules).parent().expect("a folder of the build");
     println!("cargo:rustc-env=OPENVLA_GGML_MODULES={modules}");
     println!("cargo:libraries={}", out.join("lib").display());
+    let own = std::env::var("OUT_DIR").expect("cargo sets it");
+    let programs = Path::new(&own).ancestors().nth(3).expect("target/PROFILE/build/CRATE/out");
+    for folder in ["", "deps", "examples"] {
+        remove_links_to_nothing(&programs.join(folder));
+    }
+}
+
+/// llama-cpp-sys-2 leaves links such as `libggml.so` beside programs, without what they lead to. Its next
+/// build, for another architecture or with another feature, would not overwrite them and fail.
+fn remove_links_to_nothing(folder: &Path) {
+    let entries = folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    for link in entries.filter(|path| path.is_symlink() && !path.exists()) {
+        // Another build may have been faster.
+        let _ = std::fs::remove_file(link);
+    }
 }

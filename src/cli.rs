@@ -1,9 +1,17 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::{Devices, Options};
+use crate::{Decoding, Devices, Draft, OpenVla, Options};
+
+/// The trained example at 4 bits. Swap the file to change the default model.
+static EXAMPLE: &[u8] = include_bytes!("../example/tabletop.gguf");
+
+/// What to tell people who get it.
+pub const BUILT_IN: &str = "no model named: using the built-in example, which knows the simulated \
+                            table alone; -m MODEL.gguf names yours";
 
 /// How many CPU threads.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
@@ -44,6 +52,50 @@ impl Place {
             ..Options::default()
         }
     }
+}
+
+/// Which model, and how it runs.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Model {
+    /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+    #[arg(short, long, value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
+    /// Guess tokens from the motion before, and check several in one pass where that has paid
+    #[arg(long, value_name = "off|auto", default_value = "off", hide_possible_values = true)]
+    draft: Draft,
+    /// Choose among all tokens as the reference does, even those that are no motion
+    #[arg(long)]
+    reference_decoding: bool,
+}
+
+impl Model {
+    /// The file to open; without one, it is the built-in example.
+    pub fn path(&self) -> Option<PathBuf> {
+        named(self.model.clone())
+    }
+
+    /// Opens the model.
+    ///
+    /// # Errors
+    /// As [`OpenVla::open`].
+    pub fn open(&self) -> anyhow::Result<OpenVla> {
+        let mut options = self.place.options();
+        options.draft = self.draft;
+        if self.reference_decoding {
+            options.decoding = Decoding::Reference;
+        }
+        Ok(match self.path() {
+            Some(path) => OpenVla::open(path, &options)?,
+            None => OpenVla::built_in("the built-in example", EXAMPLE, &options)?,
+        })
+    }
+}
+
+/// The model file that was named by `-m`, else by `$OPENVLA_MODEL`.
+pub fn named(model: Option<PathBuf>) -> Option<PathBuf> {
+    model.or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into))
 }
 
 /// The program's arguments. `-ngl` is how llama.cpp's programs spell `--n-gpu-layers`; clap knows no

@@ -34,7 +34,9 @@ pub struct Network {
 
 impl Network {
     /// Takes every tensor of the file, each on the device of `backend` that `place` has for it, and
-    /// builds the stages that do not depend on the prompt.
+    /// builds the stages that do not depend on the prompt. If it is to `observe`, it notes what each
+    /// matrix is multiplied by, see [`Network::squares`], and needs memory for all activations of a
+    /// stage together: about a gigabyte for openvla-7b.
     ///
     /// # Errors
     /// [`crate::Error::Kernels`] names a tensor that is missing, left over or of another shape, or
@@ -44,27 +46,10 @@ impl Network {
         config: &Config,
         backend: &Arc<Backend>,
         place: &dyn Fn(&str) -> usize,
-    ) -> Result<Self> {
-        Self::new(Weights::placed(file, backend, &TABLES, place)?, config, backend)
-    }
-
-    /// The same, which also sees what each matrix is multiplied by: [`Network::squares`]. It needs
-    /// memory for all activations of a stage together, about a gigabyte for openvla-7b.
-    ///
-    /// # Errors
-    /// As [`Network::load`].
-    pub fn observed(
-        file: &Gguf,
-        config: &Config,
-        backend: &Arc<Backend>,
-        place: &dyn Fn(&str) -> usize,
+        observe: bool,
     ) -> Result<Self> {
         let mut weights = Weights::placed(file, backend, &TABLES, place)?;
-        let observer = weights.observe();
-        Ok(Self { observer, ..Self::new(weights, config, backend)? })
-    }
-
-    fn new(mut weights: Weights, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
+        let observer = if observe { weights.observe() } else { Observer::default() };
         let vision = Vision::load(&mut weights, config)?;
         let projector = Projector::load(&mut weights, config)?;
         let llama = Llama::load(&mut weights, config, backend)?;
@@ -80,7 +65,7 @@ impl Network {
         let projector = Graph::build(backend, projector.max_nodes(), |g| {
             g.store(projector.build(g, g.state(&features)), &soft);
         })?;
-        let (backend, observer) = (backend.clone(), Observer::default());
+        let backend = backend.clone();
         Ok(Self { backend, planes, features, soft, vision, projector, llama, observer })
     }
 
@@ -166,7 +151,7 @@ impl Network {
         self.llama.forget(n);
     }
 
-    /// What each matrix was multiplied by so far, if the network is [`Network::observed`].
+    /// What each matrix was multiplied by so far, if the network was loaded to observe it.
     pub fn squares(&self) -> BTreeMap<String, Squares> {
         self.observer.squares()
     }

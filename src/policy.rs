@@ -33,7 +33,7 @@ pub struct Options {
     pub draft: Draft,
     /// Whose matrix products are used.
     pub products: Products,
-    /// Whether the networks note what their weights are multiplied by: see [`Network::observed`].
+    /// Whether the networks note what their weights are multiplied by: see [`Network::load`].
     pub observe: bool,
 }
 
@@ -163,8 +163,8 @@ impl OpenVla {
         let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
         let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
         let backend = Backend::open(&gpus, options.n_threads, options.products)?;
-        let load = if options.observe { Network::observed } else { Network::load };
-        let network = load(file, &config, &backend, &|name| placement.device(name))?;
+        let place = |name: &str| placement.device(name);
+        let network = Network::load(file, &config, &backend, &place, options.observe)?;
         let row_cost = if gpus.is_empty() { ROW_COST_CPU } else { ROW_COST_GPU };
         let (decoding, draft) = (options.decoding, options.draft);
         Ok(Self { config, tokenizer, network, decoding, draft, row_cost })

@@ -1,4 +1,4 @@
-//! A text file that is whole or not there.
+//! A file that is whole or not there.
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 ///
 /// # Errors
 /// What the system says.
-pub fn write(path: &Path, text: &str) -> Result<()> {
+pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
     let cannot = || format!("cannot write {}", path.display());
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     let permissions = std::fs::Permissions::from_mode(0o644);
@@ -18,7 +18,7 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
         .permissions(permissions)
         .tempfile_in(folder)
         .with_context(cannot)?;
-    file.write_all(text.as_bytes()).with_context(cannot)?;
+    file.write_all(bytes.as_ref()).with_context(cannot)?;
     file.persist(path).with_context(cannot)?;
     Ok(())
 }

@@ -9,6 +9,35 @@ use openvla::Options;
 use openvla_kernels::{Backend, DType, Graph, State, shape};
 use serde::{Deserialize, Serialize};
 
+/// What a measurement says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    /// What was typed.
+    pub command: String,
+    /// Of the source that the program was built from; "unknown" outside of git.
+    pub commit: String,
+    /// When it began, in UTC.
+    pub date: String,
+    /// Where.
+    pub machine: Machine,
+}
+
+impl Origin {
+    /// Of a measurement that begins now, in a program of this name.
+    ///
+    /// # Errors
+    /// If the machine lacks a device that `options` name.
+    pub fn now(program: &str, options: &Options) -> Result<Self> {
+        let typed = std::iter::once(program.to_owned()).chain(std::env::args().skip(1));
+        Ok(Self {
+            command: typed.collect::<Vec<_>>().join(" "),
+            commit: env!("COMMIT").to_owned(),
+            date: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            machine: Machine::here(options)?,
+        })
+    }
+}
+
 /// Where a measurement was made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {

@@ -10,7 +10,7 @@ use openvla::{Action, Options, Session, Timing};
 use openvla_convert::inspect::{Report, inspect};
 use rustix::fs::Advice;
 
-use crate::machine::{self, Machine, disk_bytes};
+use crate::machine::{self, Origin, disk_bytes};
 use crate::results::{Load, Memory, Model, Results, Stage, Summary, VERSION};
 use crate::work::{self, Work};
 use crate::workload::Workload;
@@ -20,7 +20,7 @@ use crate::workload::Workload;
 /// # Errors
 /// What is wrong with the file, or if a step gives other tokens than the one before it.
 pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
-    let date = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let origin = Origin::now("openvla-bench", options)?;
     let file = inspect(model)?;
     // Two first steps, one to draft from, and the limits.
     let style = ProgressStyle::with_template("{msg} {bar:40} {pos}/{len}, {eta} left")?;
@@ -49,10 +49,7 @@ pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
     progress.finish_and_clear();
     Ok(Results {
         version: VERSION,
-        command: command(),
-        commit: env!("COMMIT").to_owned(),
-        date,
-        machine: Machine::here(options)?,
+        origin,
         model: Model {
             name: file.general.name.clone(),
             r#type: file.r#type.map(str::to_owned),
@@ -68,12 +65,6 @@ pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
         peak_bytes,
         limits,
     })
-}
-
-/// What was typed, without where the program is.
-fn command() -> String {
-    let arguments = std::env::args().skip(1);
-    ["openvla-bench".to_owned()].into_iter().chain(arguments).collect::<Vec<_>>().join(" ")
 }
 
 /// Asks the system to drop the file's pages. It need not: [`Load::disk_bytes`] says what it read.

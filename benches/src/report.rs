@@ -16,10 +16,10 @@ pub fn markdown(r: &Results) -> String {
         HumanCount(r.model.parameters),
         HumanCount(r.model.bytes),
         r.machine_label(),
-        r.machine.os,
+        r.origin.machine.os,
         r.repetitions,
-        r.commit,
-        r.date
+        r.origin.commit,
+        r.origin.date
     );
     out += "| stage | rows | p50 ms | p99 ms | Hz | GB/s | of a copy | GFLOP/s | of a product |\n";
     out += "|---|---:|---:|---:|---:|---:|---:|---:|---:|\n";
@@ -74,7 +74,7 @@ pub fn csv(r: &Results) -> String {
         min_ms,p50_ms,mean_ms,p99_ms,max_ms,hz,bytes,flop,bytes_per_s,flop_per_s,\
         copy_bytes_per_s,product_flop_per_s\n"
             .to_owned();
-    let (m, model) = (&r.machine, &r.model);
+    let (m, model) = (&r.origin.machine, &r.model);
     for stage in &r.stages {
         let Stage { name, rows, ms, work } = stage;
         let text = [&model.name, r.type_name()].map(quoted);
@@ -90,7 +90,12 @@ pub fn csv(r: &Results) -> String {
             .into_iter()
             .chain([model.bytes.to_string(), model.parameters.to_string()])
             .chain([&m.device, &m.cpu, &m.os].map(|text| quoted(text)))
-            .chain([m.threads.to_string(), quoted(&r.commit), quoted(&r.date), quoted(name)])
+            .chain([
+                m.threads.to_string(),
+                quoted(&r.origin.commit),
+                quoted(&r.origin.date),
+                quoted(name),
+            ])
             .chain([rows.map_or(String::new(), |n| n.to_string()), ms.n.to_string()])
             .chain(numbers)
             .chain([work.bytes.to_string(), work.flop.to_string()])

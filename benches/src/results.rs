@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{Limits, Machine};
+use crate::machine::{Limits, Machine, Origin};
 use crate::work::Work;
 
 /// The version of [`Results`]: another number if a field changes its meaning or goes.
@@ -17,14 +17,9 @@ pub const VERSION: u32 = 1;
 pub struct Results {
     /// [`VERSION`].
     pub version: u32,
-    /// What was typed.
-    pub command: String,
-    /// Of the source that the program was built from; "unknown" outside of git.
-    pub commit: String,
-    /// When it began, in UTC.
-    pub date: String,
-    /// Where.
-    pub machine: Machine,
+    /// With which program, when and where.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// What.
     pub model: Model,
     /// Opening the file and the first step, with the file's pages dropped before.
@@ -210,7 +205,7 @@ impl Results {
 
     /// The device and what computes on it, for people.
     pub fn machine_label(&self) -> String {
-        let Machine { device, cpu, threads, .. } = &self.machine;
+        let Machine { device, cpu, threads, .. } = &self.origin.machine;
         match (device.as_str(), threads) {
             ("CPU", 1) => format!("{cpu}, 1 thread"),
             ("CPU", n) => format!("{cpu}, {n} threads"),

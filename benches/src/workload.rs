@@ -12,7 +12,7 @@ use tempfile::TempDir;
 /// What the robot is asked to do.
 pub const INSTRUCTION: &str = "put eggplant into pot";
 
-/// The example model, which `openvla-run` carries too.
+/// The random example, whose matrices fit every type.
 static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
 
 /// A model file; the example's goes with this value.
@@ -28,8 +28,7 @@ impl ModelFile {
     /// # Errors
     /// If the example cannot be written to a temporary folder.
     pub fn find(named: Option<PathBuf>) -> Result<Self> {
-        let named = named.or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
-        if let Some(path) = named {
+        if let Some(path) = openvla::cli::named(named) {
             return Ok(Self { path, _folder: None });
         }
         eprintln!(

@@ -44,10 +44,10 @@ fn a_result_says_what_was_measured_where() {
     let path = file(dir.path(), "result.json", &MEASURED);
     let r = Results::read(path.as_ref()).unwrap();
     assert_eq!(r.version, VERSION);
-    assert_eq!(r.command, "openvla-bench -r 2 -t 1 -o json");
-    assert_eq!((r.machine.device.as_str(), r.machine.threads), ("CPU", 1));
-    assert!(r.date.ends_with('Z') && r.date.len() == 20, "{}", r.date);
-    assert!(!r.commit.is_empty());
+    assert_eq!(r.origin.command, "openvla-bench -r 2 -t 1 -o json");
+    assert_eq!((r.origin.machine.device.as_str(), r.origin.machine.threads), ("CPU", 1));
+    assert!(r.origin.date.ends_with('Z') && r.origin.date.len() == 20, "{}", r.origin.date);
+    assert!(!r.origin.commit.is_empty());
     assert_eq!(r.model.r#type.as_deref(), Some("Q4_K_M"));
     let names: Vec<_> = r.stages.iter().map(|stage| stage.name.as_str()).collect();
     let parts = ["preprocess", "vision", "projector", "prefill", "decode_token", "decode", "step"];

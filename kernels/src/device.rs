@@ -128,15 +128,21 @@ fn load_modules() {
     let program = std::env::current_exe().ok();
     let beside = program.as_deref().and_then(std::path::Path::parent);
     let built = std::path::Path::new(env!("OPENVLA_GGML_MODULES"));
+    let path = |path: &std::path::Path| CString::new(path.as_os_str().as_bytes()).ok();
     for folder in beside.into_iter().chain([built]) {
-        let Ok(folder) = CString::new(folder.as_os_str().as_bytes()) else { continue };
-        // SAFETY: a C string; the registry is used by this thread alone, see `start`.
+        let cuda = folder.join("libggml-cuda.so");
+        let (Some(folder), Some(cuda_path)) = (path(folder), path(&cuda)) else { continue };
+        // SAFETY: C strings; the registry is used by this thread alone, see `start`.
         unsafe {
             sys::ggml_backend_load_all_from_path(folder.as_ptr());
-            let cpu = sys::GGML_BACKEND_DEVICE_TYPE_CPU;
-            if !sys::ggml_backend_dev_by_type(cpu).is_null() {
-                return;
+            if sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU).is_null() {
+                continue;
             }
+            // ggml keeps to itself why a module did not load, unless it is asked for by its name.
+            if sys::ggml_backend_reg_by_name(c"CUDA".as_ptr()).is_null() && cuda.exists() {
+                sys::ggml_backend_load(cuda_path.as_ptr());
+            }
+            return;
         }
     }
 }

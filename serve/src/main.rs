@@ -33,6 +33,9 @@ fn log(options: &Options) {
 fn run(options: Options) -> Result<()> {
     let Options { model, settings, .. } = options;
     settings.token()?; // before anything listens
+    if model.path().is_none() {
+        tracing::warn!("{}", cli::BUILT_IN);
+    }
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let served = runtime.block_on(async {
         let at = (settings.host, settings.port);

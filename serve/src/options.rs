@@ -6,16 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
-use openvla::cli::Place;
-use openvla::{Decoding, Draft, OpenVla};
+use openvla::cli::Model;
 
 use crate::auth::Token;
 use crate::queue::Limits;
 use crate::safety::Safety;
 use crate::worker::{OnFailure, Rules};
-
-/// The trained example at 4 bits, as in `openvla-run`.
-static EXAMPLE: &[u8] = include_bytes!("../../example/tabletop.gguf");
 
 /// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`, and
 /// `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
@@ -34,23 +30,6 @@ pub struct Options {
     /// Log JSON, one object a line
     #[arg(long)]
     pub log_json: bool,
-}
-
-/// Which model, and how it runs.
-#[derive(Debug, Clone, Args)]
-pub struct Model {
-    /// Model file [default: $OPENVLA_MODEL, else the built-in example]
-    #[arg(short, long, value_name = "MODEL.gguf")]
-    model: Option<PathBuf>,
-    #[command(flatten)]
-    place: Place,
-    /// Guess tokens from the client's last motion, and check several in one pass where that pays
-    #[arg(long, value_name = "off|auto", default_value = "off")]
-    #[arg(hide_possible_values = true)]
-    draft: Draft,
-    /// Choose among all tokens as the reference does, even those that are no motion
-    #[arg(long)]
-    reference_decoding: bool,
 }
 
 /// How the server serves.
@@ -123,31 +102,6 @@ pub struct Settings {
 fn delta(text: &str) -> Result<f64, String> {
     let number = text.trim().parse::<f64>().ok().filter(|x| *x >= 0.0);
     number.ok_or_else(|| "a number of the data set's units is wanted, or inf".to_owned())
-}
-
-impl Model {
-    /// Opens the model.
-    ///
-    /// # Errors
-    /// As [`OpenVla::open`].
-    pub fn open(&self) -> Result<OpenVla> {
-        let mut options = self.place.options();
-        if self.reference_decoding {
-            options.decoding = Decoding::Reference;
-        }
-        options.draft = self.draft;
-        let named =
-            self.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
-        Ok(match named {
-            Some(path) => OpenVla::open(path, &options)?,
-            None => {
-                tracing::warn!(
-                    "no model named: the built-in example, which knows the simulated table alone"
-                );
-                OpenVla::built_in("the built-in example", EXAMPLE, &options)?
-            }
-        })
-    }
 }
 
 impl Settings {

@@ -7,12 +7,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use openvla::cli::{self, Place};
+use openvla::cli::{self, Model};
 use openvla::image::RgbImage;
-use openvla::{Action, Dataset, Decoding, Draft, OpenVla, Session, Usage};
-
-/// The example checkpoint of this repository at 4 bits. Swap the file to change the default model.
-static EXAMPLE: &[u8] = include_bytes!("../../example/tabletop.gguf");
+use openvla::{Action, Dataset, Session, Usage};
 
 /// Computes the motion that an OpenVLA model makes of an image and an instruction. Several images
 /// are one robot's, step after step.
@@ -24,24 +21,14 @@ struct Args {
     images: Vec<PathBuf>,
     /// What the robot is asked to do: "put eggplant into pot"
     instruction: String,
-    /// Model file [default: $OPENVLA_MODEL, else the built-in example]
-    #[arg(short, long, value_name = "MODEL.gguf")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: Model,
     /// Data set whose units the motion is in; needed if the model knows several
     #[arg(long, value_name = "KEY")]
     unnorm_key: Option<String>,
     /// Print one JSON object for each image, on a line of its own
     #[arg(long)]
     json: bool,
-    /// Choose among all tokens as the reference does, even those that are no motion
-    #[arg(long)]
-    reference_decoding: bool,
-    #[command(flatten)]
-    place: Place,
-    /// Guess tokens from the image before, and check several in one pass where that has paid
-    #[arg(long, value_name = "off|auto", default_value = "off")]
-    #[arg(hide_possible_values = true)]
-    draft: Draft,
 }
 
 fn main() -> ExitCode {
@@ -54,7 +41,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let mut policy = open(args)?;
+    if args.model.path().is_none() {
+        eprintln!("{}", cli::BUILT_IN);
+    }
+    let mut policy = args.model.open()?;
     let mut session = Session::default();
     let mut out = std::io::stdout().lock();
     for path in &args.images {
@@ -77,25 +67,6 @@ fn run(args: &Args) -> Result<()> {
     }
     policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
     Ok(())
-}
-
-fn open(args: &Args) -> Result<OpenVla> {
-    let mut options = args.place.options();
-    if args.reference_decoding {
-        options.decoding = Decoding::Reference;
-    }
-    options.draft = args.draft;
-    let named = args.model.clone().or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into));
-    match named {
-        Some(path) => Ok(OpenVla::open(path, &options)?),
-        None => {
-            eprintln!(
-                "no model named: using the built-in example, which knows the simulated table \
-                 alone; -m MODEL.gguf names yours"
-            );
-            Ok(OpenVla::built_in("the built-in example", EXAMPLE, &options)?)
-        }
-    }
 }
 
 /// What a device had to hold.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use openvla::{OpenVla, Options};
+use openvla_bench::machine::Origin;
 use openvla_convert::{Conversion, plan::Encoding};
 use plotters::prelude::*;
 use serde::Serialize;
@@ -33,10 +34,9 @@ const COMPARED: usize = 50;
 /// All of it.
 #[derive(Debug, Serialize)]
 pub struct Comparison {
-    /// What was typed.
-    pub command: String,
-    /// The processor, of which each policy has one core.
-    pub machine: String,
+    /// With which program, when and where; each policy has one thread.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// A line for each type.
     pub types: Vec<Type>,
     /// Success of the expert and of some types at each of several latencies.
@@ -77,6 +77,7 @@ impl Comparison {
     /// # Errors
     /// If the checkpoint cannot be converted, or those of the policy.
     pub fn of(checkpoint: &Path, plan: &Plan, progress: &ProgressBar) -> Result<Self> {
+        let origin = Origin::now("tabletop", &one_core())?;
         let dir = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let waiting = [Suite::Base, Suite::Language];
         let n = TYPES.len() * waiting.len() + (1 + RUNNING.len()) * LATENCIES.len();
@@ -111,10 +112,7 @@ impl Comparison {
                 running.push(Running { name, latency_ms, report });
             }
         }
-        let typed = std::iter::once("tabletop".to_owned()).chain(std::env::args().skip(1));
-        let command = typed.collect::<Vec<_>>().join(" ");
-        let machine = openvla_bench::machine::Machine::here(&one_core())?.cpu;
-        Ok(Self { command, machine, types, running })
+        Ok(Self { origin, types, running })
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use image::codecs::gif::{GifEncoder, Repeat};
 use image::{Delay, Frame, RgbaImage};
 use openvla::image::DynamicImage;
+use openvla_bench::file::write;
 
 use crate::episode::{Outcome, Pace, Policy, run};
 use crate::render::picture;
@@ -35,14 +36,11 @@ pub fn film(
         let shown = if i == last { LAST } else { SHOWN };
         Frame::from_parts(picture, 0, 0, Delay::from_numer_denom_ms(shown, 1))
     });
-    let cannot = || format!("cannot write {}", out.display());
-    // Beside its place, then there: a film is whole or not at all.
-    let part = out.with_extension("gif.part");
-    let file = std::fs::File::create(&part).with_context(cannot)?;
-    let mut encoder = GifEncoder::new_with_speed(std::io::BufWriter::new(file), 10);
+    let mut film = Vec::new();
+    let mut encoder = GifEncoder::new_with_speed(&mut film, 10);
     encoder.set_repeat(Repeat::Infinite)?;
     encoder.encode_frames(frames)?;
     drop(encoder);
-    std::fs::rename(&part, out).with_context(cannot)?;
+    write(out, &film)?;
     Ok(outcome)
 }

@@ -1,13 +1,14 @@
 //! `tabletop`: a small table on which an OpenVLA acts.
 
-use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
+use std::io::{BufWriter, Cursor, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use openvla::cli::Threads;
+use openvla::image::ImageFormat;
 use openvla::{Draft, OpenVla, Options};
 use openvla_bench::file::write;
 use openvla_tabletop::{
@@ -291,8 +292,9 @@ fn play(args: &Play) -> Result<()> {
     let mut policy = open(&args.who, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
     if let Some(path) = &args.picture {
-        let seen = picture(&world, args.size);
-        seen.save(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let mut png = Cursor::new(Vec::new());
+        picture(&world, args.size).write_to(&mut png, ImageFormat::Png)?;
+        write(path, png.into_inner())?;
     }
     let instruction = world.scene.instruction.clone();
     let outcome = film(&args.out, world, policy.as_mut(), STEPS, args.size)?;

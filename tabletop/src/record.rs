@@ -38,13 +38,29 @@ pub fn record(
     size: Option<u32>,
     progress: &ProgressBar,
 ) -> Result<()> {
-    let images = dir.join("images");
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let mut entries =
         fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
     anyhow::ensure!(entries.next().is_none(), "{} is not empty; name a new folder", dir.display());
+    // Beside its place, then there: a data set is whole or not at all.
+    let place = dir.canonicalize()?;
+    let whole = tempfile::Builder::new()
+        .permissions(place.metadata()?.permissions())
+        .tempdir_in(place.parent().context("the root is no place for a data set")?)
+        .with_context(|| format!("cannot make a folder beside {}", dir.display()))?;
+    fill(whole.path(), seed, episodes, size, progress)?;
+    fs::rename(whole.path(), &place).with_context(|| format!("cannot replace {}", dir.display()))
+}
+
+fn fill(
+    dir: &Path,
+    seed: u64,
+    episodes: usize,
+    size: Option<u32>,
+    progress: &ProgressBar,
+) -> Result<()> {
     if size.is_some() {
-        fs::create_dir(&images)?;
+        fs::create_dir(dir.join("images"))?;
     }
     let mut lines = BufWriter::new(fs::File::create(dir.join("steps.jsonl"))?);
     let (mut steps, mut actions) = (Steps::new(seed, 1), Vec::new());

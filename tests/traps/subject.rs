@@ -158,7 +158,7 @@ impl Case {
         let path = dir.path().join("model.gguf");
         self.write(&path);
         let (file, backend) = (Gguf::open(&path).unwrap(), Backend::cpu(1).unwrap());
-        let mut network = Network::load(&file, &self.config, &backend, &|_| 0).unwrap();
+        let mut network = Network::load(&file, &self.config, &backend, &|_| 0, false).unwrap();
         network.see(&self.planes).unwrap();
         network.project().unwrap();
         let logits = network.prefill(&self.ids).unwrap();

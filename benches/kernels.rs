@@ -1,18 +1,19 @@
-//! Products of quantised matrices with activations, ours against ggml's, on one core of the CPU.
+//! Kernels of quantised matrices with activations, ours against ggml's, on one core of the CPU.
 //!
 //! ```sh
 //! cargo bench -p openvla-kernels                      # every shape and type
 //! cargo bench -p openvla-kernels -- 'Q4_K 4096x4096'
 //! ```
 //!
-//! Shapes are those of openvla-7b. One column is bound by memory, so its throughput is in bytes of
+//! Shapes are those of openvla-7b. Of a product, one column is bound by memory, so its throughput is in bytes of
 //! weights; of many, it is in operations: two per weight and column. Times are the processor's, which
 //! other programs of the machine do not stretch much. What was measured is in `SPEED.md`.
 
 use std::time::Duration;
 
-use criterion::{Criterion, Throughput};
-use openvla_kernels::{Backend, DType, Gguf, Graph, Header, Products, State, Weights, shape};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput};
+use openvla_kernels::{Backend, DType, Gguf, Graph, Header, Kernels, State, Weights, shape};
 
 /// Types of weights, and columns and rows of matrices that have it in a Q4_K_M file.
 const MATRICES: [(DType, &[[usize; 2]]); 7] = [
@@ -35,26 +36,45 @@ fn main() {
         for [k, m] in sizes {
             let mut group = criterion.benchmark_group(format!("{dtype} {k}x{m}"));
             let file = matrix(dtype, *k, *m);
-            for products in [Products::Ggml, Products::Fastest] {
+            for kernels in [Kernels::Ggml, Kernels::Fastest] {
                 for n in [1, 7, 281] {
                     group.throughput(match n {
                         1 => Throughput::Bytes(file.tensors()[0].range.len() as u64),
                         _ => Throughput::Elements(2 * (k * m * n) as u64),
                     });
-                    let mut graph = None;
-                    group.bench_function(format!("{n} columns, {products:?}"), |b| {
-                        let graph = graph.get_or_insert_with(|| product(&file, products, n));
-                        b.iter_custom(|times| {
-                            let start = processor_time();
-                            (0..times).for_each(|_| graph.compute().unwrap());
-                            processor_time() - start
-                        });
-                    });
+                    let name = format!("{n} columns, {kernels:?}");
+                    bench(&mut group, &name, || product(&file, kernels, n));
                 }
             }
         }
     }
+    // DINOv2, SigLIP, Llama; the operations of all scores, though the Llama's mask hides half.
+    for [d, n_head, n] in [[64, 16, 261], [72, 16, 256], [128, 32, 275]] {
+        let mut group = criterion.benchmark_group(format!("attention {d}x{n_head}, {n} rows"));
+        group.throughput(Throughput::Elements((4 * n * n * d * n_head) as u64));
+        for kernels in [Kernels::Ggml, Kernels::Fastest] {
+            bench(&mut group, &format!("{kernels:?}"), || attention(kernels, [d, n_head, n]));
+        }
+    }
+    let mut group = criterion.benchmark_group("gelu 4096x261");
+    group.throughput(Throughput::Elements(4096 * 261));
+    for kernels in [Kernels::Ggml, Kernels::Fastest] {
+        bench(&mut group, &format!("{kernels:?}"), || gelu(kernels, 4096 * 261));
+    }
+    group.finish();
     criterion.final_summary();
+}
+
+fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, make: impl Fn() -> Graph) {
+    let mut graph = None;
+    group.bench_function(name, |b| {
+        let graph = graph.get_or_insert_with(&make);
+        b.iter_custom(|times| {
+            let start = processor_time();
+            (0..times).for_each(|_| graph.compute().unwrap());
+            processor_time() - start
+        });
+    });
 }
 
 /// A file with one matrix, whose rows repeat: quantising takes long.
@@ -68,8 +88,8 @@ fn matrix(dtype: DType, k: usize, m: usize) -> Gguf {
     Gguf::built_in("w", Box::leak(file.into_boxed_slice())).unwrap()
 }
 
-fn product(file: &Gguf, products: Products, n: usize) -> Graph {
-    let backend = Backend::open(&[], 1, products).unwrap();
+fn product(file: &Gguf, kernels: Kernels, n: usize) -> Graph {
+    let backend = Backend::open(&[], 1, kernels).unwrap();
     let mut weights = Weights::placed(file, &backend, &[], &|_| 0).unwrap();
     let [k, m, ..] = file.tensors()[0].shape;
     let weight = weights.take("w", shape(&[k, m])).unwrap();
@@ -77,6 +97,35 @@ fn product(file: &Gguf, products: Products, n: usize) -> Graph {
     let (x, y) = (zeros(&[k, n]), zeros(&[m, n]));
     x.write(&(0..k * n).map(|i| (i as f32 * 0.71).cos()).collect::<Vec<_>>());
     Graph::build(&backend, 16, |g| g.store(g.weight(&weight).mul_mat(g.state(&x)), &y)).unwrap()
+}
+
+/// Of a Llama's layer if heads have 128 channels, with a causal mask and keys in f16; else a tower's.
+fn attention(kernels: Kernels, [d, n_head, n]: [usize; 3]) -> Graph {
+    let backend = Backend::open(&[], 1, kernels).unwrap();
+    let zeros = |dtype, dims: &[usize]| State::zeros(&backend, dtype, shape(dims)).unwrap();
+    let is_llama = d == 128;
+    let dtype = if is_llama { DType::F16 } else { DType::F32 };
+    let [q, y] = [0, 1].map(|_| zeros(DType::F32, &[d, n_head, n]));
+    let [k, v] = [0, 1].map(|_| zeros(dtype, &[d, n_head, n]));
+    let mask = is_llama.then(|| zeros(DType::F16, &[n, n]));
+    if let Some(mask) = &mask {
+        let seen = |row| (0..n).map(move |at| if at <= row { 0_u16 } else { 0xFC00 });
+        mask.write(&(0..n).flat_map(seen).collect::<Vec<_>>());
+    }
+    q.write(&(0..d * n_head * n).map(|i| (i as f32 * 0.71).cos()).collect::<Vec<_>>());
+    Graph::build(&backend, 16, |g| {
+        let [q, k, v] = [&q, &k, &v].map(|x| g.state(x).permute([0, 2, 1, 3]));
+        let mask = mask.as_ref().map(|mask| g.state(mask));
+        g.store(q.flash_attention(k, v, mask, 0.1), &y);
+    })
+    .unwrap()
+}
+
+fn gelu(kernels: Kernels, n: usize) -> Graph {
+    let backend = Backend::open(&[], 1, kernels).unwrap();
+    let [x, y] = [0, 1].map(|_| State::zeros(&backend, DType::F32, shape(&[n])).unwrap());
+    x.write(&(0..n).map(|i| 4.0 * (i as f32 * 0.71).cos()).collect::<Vec<_>>());
+    Graph::build(&backend, 4, |g| g.store(g.state(&x).gelu_erf(), &y)).unwrap()
 }
 
 /// What this process has used of the processor.

@@ -67,7 +67,7 @@ pub use decode::decode;
 pub use error::{Error, Result};
 pub use image;
 pub use network::Network;
-pub use openvla_kernels::{Device, Products, Usage};
+pub use openvla_kernels::{Device, Kernels, Usage};
 pub use placement::Devices;
 pub use policy::{Action, Decoding, Draft, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use image::RgbImage;
-use openvla_kernels::{Backend, Gguf, Products, Usage};
+use openvla_kernels::{Backend, Gguf, Kernels, Usage};
 use serde::Serialize;
 
 use crate::Result;
@@ -31,8 +31,8 @@ pub struct Options {
     pub decoding: Decoding,
     /// Whether tokens are guessed ahead in a session.
     pub draft: Draft,
-    /// Whose matrix products are used.
-    pub products: Products,
+    /// Whose functions a CPU computes with.
+    pub kernels: Kernels,
     /// Whether the networks note what their weights are multiplied by: see [`Network::load`].
     pub observe: bool,
 }
@@ -45,7 +45,7 @@ impl Default for Options {
             n_threads: Threads::default().count(),
             decoding: Decoding::default(),
             draft: Draft::default(),
-            products: Products::default(),
+            kernels: Kernels::default(),
             observe: false,
         }
     }
@@ -162,7 +162,7 @@ impl OpenVla {
         let needs = Needs::new(file, &config);
         let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
         let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
-        let backend = Backend::open(&gpus, options.n_threads, options.products)?;
+        let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
         let place = |name: &str| placement.device(name);
         let network = Network::load(file, &config, &backend, &place, options.observe)?;
         let row_cost = if gpus.is_empty() { ROW_COST_CPU } else { ROW_COST_GPU };

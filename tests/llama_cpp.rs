@@ -13,7 +13,7 @@ use std::path::Path;
 
 use common::goldens;
 use llama_cpp_2::model::LlamaModel;
-use openvla::{OpenVla, Options, Products};
+use openvla::{Kernels, OpenVla, Options};
 use openvla_example::{COMMITTED, Size, Spec};
 use openvla_kernels::Gguf;
 
@@ -73,7 +73,7 @@ fn both(checkpoint: &Path, encoding: &str) -> (Gguf, OpenVla, LlamaModel) {
     let mut options = Options::default();
     // Our own products sum in another order. Rounding activations to 8 bits, layer after layer, makes
     // that as large as rounding itself, so they are held to ggml's one by one (kernels/tests/panels.rs).
-    (options.n_threads, options.products) = (1, Products::Ggml);
+    (options.n_threads, options.kernels) = (1, Kernels::Ggml);
     (Gguf::open(&file).unwrap(), OpenVla::open(&file, &options).unwrap(), model)
 }
 

@@ -63,7 +63,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The faster product. Products of small integers, which quantised files are multiplied by, may
+    /// The faster product. Kernels of small integers, which quantised files are multiplied by, may
     /// be faster still.
     pub fn flop_per_s(&self) -> f64 {
         self.product_f32_flop_per_s.max(self.product_f16_flop_per_s)
@@ -120,7 +120,7 @@ const ATTEMPTS: usize = 5;
 /// # Errors
 /// If the device has no room or fails.
 pub fn limits(options: &Options) -> Result<Limits> {
-    let backend = Backend::open(&options.devices.gpus()?, options.n_threads, options.products)?;
+    let backend = Backend::open(&options.devices.gpus()?, options.n_threads, options.kernels)?;
     let flop = (2 * SIDE * SIDE * COLUMNS) as f64;
     Ok(Limits {
         copy_bytes_per_s: (2 * 4 * COPIED) as f64 / copy(&backend)?,

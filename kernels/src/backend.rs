@@ -10,11 +10,12 @@ use crate::buffer::{Counts, Usage, Use};
 use crate::device::start;
 use crate::{Device, Error, Result};
 
-/// Whose products of quantised matrices a CPU computes with.
+/// Whose functions a CPU computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Products {
-    /// Our own where the CPU has AVX-512 VNNI, else ggml's. They round activations as ggml does, and
-    /// differ in the order of sums in f32.
+pub enum Kernels {
+    /// Our own where the CPU has AVX-512 VNNI, else ggml's: products of quantised matrices, and where
+    /// there are no GPUs attention of many rows and GELU. They round as ggml does, and differ in the
+    /// order of sums in f32.
     #[default]
     Fastest,
     /// ggml's, which are llama.cpp's to the bit.
@@ -26,7 +27,7 @@ pub struct Backend {
     /// GPUs in the order they were named, then the CPU.
     places: Vec<Place>,
     n_threads: usize,
-    products: Products,
+    kernels: Kernels,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
@@ -50,14 +51,14 @@ impl Backend {
     /// # Errors
     /// [`Error::Device`] if ggml has no CPU backend.
     pub fn cpu(n_threads: usize) -> Result<Arc<Self>> {
-        Self::open(&[], n_threads, Products::default())
+        Self::open(&[], n_threads, Kernels::default())
     }
 
-    /// GPUs, and the CPU with that many threads and those products.
+    /// GPUs, and the CPU with that many threads and those functions.
     ///
     /// # Errors
     /// [`Error::Device`] if one of them cannot be used.
-    pub fn open(gpus: &[Device], n_threads: usize, products: Products) -> Result<Arc<Self>> {
+    pub fn open(gpus: &[Device], n_threads: usize, kernels: Kernels) -> Result<Arc<Self>> {
         start();
         // SAFETY: ggml has started.
         let cpu = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
@@ -68,7 +69,7 @@ impl Backend {
         let devices = gpus.iter().map(Device::raw).chain([cpu]);
         let places = devices.map(Place::new).collect::<Result<_>>()?;
         let n_threads = n_threads.clamp(1, 512);
-        let backend = Self { places, n_threads, products, gate: Mutex::new(()) };
+        let backend = Self { places, n_threads, kernels, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -124,8 +125,15 @@ impl Backend {
         self.n_threads
     }
 
-    pub(crate) fn products(&self) -> Products {
-        self.products
+    pub(crate) fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// Whether functions of ours compute more than products: where this is all a CPU's that has the
+    /// instructions. With a GPU, the other operations are there.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_own_kernels(&self) -> bool {
+        self.kernels == Kernels::Fastest && self.host() == 0 && crate::vnni::available()
     }
 
     pub(crate) fn device(&self, device: usize) -> sys::ggml_backend_dev_t {

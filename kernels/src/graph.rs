@@ -255,6 +255,12 @@ impl Builder {
         unsafe { sys::ggml_build_forward_expand(self.raw.as_ptr(), x.raw.as_ptr()) }
     }
 
+    /// Whether functions of ours compute more than products.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_own_kernels(&self) -> bool {
+        self.backend.has_own_kernels()
+    }
+
     /// What `weight` is multiplied by in place of `x`: the same, but kept if somebody observes it.
     pub(crate) fn observe<'g>(&self, weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
         let Some(sink) = self.sinks.borrow().get(&weight.raw).cloned() else { return x };

@@ -5,7 +5,7 @@
 //! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
 //! | [`DType`] | element types, and quantising rows into them |
 //! | [`Device`], [`Backend`], [`Usage`] | GPUs there are; those a model runs on, with the CPU; what it takes there |
-//! | [`Products`] | whose matrix products a CPU computes with |
+//! | [`Kernels`] | whose functions a CPU computes with: ggml's, or our own |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
 //! | [`Observer`], [`Squares`] | what graphs multiply weights by |
@@ -21,11 +21,16 @@
 //! the weights and states it names, those to their buffer, the buffer to its file and its backend.
 //! A backend runs one thing at a time, behind a lock, so handles may be used from any thread.
 
+#[cfg(target_arch = "x86_64")]
+mod attention;
 mod backend;
 mod buffer;
+mod custom;
 mod device;
 mod dtype;
 mod error;
+#[cfg(target_arch = "x86_64")]
+mod gelu;
 mod gguf;
 mod graph;
 mod header;
@@ -42,7 +47,7 @@ mod value;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-pub use backend::{Backend, Products};
+pub use backend::{Backend, Kernels};
 pub use buffer::Usage;
 pub use device::Device;
 pub use dtype::DType;

@@ -11,7 +11,7 @@ use crate::buffer::{Buffer, Use};
 use crate::observer::Sink;
 use crate::repack::{Entry, Layout};
 use crate::{
-    Backend, DType, Error, Gguf, Mapped, Observer, Products, Result, Shape, TensorInfo, panel,
+    Backend, DType, Error, Gguf, Kernels, Mapped, Observer, Result, Shape, TensorInfo, panel,
 };
 
 /// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
@@ -216,7 +216,7 @@ impl Weights {
     ) -> Result<Self> {
         let is_table = |info: &TensorInfo| tables.contains(&info.name.as_str());
         let is_at = |info: &TensorInfo, device| place(&info.name) == device;
-        let ours = backend.products() == Products::Fastest;
+        let ours = backend.kernels() == Kernels::Fastest;
         let in_panels = |tensor: &Entry<'_>| {
             let (info, _) = tensor;
             ours && is_at(info, backend.host()) && !is_table(info) && panel::suits(tensor)

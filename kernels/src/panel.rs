@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Buffer, Use};
+use crate::custom::{self, share};
 use crate::repack::Entry;
 pub(crate) use crate::vnni::Rounding;
 use crate::vnni::{Column, DEPTH, Panel, ROWS, Scratch, Sweep, Unpack, available, sweep};
@@ -36,8 +37,6 @@ const PIECE: usize = 4 << 20;
 const SHARES: usize = 16;
 /// Numbers of four bytes in a [`Column`].
 const COLUMN_WORDS: usize = size_of::<Column>() / 4;
-/// ggml's `GGML_N_TASKS_MAX`.
-const ALL_THREADS: c_int = -1;
 /// Which of a node's 16 parameters counts the turns that threads take.
 const COUNTER: usize = 8;
 
@@ -190,71 +189,42 @@ pub(crate) fn mul_mat<'g>(weight: Tensor<'g>, x: Tensor<'g>, kind: &'static Kind
     let n: usize = rest.iter().product();
     let rounded = x.builder.rounded(x, kind.rounding, || {
         let shape = [COLUMN_WORDS, n, k.div_ceil(DEPTH), 1];
-        let round: sys::ggml_custom_op_t = match kind.rounding {
-            By256 => Some(round_by_256),
-            By32 => Some(round_by_32),
+        let round = match kind.rounding {
+            By256 => round_by_256,
+            By32 => round_by_32,
         };
-        custom(DType::I32, shape, &[x], round, std::ptr::null_mut())
+        // SAFETY: `round` is for columns of these sizes, of contiguous f32.
+        unsafe { custom::node(DType::I32, shape, &[x], round, std::ptr::null_mut()) }
     });
     let kind = std::ptr::from_ref(kind).cast_mut().cast();
     let shape = [weight.shape()[1], rest[0], rest[1], rest[2]];
-    custom(DType::F32, shape, &[weight, rounded], Some(multiply), kind)
-}
-
-/// A node that all threads compute with a function of ours.
-fn custom<'g>(
-    dtype: DType,
-    shape: Shape,
-    args: &[Tensor<'g>],
-    function: sys::ggml_custom_op_t,
-    data: *mut c_void,
-) -> Tensor<'g> {
-    let builder = args[0].builder;
-    let mut raws: Vec<_> = args.iter().map(|arg| arg.raw.as_ptr()).collect();
-    let [a, b, c, d] = shape.map(|n| n as i64);
-    // SAFETY: the arguments are live, of this graph and fewer than ggml's limit; the function is one
-    // of this file's, for exactly these arguments, and `data` is static or null.
-    builder.node(unsafe {
-        sys::ggml_custom_4d(
-            builder.context.as_ptr(),
-            dtype.number(),
-            a,
-            b,
-            c,
-            d,
-            raws.as_mut_ptr(),
-            raws.len() as c_int,
-            function,
-            ALL_THREADS,
-            data,
-        )
-    })
+    // SAFETY: `multiply` is for such operands, and a kind is static.
+    unsafe { custom::node(DType::F32, shape, &[weight, rounded], multiply, kind) }
 }
 
 /// [`round`] as K-quants want it.
 extern "C" fn round_by_256(to: *mut sys::ggml_tensor, i: c_int, n: c_int, _: *mut c_void) {
     // SAFETY: `mul_mat` made the node.
-    unsafe { round(&*to, By256, i as usize, n as usize) }
+    unsafe { round(&*to, By256, i, n) }
 }
 
 /// [`round`] as types of 32 places want it.
 extern "C" fn round_by_32(to: *mut sys::ggml_tensor, i: c_int, n: c_int, _: *mut c_void) {
     // SAFETY: `mul_mat` made the node.
-    unsafe { round(&*to, By32, i as usize, n as usize) }
+    unsafe { round(&*to, By32, i, n) }
 }
 
 /// Rounds `x [k, n]` into columns `[n, slabs]`, of which thread `i` of `n_thread` has its share.
 ///
 /// # Safety
 /// `to` is a node of [`mul_mat`] that is being computed, on this machine.
-unsafe fn round(to: &sys::ggml_tensor, rounding: Rounding, i: usize, n_thread: usize) {
+unsafe fn round(to: &sys::ggml_tensor, rounding: Rounding, i: c_int, n_thread: c_int) {
     // SAFETY: the node's only source.
     let x = unsafe { &*to.src[0] };
     let (k, n, n_slab) = (x.ne[0] as usize, to.ne[1] as usize, to.ne[2] as usize);
     // SAFETY: the source is contiguous f32 `[k, n]`.
     let x = unsafe { std::slice::from_raw_parts(x.data.cast::<f32>(), k * n) };
-    let share = |i: usize| i * n * n_slab / n_thread;
-    for at in share(i)..share(i + 1) {
+    for at in share(n * n_slab, i, n_thread) {
         let (slab, column) = (at / n, at % n);
         let x = &x[column * k..][slab * DEPTH..k.min((slab + 1) * DEPTH)];
         // SAFETY: the node holds `n · n_slab` columns, of which no other thread has this one. Its

@@ -5,6 +5,8 @@ use std::ptr::NonNull;
 use llama_cpp_sys_2 as sys;
 
 use crate::{Builder, DType, Shape, panel, shape};
+#[cfg(target_arch = "x86_64")]
+use crate::{attention, gelu};
 
 /// A node of a graph. `Copy`, so that model code reads like the formula.
 #[derive(Clone, Copy)]
@@ -155,6 +157,10 @@ impl<'g> Tensor<'g> {
     pub fn gelu_erf(self) -> Tensor<'g> {
         self.rows("gelu_erf");
         assert!(self.is_contiguous(), "gelu_erf: operand has gaps");
+        #[cfg(target_arch = "x86_64")]
+        if self.builder.has_own_kernels() {
+            return gelu::gelu_erf(self);
+        }
         let (context, raw) = self.args();
         // SAFETY: live, f32 and contiguous.
         self.builder.node(unsafe { sys::ggml_gelu_erf(context, raw) })
@@ -290,7 +296,8 @@ impl<'g> Tensor<'g> {
     }
 
     /// Attention: queries `[head_dim, n, n_head]` (`self`), keys and values
-    /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 that is added to the scores, or none.
+    /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 or none: zeros for the first keys, those
+    /// that the query sees, then minus infinity.
     /// Gives `[head_dim, n_head, n]`. Rows must be contiguous, further strides may be any.
     pub fn flash_attention(
         self,
@@ -309,12 +316,16 @@ impl<'g> Tensor<'g> {
         assert!(self.is_f32() && packed, "attention: gaps in rows");
         assert_eq!(k.dtype(), v.dtype(), "attention: keys and values are of two types");
         assert!(matches!(k.dtype(), DType::F32 | DType::F16), "attention: {} keys", k.dtype());
-        let mask = mask.map_or(std::ptr::null_mut(), |mask| {
+        if let Some(mask) = mask {
             self.same_graph(mask);
             assert_eq!(mask.shape(), [kv[1], n, 1, 1], "attention: the mask's shape");
             assert!(mask.dtype() == DType::F16 && mask.is_contiguous(), "attention: the mask");
-            mask.raw.as_ptr()
-        });
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.builder.has_own_kernels() && attention::suits(self) {
+            return attention::attention(self, k, v, mask, scale);
+        }
+        let mask = mask.map_or(std::ptr::null_mut(), |mask| mask.raw.as_ptr());
         let (context, raw) = self.args();
         let (k, v) = (k.raw.as_ptr(), v.raw.as_ptr());
         // SAFETY: all are live, of one graph, and of shapes, types and strides that fit.

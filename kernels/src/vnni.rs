@@ -32,7 +32,9 @@ const TILE: usize = 6;
 pub(crate) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("f16c")
 }
 
 /// Unpacked weights: 32 rows of 256 places.

@@ -14,7 +14,7 @@ use common::{numbers, read};
 use llama_cpp_sys_2 as sys;
 use openvla::image::RgbImage;
 use openvla::{Devices, OpenVla, Options};
-use openvla_kernels::{Backend, DType, Device, Graph, Header, Products, State, Weights, shape};
+use openvla_kernels::{Backend, DType, Device, Graph, Header, Kernels, State, Weights, shape};
 
 /// What the server's GPU is called, or `None` with a loud word.
 fn kind() -> Option<&'static str> {
@@ -111,7 +111,7 @@ fn a_graph_spans_devices() {
     let _turn = turn();
     let cpu = two_products(&Backend::cpu(1).unwrap(), &|_| 0);
     let gpus: Vec<_> = Device::all().into_iter().filter(|gpu| gpu.kind == kind).collect();
-    let backend = Backend::open(&gpus, 1, Products::default()).unwrap();
+    let backend = Backend::open(&gpus, 1, Kernels::default()).unwrap();
     for places in [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 1], [1, 1, 1]] {
         let place = |name: &str| {
             places[["table", "first", "second"].iter().position(|n| *n == name).unwrap()]

@@ -184,6 +184,8 @@ fn attention_with_and_without_mask_and_with_grouped_heads() {
     for sizes in [
         sizes(8, 5, 5, 2, 2),
         sizes(16, 70, 70, 4, 2), // more queries than a tile
+        sizes(72, 45, 261, 4, 1),
+        sizes(128, 65, 90, 4, 2),
         sizes(64, 1, 600, 4, 1), // one token over a long cache: split between threads
         sizes(3, 66, 40, 3, 3),  // no whole vector
         sizes(2, 1, 3, 2, 1),

@@ -1,4 +1,4 @@
-//! Products of our own against a naive twin, and against ggml's: on a machine that has none of our
+//! Kernels of our own against a naive twin, and against ggml's: on a machine that has none of our
 //! own, both are ggml's, and the same holds of them.
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{cases, data_bytes, numbers, read};
-use openvla_kernels::{Backend, DType, Graph, Header, Products, State, Weights, shape};
+use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Weights, shape};
 use proptest::prelude::*;
 
 const TYPES: [DType; 7] =
@@ -28,9 +28,9 @@ impl Case {
     }
 
     /// `[m, n]`, and the same again, since a graph is run many times.
-    fn compute(&self, n_threads: usize, products: Products) -> Vec<f32> {
+    fn compute(&self, n_threads: usize, kernels: Kernels) -> Vec<f32> {
         let [k, m, n] = self.sizes;
-        let backend = Backend::open(&[], n_threads, products).unwrap();
+        let backend = Backend::open(&[], n_threads, kernels).unwrap();
         let mut header = Header::default();
         header.tensor("w", self.dtype, shape(&[k, m]));
         let file = read(&[header.encode(), self.weight.clone()].concat()).unwrap();
@@ -86,9 +86,9 @@ impl Case {
 
     /// Holds the product to the twin, with any number of threads.
     fn check(&self) {
-        let got = self.compute(1, Products::Fastest);
+        let got = self.compute(1, Kernels::Fastest);
         for n_threads in [2, 3] {
-            let others = self.compute(n_threads, Products::Fastest);
+            let others = self.compute(n_threads, Kernels::Fastest);
             let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&got), bits(&others), "{n_threads} threads");
         }
@@ -154,7 +154,7 @@ fn products_are_ggmls() {
     for dtype in TYPES {
         for sizes @ [k, m, n] in [[512, 96, 1], [2304, 40, 7], [1024, 64, 33], [11008, 64, 281]] {
             let case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));
-            let (got, want) = (case.compute(2, Products::Fastest), case.compute(2, Products::Ggml));
+            let (got, want) = (case.compute(2, Kernels::Fastest), case.compute(2, Kernels::Ggml));
             let square = |x: f32| f64::from(x).powi(2);
             let wrong: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
             let error = (wrong / want.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
@@ -172,7 +172,7 @@ fn what_is_not_finite_stays_so() {
             let sizes @ [k, m, n] = [512, 40, 9];
             let mut case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));
             case.x[4 * k + 300] = bad;
-            let got = case.compute(2, Products::Fastest);
+            let got = case.compute(2, Kernels::Fastest);
             for (column, got) in got.chunks(m).enumerate() {
                 let finite = got.iter().filter(|x| x.is_finite()).count();
                 let wanted = if column == 4 { 0 } else { m };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::{assert_close, backend, numbers, read};
 use openvla_kernels::{
-    ALIGNMENT, Backend, Builder, DType, Error, Gguf, Graph, Header, Products, State, Weight,
+    ALIGNMENT, Backend, Builder, DType, Error, Gguf, Graph, Header, Kernels, State, Weight,
     Weights, shape,
 };
 
@@ -57,10 +57,10 @@ fn products_are_the_same() {
         std::fs::write(&path, &file).unwrap();
         let (in_memory, mapped) = (read(&file).unwrap(), Gguf::open(&path).unwrap());
         for (file, products) in [
-            (&in_memory, Products::Ggml),
-            (&in_memory, Products::Fastest),
-            (&mapped, Products::Ggml),
-            (&mapped, Products::Fastest),
+            (&in_memory, Kernels::Ggml),
+            (&in_memory, Kernels::Fastest),
+            (&mapped, Kernels::Ggml),
+            (&mapped, Kernels::Fastest),
         ] {
             let backend = Backend::open(&[], 2, products).unwrap();
             let mut weights = Weights::placed(file, &backend, &[], &|_| 0).unwrap();

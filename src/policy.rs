@@ -64,6 +64,9 @@ pub enum Draft {
 /// What a row more costs in a pass of few rows, in passes of one: see `benches/SPEED.md`.
 const ROW_COST_CPU: f64 = 0.6;
 
+/// The same with kernels of our own.
+const ROW_COST_OWN: f64 = 0.1;
+
 /// The same on a GPU, where eight rows should cost a tenth more than one. Not yet measured.
 const ROW_COST_GPU: f64 = 0.015;
 
@@ -165,7 +168,11 @@ impl OpenVla {
         let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
         let place = |name: &str| placement.device(name);
         let network = Network::load(file, &config, &backend, &place, options.observe)?;
-        let row_cost = if gpus.is_empty() { ROW_COST_CPU } else { ROW_COST_GPU };
+        let row_cost = match gpus.is_empty() {
+            true if backend.has_own_kernels() => ROW_COST_OWN,
+            true => ROW_COST_CPU,
+            false => ROW_COST_GPU,
+        };
         let (decoding, draft) = (options.decoding, options.draft);
         Ok(Self { config, tokenizer, network, decoding, draft, row_cost })
     }

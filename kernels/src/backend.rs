@@ -8,7 +8,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Usage, Use};
 use crate::device::start;
-use crate::{Device, Error, Result};
+use crate::{Device, Error, Result, panel};
 
 /// Whose functions a CPU computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -129,11 +129,10 @@ impl Backend {
         self.kernels
     }
 
-    /// Whether functions of ours compute more than products: where this is all a CPU's that has the
-    /// instructions. With a GPU, the other operations are there.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn has_own_kernels(&self) -> bool {
-        self.kernels == Kernels::Fastest && self.host() == 0 && crate::vnni::available()
+    /// Whether functions of ours compute all that there are: on a CPU that has the instructions, and
+    /// no GPU beside it, where all but products would be.
+    pub fn has_own_kernels(&self) -> bool {
+        self.kernels == Kernels::Fastest && self.host() == 0 && panel::available()
     }
 
     pub(crate) fn device(&self, device: usize) -> sys::ggml_backend_dev_t {

@@ -255,7 +255,7 @@ impl Builder {
         unsafe { sys::ggml_build_forward_expand(self.raw.as_ptr(), x.raw.as_ptr()) }
     }
 
-    /// Whether functions of ours compute more than products.
+    /// [`Backend::has_own_kernels`]
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_own_kernels(&self) -> bool {
         self.backend.has_own_kernels()

@@ -17,8 +17,8 @@ use llama_cpp_sys_2 as sys;
 use crate::buffer::{Buffer, Use};
 use crate::custom::{self, share};
 use crate::repack::Entry;
-pub(crate) use crate::vnni::Rounding;
-use crate::vnni::{Column, DEPTH, Panel, ROWS, Scratch, Sweep, Unpack, available, sweep};
+use crate::vnni::{Column, DEPTH, Panel, ROWS, Scratch, Sweep, Unpack, sweep};
+pub(crate) use crate::vnni::{Rounding, available};
 use crate::{Backend, DType, Gguf, Mapped, Shape, Tensor, unpack};
 
 /// A type of weights that we have a product for.

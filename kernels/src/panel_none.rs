@@ -16,6 +16,10 @@ pub(crate) enum Kind {}
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rounding {}
 
+pub(crate) fn available() -> bool {
+    false
+}
+
 pub(crate) fn suits(_: &Entry<'_>) -> bool {
     false
 }

@@ -100,11 +100,11 @@ fn what_cannot_work_is_said_at_once() {
 /// What was asked is answered, or was never accepted: a client is told one of the two.
 #[test]
 fn nothing_accepted_is_lost_when_it_is_asked_to_stop() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["--queue", "128"]);
     let (url, body) = (format!("{}/v1/act", server.url), body());
     let (answered, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        for _ in 0..6 {
+        for _ in 0..64 {
             scope.spawn(|| {
                 loop {
                     // A connection for each request, as `requests.post` has it.
@@ -133,7 +133,7 @@ fn nothing_accepted_is_lost_when_it_is_asked_to_stop() {
                 }
             });
         }
-        while answered.load(Ordering::Relaxed) < 12 {
+        while answered.load(Ordering::Relaxed) < 128 {
             std::thread::sleep(Duration::from_millis(10));
         }
         server.terminate();

@@ -16,7 +16,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput};
 use openvla_kernels::{Backend, DType, Gguf, Graph, Header, Kernels, State, Weights, shape};
 
 /// Types of weights, and columns and rows of matrices that have it in a Q4_K_M file.
-const MATRICES: [(DType, &[[usize; 2]]); 7] = [
+const MATRICES: [(DType, &[[usize; 2]]); 9] = [
     (DType::Q4_K, &[[4096, 4096], [4096, 11008], [11008, 4096]]),
     (DType::Q6_K, &[[4096, 4096], [11008, 4096], [4096, 32064]]),
     (DType::Q8_0, &[[1024, 4096], [1152, 4320], [8704, 4096]]),
@@ -24,6 +24,8 @@ const MATRICES: [(DType, &[[usize; 2]]); 7] = [
     (DType::Q4_0, &[[4096, 4096]]),
     (DType::IQ4_NL, &[[4096, 4096]]),
     (DType::IQ4_XS, &[[4096, 4096]]),
+    (DType::BF16, &[[4096, 4096]]),
+    (DType::F32, &[[4096, 4096]]),
 ];
 
 fn main() {

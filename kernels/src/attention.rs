@@ -9,9 +9,8 @@
 //!         out [32, d] = Σ key: weights [32, key] · values [key, 8 at a time], over Σ weights
 //! ```
 //!
-//! Both sums are of one kind: a vector times eight numbers, each added to a sum of its own, so that
-//! 16 vectors of sums stay in registers. No score is written but to the cache of its core, and keys
-//! that no query of a tile sees are left out.
+//! Both sums are of one kind, see `lanes`. No score is written but to the cache of its core, and keys that
+//! no query of a tile sees are left out.
 
 use std::arch::x86_64::*;
 use std::ffi::{c_int, c_void};
@@ -20,34 +19,8 @@ use llama_cpp_sys_2 as sys;
 
 use crate::custom::{node, share};
 use crate::gelu::exp;
+use crate::lanes::{BY, LANES, Lanes, products};
 use crate::{DType, Tensor};
-
-/// Queries of a tile.
-const LANES: usize = 32;
-/// Keys, or channels of values, that are summed together.
-const BY: usize = 8;
-
-/// A number for each query of a tile.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Lanes([f32; LANES]);
-
-impl Lanes {
-    #[target_feature(enable = "avx512f")]
-    fn load(&self) -> [__m512; 2] {
-        // SAFETY: reads 16 numbers each, which are aligned.
-        unsafe { [_mm512_load_ps(self.0.as_ptr()), _mm512_load_ps(self.0[16..].as_ptr())] }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn store(&mut self, x: [__m512; 2]) {
-        // SAFETY: writes 16 numbers each, which are aligned.
-        unsafe {
-            _mm512_store_ps(self.0.as_mut_ptr(), x[0]);
-            _mm512_store_ps(self.0[16..].as_mut_ptr(), x[1]);
-        }
-    }
-}
 
 /// Whether sizes suit: channels by eights, and enough queries to fill a tile.
 pub(crate) fn suits(q: Tensor<'_>) -> bool {
@@ -126,13 +99,13 @@ struct Scratch {
 
 impl Scratch {
     fn new(d: usize, n_kv: usize) -> Self {
-        let (padded, none) = (n_kv.next_multiple_of(BY), Lanes([0.0; LANES]));
+        let padded = n_kv.next_multiple_of(BY);
         Self {
             d,
             keys: vec![[0.0; BY]; padded / BY * d],
             values: vec![[0.0; BY]; d / BY * padded],
-            queries: vec![none; d],
-            scores: vec![none; padded],
+            queries: vec![Lanes::ZERO; d],
+            scores: vec![Lanes::ZERO; padded],
             seen: [0; LANES],
         }
     }
@@ -200,27 +173,13 @@ impl Scratch {
         let values = self.values.chunks_exact(self.scores.len());
         for (values, channel) in values.zip((0..self.d).step_by(BY)) {
             let sums = products(&self.scores[..seen], &values[..seen]);
-            let mut results = [Lanes([0.0; LANES]); BY];
+            let mut results = [Lanes::ZERO; BY];
             for (result, sum) in results.iter_mut().zip(sums) {
                 result.store([_mm512_mul_ps(sum[0], scale[0]), _mm512_mul_ps(sum[1], scale[1])]);
             }
             out(channel, &results);
         }
     }
-}
-
-/// Sums of vectors times the eight numbers that each has.
-#[target_feature(enable = "avx512f")]
-fn products(lanes: &[Lanes], by: &[[f32; BY]]) -> [[__m512; 2]; BY] {
-    let mut sums = [[_mm512_setzero_ps(); 2]; BY];
-    for (lanes, by) in lanes.iter().zip(by) {
-        let [a, b] = lanes.load();
-        for (sum, x) in sums.iter_mut().zip(by) {
-            let x = _mm512_set1_ps(*x);
-            *sum = [_mm512_fmadd_ps(a, x, sum[0]), _mm512_fmadd_ps(b, x, sum[1])];
-        }
-    }
-    sums
 }
 
 /// Computes heads of tiles of the node.

@@ -13,9 +13,9 @@ use crate::{Device, Error, Result, panel};
 /// Whose functions a CPU computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
-    /// Our own where the CPU has AVX-512 VNNI, else ggml's: products of quantised matrices, and where
-    /// there are no GPUs attention of many rows and GELU. They round as ggml does, and differ in the
-    /// order of sums in f32.
+    /// Our own where the CPU has AVX-512 VNNI, else ggml's: products of quantised matrices, which round
+    /// as ggml does and differ in the order of sums; and where there are no GPUs, for many rows,
+    /// products of floats and attention, and GELU, in f32.
     #[default]
     Fastest,
     /// ggml's, which are llama.cpp's to the bit.

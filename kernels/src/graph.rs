@@ -173,8 +173,18 @@ impl Drop for Graph {
     }
 }
 
-/// The node that rounds a node in some way.
-type Rounded = BTreeMap<(NonNull<sys::ggml_tensor>, Rounding), NonNull<sys::ggml_tensor>>;
+/// How functions of ours have activations.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Laid {
+    /// Rounded to 8 bits: for products with panels.
+    Rounded(Rounding),
+    /// As they are, eight columns side by side: for products with floats.
+    #[cfg(target_arch = "x86_64")]
+    ByEights,
+}
+
+/// The node that lays a node in some way.
+type LaidNodes = BTreeMap<(NonNull<sys::ggml_tensor>, Laid), NonNull<sys::ggml_tensor>>;
 
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
@@ -185,8 +195,8 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
-    /// Activations that were rounded for products with panels.
-    rounded: RefCell<Rounded>,
+    /// Activations that were laid for products of ours.
+    laid: RefCell<LaidNodes>,
     nodes_left: Cell<usize>,
     /// Weights and states that nodes were given, each time.
     leaves: Cell<usize>,
@@ -215,7 +225,7 @@ impl Builder {
             homes: RefCell::default(),
             sinks: RefCell::default(),
             observed: RefCell::default(),
-            rounded: RefCell::default(),
+            laid: RefCell::default(),
             nodes_left: Cell::new(max_nodes),
             leaves: Cell::new(0),
         }
@@ -269,11 +279,11 @@ impl Builder {
         x
     }
 
-    /// `x`, rounded: by `make`, unless that was made before and `x` cannot have changed since.
-    pub(crate) fn rounded<'g>(
+    /// `x`, laid: by `make`, unless that was made before and `x` cannot have changed since.
+    pub(crate) fn laid<'g>(
         &'g self,
         x: Tensor<'g>,
-        rounding: Rounding,
+        how: Laid,
         make: impl FnOnce() -> Tensor<'g>,
     ) -> Tensor<'g> {
         // SAFETY: a node is as live as its graph.
@@ -281,8 +291,8 @@ impl Builder {
         if is_state {
             return make();
         }
-        let mut rounded = self.rounded.borrow_mut();
-        let raw = *rounded.entry((x.raw, rounding)).or_insert_with(|| make().raw);
+        let mut laid = self.laid.borrow_mut();
+        let raw = *laid.entry((x.raw, how)).or_insert_with(|| make().raw);
         Tensor { builder: self, raw }
     }
 

@@ -30,10 +30,14 @@ mod device;
 mod dtype;
 mod error;
 #[cfg(target_arch = "x86_64")]
+mod floats;
+#[cfg(target_arch = "x86_64")]
 mod gelu;
 mod gguf;
 mod graph;
 mod header;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod mapped;
 mod memory;
 mod observer;

@@ -16,6 +16,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Buffer, Use};
 use crate::custom::{self, share};
+use crate::graph::Laid;
 use crate::repack::Entry;
 use crate::vnni::{Column, DEPTH, Panel, ROWS, Scratch, Sweep, Unpack, sweep};
 pub(crate) use crate::vnni::{Rounding, available};
@@ -187,7 +188,7 @@ pub(crate) fn copy(
 pub(crate) fn mul_mat<'g>(weight: Tensor<'g>, x: Tensor<'g>, kind: &'static Kind) -> Tensor<'g> {
     let [k, rest @ ..] = x.shape();
     let n: usize = rest.iter().product();
-    let rounded = x.builder.rounded(x, kind.rounding, || {
+    let rounded = x.builder.laid(x, Laid::Rounded(kind.rounding), || {
         let shape = [COLUMN_WORDS, n, k.div_ceil(DEPTH), 1];
         let round = match kind.rounding {
             By256 => round_by_256,

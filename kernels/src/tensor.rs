@@ -6,7 +6,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::{Builder, DType, Shape, panel, shape};
 #[cfg(target_arch = "x86_64")]
-use crate::{attention, gelu};
+use crate::{attention, floats, gelu};
 
 /// A node of a graph. `Copy`, so that model code reads like the formula.
 #[derive(Clone, Copy)]
@@ -120,6 +120,10 @@ impl<'g> Tensor<'g> {
         let x = self.builder.observe(self, x);
         if let Some(kind) = panel::kind(self.raw) {
             return panel::mul_mat(self, x, kind);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.builder.has_own_kernels() && floats::suits(self, x) {
+            return floats::mul_mat(self, x);
         }
         let (context, raw) = self.args();
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.

@@ -1,10 +1,11 @@
-//! Attention and GELU of our own against naive twins: on a machine that has none of our own, both are
-//! ggml's, and the same holds of them. More shapes of attention are in `tests/ops.rs`.
+//! Products of floats, attention and GELU of our own against naive twins: on a machine that has none of
+//! our own, they are ggml's, and the same holds of them, as far as ggml does not round. More shapes of
+//! attention are in `tests/ops.rs`; products of quantised matrices in `tests/panels.rs`.
 
 mod common;
 
-use common::{cases, numbers};
-use openvla_kernels::{Backend, DType, Graph, Kernels, State, shape};
+use common::{cases, data_bytes, numbers, read};
+use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Weights, shape};
 use proptest::prelude::*;
 
 /// Queries, keys and values as a tower has them: `[d, n_head, 3, n]`.
@@ -85,6 +86,58 @@ proptest! {
         }
         let others = tower.compute(n_threads, Kernels::Fastest);
         prop_assert_eq!(bits(&got), bits(&others), "{} threads", n_threads);
+    }
+}
+
+/// `w [k, m]` of a type, times `x [k, n]`: two products of one input, the second of which must be the same.
+fn product(file: &[u8], [k, m, n]: [usize; 3], x: &[f32], n_threads: usize) -> Vec<f32> {
+    let backend = Backend::open(&[], n_threads, Kernels::Fastest).unwrap();
+    let file = read(file).unwrap();
+    let weight = Weights::placed(&file, &backend, &[], &|_| 0).unwrap().take("w", shape(&[k, m]));
+    let weight = weight.unwrap();
+    let zeros = |dims: &[usize]| State::zeros(&backend, DType::F32, shape(dims)).unwrap();
+    let (input, first, second) = (zeros(&[k, n]), zeros(&[m, n]), zeros(&[m, n]));
+    input.write(x);
+    let mut graph = Graph::build(&backend, 16, |g| {
+        let x = g.state(&input) + g.state(&input);
+        g.store(g.weight(&weight).mul_mat(x), &first);
+        g.store(g.weight(&weight).mul_mat(x), &second);
+    })
+    .unwrap();
+    graph.compute().unwrap();
+    assert_eq!(bits(&first.read::<f32>()), bits(&second.read::<f32>()));
+    first.read()
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn products_of_floats_are_the_twins_on_any_number_of_threads(
+        dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::BF16]),
+        k in 1_usize..400,
+        m in 1_usize..100,
+        n in 1_usize..60,
+        n_threads in 2_usize..6,
+        seed in any::<u64>(),
+    ) {
+        let mut weight = vec![0; data_bytes(dtype, shape(&[k, m]))];
+        dtype.encode(&numbers(k * m, seed), k, None, &mut weight);
+        let (w, x) = (dtype.decode(&weight), numbers(k * n, !seed));
+        let mut header = Header::default();
+        header.tensor("w", dtype, shape(&[k, m]));
+        let file = [header.encode(), weight].concat();
+        let got = product(&file, [k, m, n], &x, 1);
+        // Where there are few columns, ggml rounds them to the matrix's type.
+        let limit = if dtype == DType::F32 { 1e-6 } else { 1e-2 };
+        for (i, got) in got.iter().enumerate() {
+            let pairs = || w[i % m * k..][..k].iter().zip(&x[i / m * k..][..k]);
+            let want: f64 = pairs().map(|(w, x)| 2.0 * f64::from(*w) * f64::from(*x)).sum();
+            let size: f64 = pairs().map(|(w, x)| 2.0 * f64::from((w * x).abs())).sum();
+            let error = (f64::from(*got) - want).abs();
+            prop_assert!(error <= limit * size + 1e-30, "{dtype} {i}: {got}, {want} wanted");
+        }
+        prop_assert_eq!(bits(&got), bits(&product(&file, [k, m, n], &x, n_threads)));
     }
 }
 

@@ -44,21 +44,24 @@ pub(crate) fn mul_mat<'g>(weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
     unsafe { node(DType::F32, shape, &[weight, columns], multiply, none) }
 }
 
-/// Puts columns `[k, n]` side by side, eight at a time: `[8, k, n / 8]`, filled up with zeros.
+/// Puts columns `[k, n]` side by side, eight at a time and filled up with zeros: for each slab of places
+/// one after the other `[8, depth, n / 8]`, so that memory is read in one direction.
 extern "C" fn lay(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, _: *mut c_void) {
     // SAFETY: `mul_mat` made the node: both are contiguous f32, and the node is the larger.
-    let (x, k, to) = unsafe {
+    let (x, [k, n_block], to) = unsafe {
         let (to, x) = (&*to, &*(*to).src[0]);
         let n = sys::ggml_nelements(x) as usize;
         let x = std::slice::from_raw_parts(x.data.cast::<f32>(), n);
-        (x, to.ne[1] as usize, to.data.cast::<[f32; BY]>())
+        (x, [1, 2].map(|i| to.ne[i] as usize), to.data.cast::<[f32; BY]>())
     };
-    for block in share(x.len().div_ceil(k).div_ceil(BY), i, n_thread) {
+    for block in share(n_block, i, n_thread) {
         let columns = &x[block * BY * k..];
         for place in 0..k {
             let eight = std::array::from_fn(|c| columns.get(c * k + place).copied().unwrap_or(0.0));
+            let start = place / DEPTH * DEPTH;
+            let depth = DEPTH.min(k - start);
             // SAFETY: the node has `k` places of so many blocks; this block is this thread's.
-            unsafe { to.add(block * k + place).write(eight) };
+            unsafe { to.add(start * n_block + block * depth + place - start).write(eight) };
         }
     }
 }
@@ -88,7 +91,8 @@ extern "C" fn multiply(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, _: 
             unsafe {
                 (0..n_row)
                     .for_each(|lane| turn(weight, first + lane, start, &mut slab[..depth], lane));
-                add(&slab[..depth], columns.chunks_exact(k).map(|x| &x[start..]), &mut sums);
+                let columns = &columns[start * sums.len()..][..depth * sums.len()];
+                add(&slab[..depth], columns.chunks_exact(depth), &mut sums);
             }
         }
         for (column, sum) in (0..n).map(|c| (c, &sums[c / BY][c % BY])) {
@@ -109,8 +113,10 @@ unsafe fn turn(of: &sys::ggml_tensor, row: usize, start: usize, to: &mut [Lanes]
         let mask = u16::MAX >> (16 - to.len());
         let at = row.wrapping_add(16 * i * of.nb[0]);
         let mut x = [0.0; 16];
-        // SAFETY: the caller's promise; what the mask leaves out is not read.
+        // SAFETY: the caller's promise; what the mask leaves out is not read, and fetching the next slab
+        // does nothing where there is no memory.
         unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(DEPTH * of.nb[0]).cast());
             let read = match of.type_ {
                 sys::GGML_TYPE_F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
                 sys::GGML_TYPE_BF16 => {

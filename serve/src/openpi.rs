@@ -6,6 +6,7 @@
 //!
 //! ref: openpi `WebsocketPolicyServer`, `openpi_client.msgpack_numpy`
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -105,7 +106,8 @@ pub async fn upgrade(
     let upgrade = upgrade.max_message_size(limit).max_frame_size(limit);
     let upgrade = upgrade.read_buffer_size(READ_BUFFER);
     upgrade.on_upgrade(async move |socket| {
-        let talk = Talk { app, connection, socket, steps: JoinSet::new(), last: None };
+        let (steps, begun) = (JoinSet::new(), BTreeMap::new());
+        let talk = Talk { app, connection, socket, steps, begun, next: 0, last: None };
         talk.run().await;
     })
 }
@@ -115,7 +117,12 @@ struct Talk {
     connection: Connection,
     socket: WebSocket,
     /// Dropped with the connection, and with it the places in line.
-    steps: JoinSet<(Instant, Result<Answer, Error>)>,
+    steps: JoinSet<(u64, Result<Answer, Error>)>,
+    /// Observations by number, with when they came, and their motions where they have one: a motion is
+    /// sent after those of all earlier observations.
+    begun: BTreeMap<u64, (Instant, Option<Answer>)>,
+    /// The next observation's number.
+    next: u64,
     /// Milliseconds between the last observation and its answer.
     last: Option<f64>,
 }
@@ -167,7 +174,7 @@ impl Talk {
                         Message::Close(_) => return Err(Over),
                     }
                 }
-                Some(done) = self.steps.join_next() => self.answer(done).await?,
+                Some(done) = self.steps.join_next() => self.done(done).await?,
                 _ = ping.tick() => {
                     if !heard && self.steps.is_empty() {
                         return Err(Over);
@@ -182,7 +189,9 @@ impl Talk {
 
     fn begin(&mut self, frame: Bytes) {
         let (app, connection) = (Arc::clone(&self.app), self.connection.clone());
-        let arrived = Instant::now();
+        let (arrived, number) = (Instant::now(), self.next);
+        self.next += 1;
+        self.begun.insert(number, (arrived, None));
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
@@ -190,19 +199,35 @@ impl Talk {
                 let order = note.order(arrived, connection.number, app.settings.deadline())?;
                 app.engine.act(observation, order).await
             };
-            (arrived, answer.await)
+            (number, answer.await)
         });
     }
 
-    async fn answer(
+    /// Sends an error at once, and every motion whose turn it is.
+    async fn done(
         &mut self,
-        done: Result<(Instant, Result<Answer, Error>), JoinError>,
+        done: Result<(u64, Result<Answer, Error>), JoinError>,
     ) -> Result<(), Over> {
-        let (arrived, answer) = done.map_err(|_| Over)?;
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(error) => return self.refuse(&error).await,
-        };
+        let (number, answer) = done.map_err(|_| Over)?;
+        match answer {
+            Ok(answer) => {
+                let arrived = self.begun[&number].0;
+                self.begun.insert(number, (arrived, Some(answer)));
+            }
+            Err(error) => {
+                self.begun.remove(&number);
+                self.refuse(&error).await?;
+            }
+        }
+        while let Some(first) = self.begun.first_entry().filter(|first| first.get().1.is_some()) {
+            if let (arrived, Some(answer)) = first.remove() {
+                self.answer(arrived, &answer).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn answer(&mut self, arrived: Instant, answer: &Answer) -> Result<(), Over> {
         let n = answer.action.len();
         let times = answer.timing_ms;
         let reply = Reply {

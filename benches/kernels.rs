@@ -1,13 +1,13 @@
-//! Kernels of quantised matrices with activations, ours against ggml's, on one core of the CPU.
+//! Matrix products, attention and GELU, ours against ggml's, on one core of the CPU.
 //!
 //! ```sh
 //! cargo bench -p openvla-kernels                      # every shape and type
 //! cargo bench -p openvla-kernels -- 'Q4_K 4096x4096'
 //! ```
 //!
-//! Shapes are those of openvla-7b. Of a product, one column is bound by memory, so its throughput is in bytes of
-//! weights; of many, it is in operations: two per weight and column. Times are the processor's, which
-//! other programs of the machine do not stretch much. What was measured is in `SPEED.md`.
+//! Shapes are those of openvla-7b. A product with one column is bound by memory, so its throughput is in
+//! bytes of weights; of many, it is in operations: two per weight and column. Times are the processor's,
+//! which other programs of the machine do not stretch much. What was measured is in `SPEED.md`.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Kernels of our own against a naive twin, and against ggml's: on a machine that has none of our
+//! Products of our own against a naive twin, and against ggml's: on a machine that has none of our
 //! own, both are ggml's, and the same holds of them.
 
 mod common;

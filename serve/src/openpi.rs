@@ -117,15 +117,18 @@ struct Talk {
     connection: Connection,
     socket: WebSocket,
     /// Dropped with the connection, and with it the places in line.
-    steps: JoinSet<(u64, Result<Answer, Error>)>,
-    /// Observations by number, with when they came, and their motions where they have one: a motion is
-    /// sent after those of all earlier observations.
-    begun: BTreeMap<u64, (Instant, Option<Answer>)>,
+    steps: JoinSet<(u64, Result<Motion, Error>)>,
+    /// Observations by number, and their motions where they have one: a motion is sent after those of all
+    /// earlier observations.
+    begun: BTreeMap<u64, Option<Motion>>,
     /// The next observation's number.
     next: u64,
     /// Milliseconds between the last observation and its answer.
     last: Option<f64>,
 }
+
+/// An answer, and when its observation came.
+type Motion = (Instant, Answer);
 
 /// The connection is over.
 struct Over;
@@ -191,7 +194,7 @@ impl Talk {
         let (app, connection) = (Arc::clone(&self.app), self.connection.clone());
         let (arrived, number) = (Instant::now(), self.next);
         self.next += 1;
-        self.begun.insert(number, (arrived, None));
+        self.begun.insert(number, None);
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
@@ -199,28 +202,27 @@ impl Talk {
                 let order = note.order(arrived, connection.number, app.settings.deadline())?;
                 app.engine.act(observation, order).await
             };
-            (number, answer.await)
+            (number, answer.await.map(|answer| (arrived, answer)))
         });
     }
 
     /// Sends an error at once, and every motion whose turn it is.
     async fn done(
         &mut self,
-        done: Result<(u64, Result<Answer, Error>), JoinError>,
+        done: Result<(u64, Result<Motion, Error>), JoinError>,
     ) -> Result<(), Over> {
-        let (number, answer) = done.map_err(|_| Over)?;
-        match answer {
-            Ok(answer) => {
-                let arrived = self.begun[&number].0;
-                self.begun.insert(number, (arrived, Some(answer)));
+        let (number, motion) = done.map_err(|_| Over)?;
+        match motion {
+            Ok(motion) => {
+                self.begun.insert(number, Some(motion));
             }
             Err(error) => {
                 self.begun.remove(&number);
                 self.refuse(&error).await?;
             }
         }
-        while let Some(first) = self.begun.first_entry().filter(|first| first.get().1.is_some()) {
-            if let (arrived, Some(answer)) = first.remove() {
+        while let Some(first) = self.begun.first_entry().filter(|first| first.get().is_some()) {
+            if let Some((arrived, answer)) = first.remove() {
                 self.answer(arrived, &answer).await?;
             }
         }

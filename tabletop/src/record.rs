@@ -48,17 +48,7 @@ pub fn record(
         .permissions(place.metadata()?.permissions())
         .tempdir_in(place.parent().context("the root is no place for a data set")?)
         .with_context(|| format!("cannot make a folder beside {}", dir.display()))?;
-    fill(whole.path(), seed, episodes, size, progress)?;
-    fs::rename(whole.path(), &place).with_context(|| format!("cannot replace {}", dir.display()))
-}
-
-fn fill(
-    dir: &Path,
-    seed: u64,
-    episodes: usize,
-    size: Option<u32>,
-    progress: &ProgressBar,
-) -> Result<()> {
+    let dir = whole.path();
     if size.is_some() {
         fs::create_dir(dir.join("images"))?;
     }
@@ -91,7 +81,8 @@ fn fill(
     lines.into_inner().map_err(|e| e.into_error())?.sync_all()?;
     let text = serde_json::to_string_pretty(&statistics(&actions, episodes))?;
     fs::write(dir.join("dataset_statistics.json"), text + "\n")?;
-    write_tokenizer(dir)
+    write_tokenizer(dir)?;
+    fs::rename(dir, &place).with_context(|| format!("cannot replace {}", place.display()))
 }
 
 fn write_tokenizer(dir: &Path) -> Result<()> {

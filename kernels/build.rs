@@ -4,6 +4,7 @@ use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    check_only_ggml();
     // Set by llama-cpp-sys-2 if it was built with `dynamic-backends`.
     let Ok(modules) = std::env::var("DEP_LLAMA_BACKENDS_DIR") else { return };
     let out = Path::new(&modules).parent().expect("a folder of the build");
@@ -13,6 +14,21 @@ fn main() {
     let programs = Path::new(&own).ancestors().nth(3).expect("target/PROFILE/build/CRATE/out");
     for folder in ["", "deps", "examples"] {
         remove_links_to_nothing(&programs.join(folder));
+    }
+}
+
+/// `.cargo/config.toml` makes llama-cpp-sys-2 build ggml alone. Cargo reads it only inside this repository.
+fn check_only_ggml() {
+    // Set by llama-cpp-sys-2: .../lib/cmake.
+    let Some(cmake) = std::env::var_os("DEP_LLAMA_GGML_CMAKE_DIR") else { return };
+    let library = Path::new(&cmake).with_file_name("libllama.a");
+    let is_whole = library.metadata().is_ok_and(|library| library.len() > 100_000);
+    if is_whole && std::env::var_os("CARGO_PRIMARY_PACKAGE").is_none() {
+        println!(
+            "cargo:warning=all of llama.cpp was built, where ggml is enough: set CMAKE_PROJECT_INCLUDE to {} \
+             under [env] of your .cargo/config.toml, and the build takes a third of the time",
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("ggml-only.cmake").display()
+        );
     }
 }
 

@@ -1,7 +1,7 @@
 //! A second device with memory of its own, without a GPU: ggml's RPC server on this machine's CPU.
 //! Nothing of a device is host memory there, so weights, caches and activations must all travel.
 //!
-//! Needs ggml built with `GGML_RPC=ON`, as `tests/run` does; says so and passes where it is not.
+//! Needs ggml built with `GGML_RPC=ON`, as `.cargo/config.toml` has it; says so and passes where it is not.
 
 mod common;
 

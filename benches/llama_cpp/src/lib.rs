@@ -1,4 +1,4 @@
-//! llama.cpp on the Llama of a model file: what the test and the bench beside it share.
+//! llama.cpp on the Llama of a model file: what the test and the bench share.
 
 use std::path::Path;
 use std::sync::LazyLock;

@@ -1,16 +1,13 @@
 //! Our Llama beside llama.cpp's own `llama_decode`: the same file, rows and threads, in turns.
 //!
 //! ```sh
-//! cargo bench --bench llama_cpp                                     # the built-in example
-//! OPENVLA_MODEL=openvla-7b.gguf cargo bench --bench llama_cpp -- 5   # another one, five turns
+//! cargo bench -p openvla-llama-cpp                                     # the built-in example
+//! OPENVLA_MODEL=openvla-7b.gguf cargo bench -p openvla-llama-cpp -- 5   # another one, five turns
 //! ```
 //!
 //! Both are open at once, and the Llama's export is on the disk beside the model until it is
 //! opened. The logits of both are compared first: on one thread no bit differs, as
-//! `tests/llama_cpp.rs` holds; on more, the example's differ by 2e-2, with caches of other lengths.
-
-#[path = "../tests/common/llama.rs"]
-mod llama;
+//! the test holds; on more, the example's differ by 2e-2, with caches of other lengths.
 
 use std::io::Write;
 use std::path::Path;
@@ -22,6 +19,7 @@ use openvla_bench::results::Summary;
 use openvla_bench::workload::{ModelFile, Workload};
 use openvla_convert::inspect::inspect;
 use openvla_kernels::Gguf;
+use openvla_llama_cpp as llama;
 
 /// What both are given.
 struct Rows {

@@ -1,7 +1,7 @@
 //! llama.cpp's own quantisation of a llama file, for `benches/convert` to measure ours against.
 //!
 //! ```sh
-//! cargo run --release -p openvla-kernels --example llama_quantize -- IN.gguf OUT.gguf FTYPE
+//! cargo run --release -p openvla-llama-cpp --example llama_quantize -- IN.gguf OUT.gguf FTYPE
 //! ```
 //!
 //! `FTYPE` is a number of llama.cpp's `llama_ftype`, such as 15 for Q4_K_M. All cores are used.

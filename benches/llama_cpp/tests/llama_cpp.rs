@@ -3,9 +3,8 @@
 //! llama.cpp is built on the same ggml, so what is compared is everything above it: the graph, the
 //! order of q's and k's rows, rope, masks, the cache, and every number that the exported file states.
 
+#[path = "../../../tests/common/mod.rs"]
 mod common;
-#[path = "common/llama.rs"]
-mod llama;
 
 use std::iter;
 use std::ops::Range;
@@ -16,6 +15,7 @@ use llama_cpp_2::model::LlamaModel;
 use openvla::{Kernels, OpenVla, Options};
 use openvla_example::{COMMITTED, Size, Spec};
 use openvla_kernels::Gguf;
+use openvla_llama_cpp as llama;
 
 /// How far llama.cpp's logits may be from ours, by the file's type: the root mean square of the
 /// difference over that of llama.cpp's, worst step.
@@ -98,7 +98,7 @@ fn agree(checkpoint: &Path) {
 }
 
 fn example() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/example/openvla-example"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../example/openvla-example"))
 }
 
 #[test]

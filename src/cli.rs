@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::{Decoding, Devices, Draft, OpenVla, Options};
+use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options};
 
 /// The trained example at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("../example/tabletop.gguf");
@@ -40,6 +40,9 @@ pub struct Place {
     n_gpu_layers: Option<usize>,
     #[command(flatten)]
     threads: Threads,
+    /// Whose functions a CPU computes with: fastest (our own where the CPU suits them), ggml
+    #[arg(long, value_name = "NAME", env = Kernels::VARIABLE, default_value = "fastest", hide_env = true)]
+    kernels: Kernels,
 }
 
 impl Place {
@@ -49,6 +52,7 @@ impl Place {
             devices: self.device.clone(),
             n_gpu_layers: self.n_gpu_layers,
             n_threads: self.threads.count(),
+            kernels: self.kernels,
             ..Options::default()
         }
     }

@@ -100,7 +100,7 @@ impl Error {
                 Some(format!("name one with --unnorm-key: {}", known.join(", ")))
             }
             Self::InstructionTooLong { .. } => Some("say it in fewer words".into()),
-            Self::NotFinite { .. } => {
+            Self::NotFinite { .. } | Self::Kernels(openvla_kernels::Error::NotFinite { .. }) => {
                 Some("the file may be damaged; try a wider type, such as --bf16".into())
             }
             Self::NoDevice { found, .. } if found.is_empty() => Some(

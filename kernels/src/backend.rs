@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use llama_cpp_sys_2 as sys;
@@ -11,15 +12,44 @@ use crate::device::start;
 use crate::{Device, Error, Result, panel};
 
 /// Whose functions a CPU computes with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
     /// Our own where the CPU has AVX-512 VNNI, else ggml's: products of quantised matrices, which round
     /// as ggml does and differ in the order of sums; and where there are no GPUs, for many rows,
     /// products of floats and attention, and GELU, in f32.
-    #[default]
     Fastest,
     /// ggml's, which are llama.cpp's to the bit.
     Ggml,
+}
+
+impl Kernels {
+    /// The environment variable that names another default.
+    pub const VARIABLE: &str = "OPENVLA_KERNELS";
+}
+
+impl Default for Kernels {
+    /// The fastest, or those that `$OPENVLA_KERNELS` names: so a whole test suite runs with either.
+    ///
+    /// # Panics
+    /// If it names none.
+    fn default() -> Self {
+        match std::env::var(Self::VARIABLE) {
+            Ok(name) => name.parse().unwrap_or_else(|why| panic!("{}: {why}", Self::VARIABLE)),
+            Err(_) => Self::Fastest,
+        }
+    }
+}
+
+impl FromStr for Kernels {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "" | "fastest" => Ok(Self::Fastest),
+            "ggml" => Ok(Self::Ggml),
+            _ => Err(format!("`{name}` is not one of fastest, ggml")),
+        }
+    }
 }
 
 /// Devices that own memory and compute together. Values of this type prove that ggml has started.
@@ -57,9 +87,9 @@ impl Backend {
     /// GPUs, and the CPU with that many threads and those functions.
     ///
     /// # Errors
-    /// [`Error::Device`] if one of them cannot be used.
+    /// [`Error::Device`] if one of them cannot be used, the CPU because this build is for newer ones.
     pub fn open(gpus: &[Device], n_threads: usize, kernels: Kernels) -> Result<Arc<Self>> {
-        start();
+        start()?;
         // SAFETY: ggml has started.
         let cpu = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
         if cpu.is_null() {

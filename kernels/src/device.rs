@@ -6,6 +6,10 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
+#[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]
+use crate::Error;
+use crate::Result;
+
 /// A device other than the CPU: one GPU. The CPU is always there and needs no name.
 #[derive(Debug, Clone)]
 pub struct Device {
@@ -26,9 +30,12 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Every GPU that ggml finds, in its order. The first call loads ggml's modules.
+    /// Every GPU that ggml finds, in its order. The first call loads ggml's modules. None where ggml does
+    /// not start: [`crate::Backend::open`] says why.
     pub fn all() -> Vec<Self> {
-        start();
+        if start().is_err() {
+            return Vec::new();
+        }
         // SAFETY: ggml has started; every index is below the count, and devices are never freed.
         let raws = unsafe {
             let n = sys::ggml_backend_dev_count();
@@ -85,7 +92,10 @@ static COMPLAINT: Mutex<Option<String>> = Mutex::new(None);
 
 /// Starts ggml, once. It logs to stderr by itself; a library has no business there, and what
 /// matters comes back with errors.
-pub(crate) fn start() {
+///
+/// # Errors
+/// [`Error::Device`] if the CPU lacks instructions that ggml was built for.
+pub(crate) fn start() -> Result<()> {
     unsafe extern "C" fn keep(level: sys::ggml_log_level, said: *const c_char, _: *mut c_void) {
         if level == sys::GGML_LOG_LEVEL_ERROR && !said.is_null() {
             // SAFETY: ggml logs C strings.
@@ -94,6 +104,8 @@ pub(crate) fn start() {
             *complaint = Some(said.trim().to_owned());
         }
     }
+    #[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]
+    check_instructions()?;
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         // SAFETY: the callbacks keep to their own memory, and `ONCE` to one thread.
@@ -104,6 +116,36 @@ pub(crate) fn start() {
         #[cfg(feature = "dynamic")]
         load_modules();
     });
+    Ok(())
+}
+
+/// In a static build, ggml's kernels are compiled for one CPU: Haswell, or what RUSTFLAGS says. On an older
+/// one the first of them would end the program with an illegal instruction.
+#[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]
+fn check_instructions() -> Result<()> {
+    type IsNeeded = unsafe extern "C" fn() -> std::ffi::c_int;
+    let instructions: [(&str, IsNeeded, bool); 6] = [
+        ("AVX", sys::ggml_cpu_has_avx, is_x86_feature_detected!("avx")),
+        ("AVX2", sys::ggml_cpu_has_avx2, is_x86_feature_detected!("avx2")),
+        ("FMA", sys::ggml_cpu_has_fma, is_x86_feature_detected!("fma")),
+        ("F16C", sys::ggml_cpu_has_f16c, is_x86_feature_detected!("f16c")),
+        ("BMI2", sys::ggml_cpu_has_bmi2, is_x86_feature_detected!("bmi2")),
+        ("AVX-512", sys::ggml_cpu_has_avx512, is_x86_feature_detected!("avx512f")),
+    ];
+    let mut missing = instructions.iter().filter(|(_, is_needed, is_there)| {
+        // SAFETY: returns a constant of the build.
+        !is_there && unsafe { is_needed() } != 0
+    });
+    match missing.next() {
+        None => Ok(()),
+        Some((name, ..)) => Err(Error::Device {
+            device: "CPU".to_owned(),
+            why: format!(
+                "it has no {name}, which this build needs; one with `--features dynamic` runs on every \
+                 x86-64 CPU"
+            ),
+        }),
+    }
 }
 
 /// Where ggml cannot go on, it aborts: a GPU out of memory in the middle of a graph, or gone. There

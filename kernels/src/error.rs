@@ -45,6 +45,12 @@ pub enum Error {
         /// "is missing", or what was found and wanted.
         why: String,
     },
+    /// A product was given a number that is not finite.
+    #[error("what `{weight}` is multiplied by is not finite")]
+    NotFinite {
+        /// The weight.
+        weight: String,
+    },
     /// The device has no room.
     #[error("{device} has no room for {what} ({bytes} bytes)")]
     Memory {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Use};
+use crate::finite::Guard;
 use crate::memory::{Home, Place};
 use crate::observer::{Observed, Sink};
 use crate::panel::Rounding;
@@ -24,6 +25,7 @@ pub struct Graph {
     scheduler: NonNull<sys::ggml_backend_sched>,
     backend: Arc<Backend>,
     observed: Vec<Observed>,
+    guards: Vec<Box<Guard>>,
     /// Weights and states that nodes point to.
     _homes: Vec<Arc<Home>>,
 }
@@ -47,7 +49,7 @@ impl Graph {
     ) -> Result<Self> {
         let builder = Builder::new(backend, max_nodes);
         build(&builder);
-        let Builder { raw, context, homes, observed, nodes_left, leaves, .. } = builder;
+        let Builder { raw, context, homes, observed, guards, nodes_left, leaves, .. } = builder;
         let size = max_nodes - nodes_left.get() + leaves.get();
         let mut raws = backend.raws();
         let (list, n) = (raws.as_mut_ptr(), i32::try_from(raws.len()).expect("a few devices"));
@@ -56,9 +58,10 @@ impl Graph {
             sys::ggml_backend_sched_new(list, std::ptr::null_mut(), n, size, false, false)
         };
         let scheduler = NonNull::new(scheduler).expect("ggml allocates its scheduler");
-        let (backend, observed, _homes) =
-            (backend.clone(), observed.into_inner(), homes.into_inner());
-        let mut graph = Self { raw, context, scheduler, backend, observed, _homes };
+        let (observed, _homes) = (observed.into_inner(), homes.into_inner());
+        let guards = guards.into_inner().into_values().map(|(_, guard)| guard).collect();
+        let backend = backend.clone();
+        let mut graph = Self { raw, context, scheduler, backend, observed, guards, _homes };
         graph.check_support()?;
         graph.keep_own_nodes();
         let idle = graph.backend.lock();
@@ -80,7 +83,8 @@ impl Graph {
     /// Runs the graph and waits for it.
     ///
     /// # Errors
-    /// [`Error::Device`] if a device fails.
+    /// [`Error::Device`] if a device fails, [`Error::NotFinite`] if ggml's kernels multiplied a quantized
+    /// weight by a number that is not finite, which they would round to some number.
     pub fn compute(&mut self) -> Result<()> {
         let _idle = self.backend.lock();
         // SAFETY: the graph is allocated on these devices, its shapes were asserted node by node,
@@ -90,7 +94,7 @@ impl Graph {
         };
         if status == sys::GGML_STATUS_SUCCESS {
             self.observed.iter().for_each(Observed::add);
-            return Ok(());
+            return self.guards.iter().try_for_each(|guard| guard.check());
         }
         let why = format!("computing a graph failed with ggml's status {status}");
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
@@ -195,6 +199,10 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
+    /// By what they look at, with their nodes.
+    guards: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Box<Guard>)>>,
+    /// The names of weights.
+    names: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Arc<str>>>,
     /// Activations that were laid for products of ours.
     laid: RefCell<LaidNodes>,
     nodes_left: Cell<usize>,
@@ -225,6 +233,8 @@ impl Builder {
             homes: RefCell::default(),
             sinks: RefCell::default(),
             observed: RefCell::default(),
+            guards: RefCell::default(),
+            names: RefCell::default(),
             laid: RefCell::default(),
             nodes_left: Cell::new(max_nodes),
             leaves: Cell::new(0),
@@ -234,6 +244,7 @@ impl Builder {
     /// A weight as a graph's operand.
     pub fn weight(&self, weight: &Weight) -> Tensor<'_> {
         let leaf = self.leaf(&weight.place);
+        self.names.borrow_mut().insert(leaf.raw, weight.name.clone());
         if let Some(sink) = &weight.sink {
             self.sinks.borrow_mut().insert(leaf.raw, sink.clone());
         }
@@ -277,6 +288,19 @@ impl Builder {
         let x = x.kept();
         self.observed.borrow_mut().push(Observed::new(x, sink));
         x
+    }
+
+    /// A node that makes [`Graph::compute`] fail if `x`, which ggml's kernels multiply the quantized
+    /// `weight` by, is not finite. None where there are GPUs: `x` would have to leave them.
+    pub(crate) fn guard<'g>(&'g self, weight: Tensor<'g>, x: Tensor<'g>) -> Option<Tensor<'g>> {
+        if self.backend.host() > 0 {
+            return None;
+        }
+        let name =
+            self.names.borrow().get(&weight.raw).map_or_else(String::new, |name| name.to_string());
+        let mut guards = self.guards.borrow_mut();
+        let (node, _) = guards.entry(x.raw).or_insert_with(|| Guard::new(name, x));
+        Some(Tensor { builder: self, raw: *node })
     }
 
     /// `x`, laid: by `make`, unless that was made before and `x` cannot have changed since.

@@ -29,6 +29,7 @@ mod custom;
 mod device;
 mod dtype;
 mod error;
+mod finite;
 #[cfg(target_arch = "x86_64")]
 mod floats;
 #[cfg(target_arch = "x86_64")]

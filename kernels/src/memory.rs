@@ -11,7 +11,8 @@ use crate::buffer::{Buffer, Use};
 use crate::observer::Sink;
 use crate::repack::{Entry, Layout};
 use crate::{
-    Backend, DType, Error, Gguf, Kernels, Mapped, Observer, Result, Shape, TensorInfo, panel,
+    Backend, DType, Error, Gguf, Kernels, Mapped, Observer, Result, Shape, TensorInfo, finite,
+    panel,
 };
 
 /// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
@@ -50,6 +51,7 @@ unsafe impl Sync for Place {}
 /// A tensor of the model file. Read-only; cloning it copies a handle.
 #[derive(Clone)]
 pub struct Weight {
+    pub(crate) name: Arc<str>,
     pub(crate) place: Place,
     /// Gets the squares of what graphs multiply it by, if an [`Observer`] asked for them.
     pub(crate) sink: Option<Sink>,
@@ -196,8 +198,8 @@ impl Weights {
     /// Leaves the file's tensors where it is mapped, for the CPU.
     ///
     /// # Errors
-    /// [`Error::Format`] if there are none, [`Error::Memory`] if there is no room for a copy of a
-    /// file that cannot be used where it is.
+    /// [`Error::Format`] if there are none, [`Error::Tensor`] if one holds a number that is not finite,
+    /// [`Error::Memory`] if there is no room for a copy of a file that cannot be used where it is.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
         Self::new(file, backend, &|_| false, &[], &|_, _| false)
     }
@@ -207,7 +209,8 @@ impl Weights {
     /// cannot compute with goes to the CPU. `tables` names the tensors that rows are looked up in.
     ///
     /// # Errors
-    /// [`Error::Format`] if there are none, [`Error::Memory`] if a device has no room.
+    /// [`Error::Format`] if there are none, [`Error::Tensor`] if one holds a number that is not finite,
+    /// [`Error::Memory`] if a device has no room.
     pub fn placed(
         file: &Gguf,
         backend: &Arc<Backend>,
@@ -240,6 +243,7 @@ impl Weights {
             let why = "it holds no tensors".to_owned();
             return Err(Error::Format { file: file.file().to_owned(), why });
         }
+        finite::check(file, backend.n_threads())?;
         let context = Context::new(file.tensors().len());
         let raws: Vec<_> =
             file.tensors().iter().map(|t| context.tensor(t.dtype, &t.shape)).collect();
@@ -290,7 +294,7 @@ impl Weights {
             let device = device.unwrap_or(home.backend.host());
             let (dtype, shape) = (info.dtype, info.shape);
             let place = Place { raw: *raw, home: home.clone(), device, dtype, shape };
-            (info.name.clone(), Weight { place, sink: None })
+            (info.name.clone(), Weight { name: info.name.as_str().into(), place, sink: None })
         };
         let left = file.tensors().iter().zip(&raws).map(weight).collect();
         Ok(Self { file: file.file().to_owned(), left })

@@ -125,9 +125,17 @@ impl<'g> Tensor<'g> {
         if self.builder.has_own_kernels() && floats::suits(self, x) {
             return floats::mul_mat(self, x);
         }
+        let guard = if self.dtype().is_quantized() { self.builder.guard(self, x) } else { None };
         let (context, raw) = self.args();
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
-        self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) })
+        let mut product =
+            self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) });
+        if let Some(guard) = guard {
+            // SAFETY: the node is live and nobody else's yet. A product reads two sources; a third one only
+            // makes the guard run where the product does.
+            unsafe { product.raw.as_mut() }.src[2] = guard.raw.as_ptr();
+        }
+        product
     }
 
     fn broadcasts(self, other: Tensor<'_>, op: &str) {

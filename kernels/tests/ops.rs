@@ -103,6 +103,36 @@ fn activations() {
     assert_close("swiglu", &got, &want, 1e-6);
 }
 
+/// What is not finite stays so in its row, through every operation between two products.
+#[test]
+fn what_is_not_finite_stays_so_in_its_row() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = numbers(64 * 3, 6);
+        x[64 + 17] = bad; // row 1
+        let (input, other) = (state(&[64, 3], &x), state(&[64, 3], &numbers(64 * 3, 7)));
+        let positions = zeros(DType::I32, &[3]);
+        positions.write(&[5_i32, 6, 7]);
+        let ops: [(&str, &dyn for<'g> Fn(&'g Builder) -> Tensor<'g>); 7] = [
+            ("add", &|g| g.state(&other) + g.state(&input)),
+            ("mul", &|g| g.state(&other) * g.state(&input)),
+            ("norm", &|g| g.state(&input).norm(1e-6)),
+            ("rms_norm", &|g| g.state(&input).rms_norm(1e-6)),
+            ("swiglu, gate", &|g| g.state(&input).swiglu(g.state(&other))),
+            ("swiglu, up", &|g| g.state(&other).swiglu(g.state(&input))),
+            ("rope", &|g| {
+                let x = g.state(&input).reshape(&[64, 1, 3]);
+                x.rope(g.state(&positions), 1e4).reshape(&[64, 3])
+            }),
+        ];
+        for (op, build) in ops {
+            let got = compute(&[64, 3], build);
+            let stays = |row: &[f32]| row.iter().any(|x| !x.is_finite());
+            let rows: Vec<bool> = got.chunks(64).map(stays).collect();
+            assert_eq!(rows, [false, true, false], "{op} of {bad}");
+        }
+    }
+}
+
 #[test]
 fn rope_turns_neighbouring_channels() {
     let ([d, n_head, n], base) = ([8, 3, 4], 10_000.0_f32);

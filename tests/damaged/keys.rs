@@ -92,7 +92,11 @@ fn no_number_is_dangerous() {
                     let named = why.contains('`') || why.contains("tokenizer: the");
                     assert!(named, "{what}: {why}");
                 }
-                Outcome::Failed(Error::NotFinite { .. } | Error::InstructionTooLong { .. }) => {}
+                Outcome::Failed(
+                    Error::NotFinite { .. }
+                    | Error::Kernels(openvla_kernels::Error::NotFinite { .. })
+                    | Error::InstructionTooLong { .. },
+                ) => {}
                 Outcome::Failed(error) => panic!("{what}: {error}"),
                 Outcome::Acted => {}
             }

@@ -67,15 +67,59 @@ fn types_are_exchangeable_only_among_matrices() {
     }
 }
 
-/// A motion that depends on a number that is none must not be made.
+/// A motion that depends on a number that is not finite must not be made.
 #[test]
-fn weights_that_are_no_numbers_give_no_motion() {
+fn weights_that_are_not_finite_are_refused_by_name() {
     let model = sound(Variant::OpenVla);
-    for Tensor { name, .. } in kinds(model) {
-        // In every type of float, and in the scales of blocks, these bytes are NaN.
-        let nan = model.with_tensor(name, |tensor| tensor.data.fill(0xFF));
-        let outcome = nan.outcome();
-        assert!(matches!(outcome, Outcome::Failed(Error::NotFinite { .. })), "{name}: {outcome:?}");
+    for Tensor { name, dtype, .. } in kinds(model) {
+        // As a float's or a scale's upper bits: NaN, infinity.
+        for special in match dtype {
+            DType::F32 | DType::BF16 => [0x7fc0_u16, 0xff80],
+            _ => [0x7e00, 0xfc00],
+        } {
+            for at_end in [false, true] {
+                let damaged = model.with_tensor(name, |tensor| {
+                    let block = dtype.block_bytes();
+                    let block = if at_end { tensor.data.len() - block } else { 0 };
+                    let at = match dtype {
+                        DType::F32 => 2,
+                        DType::Q6_K => 208,
+                        _ => 0,
+                    };
+                    tensor.data[block + at..][..2].copy_from_slice(&special.to_le_bytes());
+                });
+                refused(&damaged, &format!("tensor `{name}` holds a number that is not finite"));
+            }
+        }
+    }
+}
+
+/// Finite weights from which a number overflows on the way: in a tower, the projector, the Llama.
+#[test]
+fn what_overflows_on_the_way_gives_no_motion() {
+    let model = sound(Variant::OpenVla);
+    for name in [
+        "dinov2.blk.0.ln2.weight",
+        "siglip.blk.0.ln1.weight",
+        "projector.fc1.bias",
+        "blk.0.attn_norm.weight",
+        "blk.1.ffn_norm.weight",
+    ] {
+        let huge = model.with_tensor(name, |tensor| {
+            assert_eq!(tensor.dtype, DType::F32, "{name}");
+            tensor
+                .data
+                .chunks_exact_mut(4)
+                .for_each(|x| x.copy_from_slice(&3e38_f32.to_le_bytes()));
+        });
+        let outcome = huge.outcome();
+        let not_finite = matches!(
+            outcome,
+            Outcome::Failed(
+                Error::NotFinite { .. } | Error::Kernels(openvla_kernels::Error::NotFinite { .. })
+            )
+        );
+        assert!(not_finite, "{name}: {outcome:?}");
     }
 }
 

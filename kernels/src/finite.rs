@@ -1,0 +1,220 @@
+//! Numbers that are not finite: in the weights of a file, and in what ggml's quantized products are given.
+//!
+//! A quantized product first rounds its activations to 8 bits, and ggml's rounding turns NaN into some
+//! number. Without a look at both, a damaged file or an overflow would end in an arbitrary motion.
+
+use std::ffi::{c_int, c_void};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use llama_cpp_sys_2 as sys;
+
+use crate::custom::{self, share};
+use crate::{DType, Error, Gguf, Result, Tensor};
+
+/// Bytes that one thread looks at in one go, about.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// Elements that are looked at before the first that is not finite is searched for.
+const RUN: usize = 4096;
+
+impl DType {
+    /// The first element that is not finite. In a block of quantized numbers, which are as finite as
+    /// their scales, it is the block's first.
+    ///
+    /// # Panics
+    /// If `bytes` is not a whole number of blocks.
+    pub fn first_not_finite(self, bytes: &[u8]) -> Option<usize> {
+        assert!(bytes.len().is_multiple_of(self.block_bytes()), "not a whole number of blocks");
+        match self {
+            Self::F32 => {
+                first(bytes.as_chunks().0, |x| is_special(u32::from_le_bytes(*x), F32_EXPONENT))
+            }
+            Self::F16 => {
+                first(bytes.as_chunks().0, |x| is_special(u16::from_le_bytes(*x), F16_EXPONENT))
+            }
+            Self::BF16 => {
+                first(bytes.as_chunks().0, |x| is_special(u16::from_le_bytes(*x), BF16_EXPONENT))
+            }
+            Self::Q8_0 => first(bytes.as_chunks::<34>().0, |block| has_special_scale(block, &[0])),
+            Self::Q4_0 | Self::IQ4_NL => {
+                first(bytes.as_chunks::<18>().0, |block| has_special_scale(block, &[0]))
+            }
+            Self::IQ4_XS => {
+                first(bytes.as_chunks::<136>().0, |block| has_special_scale(block, &[0]))
+            }
+            Self::Q4_K => {
+                first(bytes.as_chunks::<144>().0, |block| has_special_scale(block, &[0, 2]))
+            }
+            Self::Q5_K => {
+                first(bytes.as_chunks::<176>().0, |block| has_special_scale(block, &[0, 2]))
+            }
+            Self::Q6_K => {
+                first(bytes.as_chunks::<210>().0, |block| has_special_scale(block, &[208]))
+            }
+            Self::I32 | Self::I64 => None,
+        }
+        .map(|i| i * self.block())
+    }
+}
+
+const F32_EXPONENT: u32 = 0x7f80_0000;
+const F16_EXPONENT: u16 = 0x7c00;
+const BF16_EXPONENT: u16 = 0x7f80;
+
+/// Whether all bits of the exponent are set: infinity or NaN.
+fn is_special<T: Copy + Eq + std::ops::BitAnd<Output = T>>(bits: T, exponent: T) -> bool {
+    bits & exponent == exponent
+}
+
+/// Whether one of a block's f16 scales, which are at these bytes of it, is not finite.
+fn has_special_scale(block: &[u8], scales: &[usize]) -> bool {
+    scales
+        .iter()
+        .any(|at| is_special(u16::from_le_bytes([block[*at], block[at + 1]]), F16_EXPONENT))
+}
+
+/// The first that is special. Runs are looked at without branches, which compilers vectorize.
+fn first<T>(items: &[T], is_special: impl Fn(&T) -> bool) -> Option<usize> {
+    let any = |run: &[T]| run.iter().fold(false, |any, item| any | is_special(item));
+    let run = items.chunks(RUN).position(any)?;
+    let within = items[run * RUN..].iter().position(is_special)?;
+    Some(run * RUN + within)
+}
+
+/// Checks that all weights of a file are finite, on that many threads.
+///
+/// # Errors
+/// [`Error::Tensor`] names the first that is not.
+pub(crate) fn check(file: &Gguf, n_thread: usize) -> Result<()> {
+    let pieces = file.tensors().iter().enumerate().flat_map(|(i, info)| {
+        let block = info.dtype.block_bytes();
+        let piece = (PIECE_BYTES / block).max(1) * block;
+        let starts = info.range.clone().step_by(piece);
+        starts.map(move |start| (i, start..info.range.end.min(start + piece)))
+    });
+    let pieces = Mutex::new(pieces);
+    let found: Mutex<Option<(usize, usize)>> = Mutex::new(None);
+    let work = || {
+        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+        while let Some((i, range)) = next() {
+            let info = &file.tensors()[i];
+            let element = info.dtype.first_not_finite(&file.bytes()[range.clone()]);
+            let Some(element) = element else { continue };
+            let before = (range.start - info.range.start) / info.dtype.block_bytes();
+            let here = (i, before * info.dtype.block() + element);
+            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+            *found = Some(found.map_or(here, |other| other.min(here)));
+            return; // pieces are handed out in the file's order
+        }
+    };
+    std::thread::scope(|scope| (0..n_thread).for_each(|_| drop(scope.spawn(work))));
+    match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        None => Ok(()),
+        Some((i, element)) => {
+            let why = format!(
+                "holds a number that is not finite, NaN or infinity, at element {element}: the file \
+                 or its checkpoint is damaged"
+            );
+            let name = file.tensors()[i].name.clone();
+            Err(Error::Tensor { file: file.file().to_owned(), name, why })
+        }
+    }
+}
+
+/// Whether the activations of a product were finite when its graph last ran.
+pub(crate) struct Guard {
+    weight: String,
+    failed: AtomicBool,
+}
+
+impl Guard {
+    /// And the node that looks at `x`, contiguous f32 that `weight` is multiplied by. The guard must live as
+    /// long as the graph.
+    pub fn new(weight: String, x: Tensor<'_>) -> (NonNull<sys::ggml_tensor>, Box<Self>) {
+        let guard = Box::new(Self { weight, failed: AtomicBool::new(false) });
+        let data = NonNull::from(&*guard).as_ptr().cast();
+        // SAFETY: `look` reads a contiguous f32 source and a guard, which stays where it is in its box.
+        let node = unsafe { custom::node(DType::F32, [1; 4], &[x], look, data) };
+        (node.raw, guard)
+    }
+
+    /// What was found since the last call.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] names the weight.
+    pub fn check(&self) -> Result<()> {
+        if self.failed.swap(false, Ordering::Relaxed) {
+            return Err(Error::NotFinite { weight: self.weight.clone() });
+        }
+        Ok(())
+    }
+}
+
+/// Looks at a share of the node's source.
+extern "C" fn look(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, guard: *mut c_void) {
+    // SAFETY: `Guard::new` made the node: its source is contiguous f32, and its graph keeps the guard.
+    let (x, guard) = unsafe {
+        let x = &*(*to).src[0];
+        let n: i64 = x.ne.iter().product();
+        (std::slice::from_raw_parts(x.data.cast::<f32>(), n as usize), &*guard.cast::<Guard>())
+    };
+    let share: Range<usize> = share(x.len(), i, n_thread);
+    if first(&x[share], |x| !x.is_finite()).is_some() {
+        guard.failed.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLOATS: [DType; 10] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+    ];
+
+    /// The naive twin: what the bytes stand for.
+    fn twin(dtype: DType, bytes: &[u8]) -> Option<usize> {
+        let bad = dtype.decode(bytes).iter().position(|x| !x.is_finite())?;
+        Some(bad / dtype.block() * dtype.block())
+    }
+
+    #[test]
+    fn any_two_bytes_anywhere_are_judged_by_what_they_stand_for() {
+        for dtype in FLOATS {
+            let n_block = 2 * RUN + 3;
+            let sound = vec![0x11; n_block * dtype.block_bytes()];
+            assert_eq!(
+                (dtype.first_not_finite(&sound), twin(dtype, &sound)),
+                (None, None),
+                "{dtype}"
+            );
+            for block in [0, 1, RUN - 1, RUN, n_block - 1] {
+                for at in 0..dtype.block_bytes() - 1 {
+                    for value in
+                        [0x7e00_u16, 0x7c00, 0xfc00, 0x7fc0, 0x7f80, 0xff80, 0x7bff, 0xffff]
+                    {
+                        let mut bytes = sound[..(block + 1) * dtype.block_bytes()].to_vec();
+                        let at = block * dtype.block_bytes() + at;
+                        bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+                        let got = dtype.first_not_finite(&bytes);
+                        let last = &bytes[block * dtype.block_bytes()..];
+                        let want = twin(dtype, last).map(|_| block * dtype.block());
+                        assert_eq!(got, want, "{dtype}: {value:x} at byte {at}");
+                    }
+                }
+            }
+        }
+    }
+}

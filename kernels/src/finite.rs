@@ -7,7 +7,7 @@ use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
@@ -133,10 +133,10 @@ pub(crate) struct Guard {
 impl Guard {
     /// And the node that looks at `x`, contiguous f32 that `weight` is multiplied by. The guard must live as
     /// long as the graph.
-    pub fn new(weight: String, x: Tensor<'_>) -> (NonNull<sys::ggml_tensor>, Box<Self>) {
-        let guard = Box::new(Self { weight, failed: AtomicBool::new(false) });
+    pub fn new(weight: String, x: Tensor<'_>) -> (NonNull<sys::ggml_tensor>, Arc<Self>) {
+        let guard = Arc::new(Self { weight, failed: AtomicBool::new(false) });
         let data = NonNull::from(&*guard).as_ptr().cast();
-        // SAFETY: `look` reads a contiguous f32 source and a guard, which stays where it is in its box.
+        // SAFETY: `look` reads a contiguous f32 source and a guard, which stays where it is in its `Arc`.
         let node = unsafe { custom::node(DType::F32, [1; 4], &[x], look, data) };
         (node.raw, guard)
     }

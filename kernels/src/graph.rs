@@ -25,7 +25,7 @@ pub struct Graph {
     scheduler: NonNull<sys::ggml_backend_sched>,
     backend: Arc<Backend>,
     observed: Vec<Observed>,
-    guards: Vec<Box<Guard>>,
+    guards: Vec<Arc<Guard>>,
     /// Weights and states that nodes point to.
     _homes: Vec<Arc<Home>>,
 }
@@ -94,7 +94,8 @@ impl Graph {
         };
         if status == sys::GGML_STATUS_SUCCESS {
             self.observed.iter().for_each(Observed::add);
-            return self.guards.iter().try_for_each(|guard| guard.check());
+            // The first error, but each is asked: what one found is forgotten then.
+            return self.guards.iter().fold(Ok(()), |first, guard| first.and(guard.check()));
         }
         let why = format!("computing a graph failed with ggml's status {status}");
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
@@ -190,6 +191,9 @@ pub(crate) enum Laid {
 /// The node that lays a node in some way.
 type LaidNodes = BTreeMap<(NonNull<sys::ggml_tensor>, Laid), NonNull<sys::ggml_tensor>>;
 
+/// By what they look at: a guard and its node.
+type Guards = BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Arc<Guard>)>;
+
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
     raw: NonNull<sys::ggml_cgraph>,
@@ -199,8 +203,7 @@ pub struct Builder {
     /// Where to tell what these weights are multiplied by.
     sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
     observed: RefCell<Vec<Observed>>,
-    /// By what they look at, with their nodes.
-    guards: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Box<Guard>)>>,
+    guards: RefCell<Guards>,
     /// The names of weights.
     names: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Arc<str>>>,
     /// Activations that were laid for products of ours.

@@ -103,6 +103,8 @@ fn activations() {
     assert_close("swiglu", &got, &want, 1e-6);
 }
 
+type Op<'a> = &'a dyn for<'g> Fn(&'g Builder) -> Tensor<'g>;
+
 /// What is not finite stays so in its row, through every operation between two products.
 #[test]
 fn what_is_not_finite_stays_so_in_its_row() {
@@ -112,7 +114,7 @@ fn what_is_not_finite_stays_so_in_its_row() {
         let (input, other) = (state(&[64, 3], &x), state(&[64, 3], &numbers(64 * 3, 7)));
         let positions = zeros(DType::I32, &[3]);
         positions.write(&[5_i32, 6, 7]);
-        let ops: [(&str, &dyn for<'g> Fn(&'g Builder) -> Tensor<'g>); 7] = [
+        let ops: [(&str, Op<'_>); 7] = [
             ("add", &|g| g.state(&other) + g.state(&input)),
             ("mul", &|g| g.state(&other) * g.state(&input)),
             ("norm", &|g| g.state(&input).norm(1e-6)),

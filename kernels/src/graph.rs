@@ -94,8 +94,11 @@ impl Graph {
         };
         if status == sys::GGML_STATUS_SUCCESS {
             self.observed.iter().for_each(Observed::add);
-            // The first error, but each is asked: what one found is forgotten then.
-            return self.guards.iter().fold(Ok(()), |first, guard| first.and(guard.check()));
+            let mut result = Ok(());
+            for guard in &self.guards {
+                result = result.and(guard.check()); // each is asked, so that it starts the next run anew
+            }
+            return result;
         }
         let why = format!("computing a graph failed with ggml's status {status}");
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })

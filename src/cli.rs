@@ -1,8 +1,12 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+use anyhow::Context;
 
 use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options};
 
@@ -106,6 +110,23 @@ pub fn named(model: Option<PathBuf>) -> Option<PathBuf> {
 /// short names of three letters.
 pub fn arguments() -> impl Iterator<Item = OsString> {
     std::env::args_os().map(|arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg })
+}
+
+/// Writes a file beside its place and moves it there, so that it is whole or not there.
+///
+/// # Errors
+/// What the system says.
+pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
+    let cannot = || format!("cannot write {}", path.display());
+    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let permissions = std::fs::Permissions::from_mode(0o644);
+    let mut file = tempfile::Builder::new()
+        .permissions(permissions)
+        .tempfile_in(folder)
+        .with_context(cannot)?;
+    file.write_all(bytes.as_ref()).with_context(cannot)?;
+    file.persist(path).with_context(cannot)?;
+    Ok(())
 }
 
 /// How a program ends: 0, or 1 with the error and what to try on stderr.

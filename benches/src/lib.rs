@@ -10,9 +10,7 @@
 //! | [`report`] | that as tables |
 //! | [`plot`] | that as a picture |
 //! | [`project`] | what cards that were not measured might reach |
-//! | [`mod@file`] | how a picture or a table gets to its place |
 
-pub mod file;
 pub mod machine;
 pub mod measure;
 pub mod plot;

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use openvla::Draft;
-use openvla::cli::{self, Place};
+use openvla::cli::{self, Place, write};
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::workload::ModelFile;
-use openvla_bench::{file, plot, project, report};
+use openvla_bench::{plot, project, report};
 
 /// Measures an OpenVLA model stage by stage, against what this machine reaches at best.
 #[derive(Parser)]
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     let text = match args.command {
         Some(Command::Plot { results, output }) => {
-            file::write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
+            write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
             eprintln!("wrote {}", output.display());
             return Ok(());
         }

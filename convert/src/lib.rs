@@ -27,6 +27,7 @@ pub mod calibrate;
 pub mod cards;
 pub mod describe;
 pub mod export;
+#[cfg_attr(not(feature = "hub"), path = "hub_none.rs")]
 pub mod hub;
 pub mod imatrix;
 pub mod inspect;

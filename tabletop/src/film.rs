@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use image::codecs::gif::{GifEncoder, Repeat};
 use image::{Delay, Frame, RgbaImage};
+use openvla::cli::write;
 use openvla::image::DynamicImage;
-use openvla_bench::file::write;
 
 use crate::episode::{Outcome, Pace, Policy, run};
 use crate::render::picture;

@@ -19,6 +19,7 @@
 //! scenes, pictures and steps everywhere. Metres and radians throughout; `train/` holds the program
 //! that trains a miniature OpenVLA on this table.
 
+#[cfg(feature = "compare")]
 mod compare;
 mod episode;
 mod eval;
@@ -32,6 +33,7 @@ mod scene;
 mod steps;
 mod world;
 
+#[cfg(feature = "compare")]
 pub use compare::{Comparison, svg, table};
 pub use episode::{Difference, Expert, Model, Outcome, Pace, Policy, STEPS, run};
 pub use eval::{Plan, Report, evaluate, wilson};

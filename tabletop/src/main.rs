@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use openvla::cli::Threads;
+use openvla::cli::{Threads, write};
 use openvla::image::ImageFormat;
 use openvla::{Draft, OpenVla, Options};
-use openvla_bench::file::write;
+#[cfg(feature = "compare")]
+use openvla_tabletop::{Comparison, svg, table};
 use openvla_tabletop::{
-    Comparison, Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World,
-    bytes, evaluate, film, gym, picture, record, svg, table,
+    Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World, bytes, evaluate,
+    film, gym, picture, record,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -29,6 +30,7 @@ enum Command {
     /// How often a model, or the expert, does what it is asked
     Eval(Eval),
     /// One checkpoint at every type: success, tokens, size, speed
+    #[cfg(feature = "compare")]
     Compare(Compare),
     /// One episode as a GIF
     Play(Play),
@@ -87,6 +89,7 @@ struct Eval {
     json: bool,
 }
 
+#[cfg(feature = "compare")]
 #[derive(Args)]
 struct Compare {
     /// Folder of the checkpoint
@@ -187,6 +190,7 @@ fn between(text: &str, least: f64, most: f64) -> Result<f64, String> {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Eval(args) => eval(&args),
+        #[cfg(feature = "compare")]
         Command::Compare(args) => compare(&args),
         Command::Play(args) => play(&args),
         Command::Record(args) => write_data(&args),
@@ -270,6 +274,7 @@ fn print(report: &Report, json: bool) -> Result<()> {
     Ok(())
 }
 
+#[cfg(feature = "compare")]
 fn compare(args: &Compare) -> Result<()> {
     let (episodes, seed) = (args.episodes as usize, args.seed);
     let plan = Plan { episodes, seed, pace: Pace::Blocking, steps: STEPS };

@@ -31,11 +31,14 @@
 //!
 //! # What is deliberately absent
 //!
-//! - Stage files do not know each other; only `policy` and `network` do.
-//! - No key of the file is named outside `config`, no tensor outside the `load` functions.
+//! - Stages do not call each other: `policy` and `network` do, and [`streamed`] in their place.
+//! - No key of the file is named outside `config`. Tensors are named where they are loaded: in the `load`
+//!   functions, and for the three tables of the Llama in [`streamed`].
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
 //!   length changed, or a pass has a number of drafts that no pass before it had.
-//! - No code here depends on the device, and none is unsafe: both are matters of `openvla-kernels`.
+//! - Graphs are the same on every device. What depends on it is where weights lie (`placement`) and what
+//!   drafts cost (`policy`).
+//! - No code here is unsafe: that is a matter of `openvla-kernels`.
 
 mod action;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The three networks on one device, and the tensors that lead from one to the next.
+//! The three networks on the devices that they were placed on, and the tensors that lead from one to the next.
 //!
 //! ```text
 //! planes [size, size, 6] ─vision→ features [2176, 256] ─projector→ soft [4096, 256] ─Llama→ logits

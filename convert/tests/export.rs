@@ -1,5 +1,5 @@
 //! `openvla-convert export-llama` as a user meets it. That llama.cpp loads what it writes and
-//! computes the same with it is held by `tests/llama_cpp.rs` of the runtime.
+//! computes the same with it is held by `benches/llama_cpp`.
 
 use std::fs;
 use std::path::Path;

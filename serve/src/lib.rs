@@ -27,7 +27,8 @@
 //!
 //! # What is deliberately absent
 //!
-//! - No form knows another, nor the model; each makes one `Observation` and reads one `Answer`.
+//! - No form knows the model; each makes one `Observation` and reads one `Answer`. `plain` shares with `act`
+//!   how a JSON object is read.
 //! - Nothing is batched: a robot's step is worth most alone, and as soon as can be.
 //! - No TLS: a proxy in front of it has that.
 

@@ -330,7 +330,7 @@ fn an_oft_checkpoint_is_known_by_its_action_head() {
     let config = |dir: &Path| std::fs::read(dir.join("config.json")).unwrap();
     assert!(config(&oft) == config(&base));
     let (_root, dir) = completed(&oft, &base, "openvla-7b-oft");
-    let statistics = Statistics::parse(Files::open(&dir).unwrap().statistics).unwrap();
+    let statistics = StatisticsText::of(&Files::open(&dir).unwrap()).unwrap().parse().unwrap();
     assert_eq!(statistics.datasets().keys().collect::<Vec<_>>(), ["libero_10_no_noops"]);
     std::fs::write(dir.join("action_head--150000_checkpoint.pt"), "").unwrap();
     let error = Files::open(&dir).err().unwrap().to_string();

@@ -3,8 +3,10 @@
 //! | file | what it does |
 //! |---|---|
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
+//! | [`files`], [`kinds`] | what can be read, and what a folder is if not a checkpoint |
 //! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
-//! | [`lora`] | an adapter's folder, and what it adds to each tensor |
+//! | [`settings`] | `config.json` and `preprocessor_config.json`, and whether that is run |
+//! | [`lora`], [`peft`] | an adapter's folder and settings, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`cards`] | what each number of a motion is, as far as that is known |
@@ -27,15 +29,19 @@ pub mod calibrate;
 pub mod cards;
 pub mod describe;
 pub mod export;
+pub mod files;
 pub mod hub;
 pub mod imatrix;
 pub mod inspect;
 pub mod interrupt;
+pub mod kinds;
 pub mod lora;
 pub mod names;
+pub mod peft;
 pub mod plan;
 pub mod prove;
 pub mod random;
+pub mod settings;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
@@ -56,7 +62,7 @@ use crate::lora::Adapter;
 use crate::names::{Layout, Shapes};
 use crate::plan::{Encoding, Override, Planned};
 use crate::random::Random;
-use crate::source::{Files, Source};
+use crate::source::{Files, Source, StatisticsText};
 use crate::write::{Ingredients, Origin};
 
 /// More than reference cases take.
@@ -71,9 +77,11 @@ pub struct Options {
     pub encoding: Encoding,
     /// Other types for some tensors; later ones win.
     pub overrides: Vec<Override>,
-    /// Folder of a LoRA adapter to merge first. The statistics beside it are the fine-tuned
-    /// model's, and replace the checkpoint's.
+    /// Folder of a LoRA adapter to merge first.
     pub adapter: Option<PathBuf>,
+    /// The statistics. Without: those beside the adapter, which are the fine-tuned model's, else the
+    /// checkpoint's.
+    pub statistics: Option<PathBuf>,
     /// An importance matrix in llama.cpp's GGUF format, collected on this model.
     pub importance: Option<PathBuf>,
     /// Whether the file is to hold reference cases, computed in f32 from the checkpoint.
@@ -89,6 +97,7 @@ impl Default for Options {
             encoding: Encoding::default(),
             overrides: Vec::new(),
             adapter: None,
+            statistics: None,
             importance: None,
             proof: false,
             n_threads: openvla::cli::Threads::default().count(),
@@ -109,6 +118,10 @@ pub struct Conversion {
     encoding: Encoding,
     proof: bool,
     n_threads: usize,
+    /// Where the statistics are from, for people.
+    pub statistics: String,
+    /// What a user should know of the inputs before relying on the file, a sentence each.
+    pub warnings: Vec<String>,
     /// Tensors that the model never reads are named in it.
     pub layout: Layout,
     /// The file's metadata.
@@ -123,29 +136,40 @@ impl Conversion {
     /// # Errors
     /// Whatever is missing, damaged, or of another model, by name.
     pub fn new(checkpoint: &Path, options: &Options) -> Result<Self> {
-        let Source { mut files, tensors } = Source::open(checkpoint)?;
+        let Source { mut files, tensors, mut warnings } = Source::open(checkpoint)?;
         let shapes: Shapes = (tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
-        let adapter = options.adapter.as_deref();
-        files.adapter = adapter.map(source::name).transpose()?;
-        let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
-        if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
-            files.statistics = statistics;
-        }
-        let Options { encoding, proof, n_threads, .. } = *options;
         let cannot = || format!("{} cannot be converted", checkpoint.display());
-        describe::check_model(&files.config).with_context(cannot)?;
+        files.config.check().with_context(cannot)?;
+        settings::check_not_quantized(shapes.keys()).with_context(cannot)?;
+        let dir = options.adapter.as_deref();
+        files.adapter = dir.map(source::name).transpose()?;
+        let mut adapter = dir.map(|dir| Adapter::open(dir, &tensors)).transpose()?;
+        let beside = adapter.as_mut().and_then(|adapter| adapter.statistics.take());
+        let statistics = match (&options.statistics, beside) {
+            (Some(path), _) => StatisticsText::read(path)?,
+            (None, Some(statistics)) => statistics,
+            (None, None) => {
+                let statistics = StatisticsText::of(&files)?;
+                warnings.extend(dir.map(|dir| lora::no_statistics(dir, &statistics)));
+                statistics
+            }
+        };
+        let Options { encoding, proof, n_threads, .. } = *options;
         let layout = names::layout(&files.config, &shapes).with_context(cannot)?;
         for name in layout.parts.iter().flat_map(|part| &part.sources) {
             tensors.check_type(name)?;
         }
-        let config = describe::describe(&files, &shapes, &layout, encoding).with_context(cannot)?;
+        let parsed = statistics.parse().with_context(cannot)?;
+        let config = describe::describe(&files, parsed, &shapes, &layout, encoding);
+        let config = config.with_context(cannot)?;
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
         let origin = Box::new(Ingredients { tensors, adapter, importance, n_threads });
-        Ok(Self { origin, encoding, proof, n_threads, layout, config, plan })
+        let statistics = statistics.from;
+        Ok(Self { origin, encoding, proof, n_threads, statistics, warnings, layout, config, plan })
     }
 
     /// Plans the file that a random checkpoint would become, without that checkpoint. Its weights
@@ -162,10 +186,13 @@ impl Conversion {
         let tensors = spec.tensors();
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let layout = names::layout(&files.config, &shapes)?;
-        let config = describe::describe(&files, &shapes, &layout, encoding)?;
+        let statistics = StatisticsText::of(&files)?;
+        let config = describe::describe(&files, statistics.parse()?, &shapes, &layout, encoding)?;
         let plan = plan::plan(&layout, encoding, &[])?;
         let origin = Box::new(Random::new(tensors, spec.seed, n_threads));
-        Ok(Self { origin, encoding, proof: false, n_threads, layout, config, plan })
+        let (statistics, warnings) = (statistics.from, Vec::new());
+        let proof = false;
+        Ok(Self { origin, encoding, proof, n_threads, statistics, warnings, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-Q4_K_M.gguf`.

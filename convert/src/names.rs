@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use openvla::{LlamaConfig, TowerConfig};
 use openvla_kernels::Shape;
 
-use crate::source::HfConfig;
+use crate::settings::HfConfig;
 
 /// Shapes by tensor name, in PyTorch's order.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -310,7 +310,7 @@ impl Table {
             n_vocab: hf.vocab_size as usize,
             n_ctx: hf.max_position_embeddings,
             eps: hf.rms_norm_eps,
-            rope_base: hf.rope_theta,
+            rope_base: hf.rope_base()?,
         };
         let model = |part: &str| format!("language_model.model.{part}.weight");
         self.matrix("token_embd", &model("embed_tokens"), Role::Embedding, [dim, c.n_vocab])?;

@@ -24,6 +24,10 @@ pub struct Convert {
     /// adapter_model.safetensors
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
+    /// Statistics of the model's data sets, as finetune.py writes them [default:
+    /// dataset_statistics.json beside the adapter or in the checkpoint, else config.json's norm_stats]
+    #[arg(long, value_name = "FILE")]
+    statistics: Option<PathBuf>,
     /// Another type for the tensors whose names this regular expression is found in, such as
     /// 'blk\.0\.=Q8_0'; may be given several times, the last that matches wins
     #[arg(long, value_name = "PATTERN=TYPE")]
@@ -55,6 +59,10 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
+    eprintln!("statistics: {}", conversion.statistics);
+    for warning in &conversion.warnings {
+        eprintln!("warning: {warning}");
+    }
     let summary = conversion.summary();
     if args.dry_run {
         write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
@@ -75,6 +83,7 @@ impl Convert {
             encoding,
             overrides: self.tensor_type.clone(),
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
+            statistics: self.statistics.clone(),
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
             n_threads,

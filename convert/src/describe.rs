@@ -122,7 +122,7 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
         description: text("Robot policy: a camera image and an instruction in, a motion out."),
-        organization: finetune.is_none().then(|| "OpenVLA".to_owned()),
+        organization: is_openvlas(files, finetune.as_ref()).then(|| "OpenVLA".to_owned()),
         license: text("llama2"),
         license_name: text(
             "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
@@ -152,6 +152,7 @@ fn source(origin: &Origin) -> Source {
         repo_url: url,
         repository: Some(repository),
         revision: Some(revision),
+        fingerprint: None,
     }
 }
 
@@ -171,14 +172,20 @@ fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
 }
 
 /// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
-/// tuned for `libero-spatial`.
+/// tuned for `libero-spatial`. Words may be of any script.
 fn finetune(name: &str) -> Option<String> {
-    let name: String =
-        name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let letter = |c: char| c.is_alphanumeric() || !(c.is_ascii() || c.is_whitespace());
+    let name: String = name.chars().map(|c| if letter(c) { c } else { '-' }).collect();
     let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
     let rest = known.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
     let words: Vec<&str> = rest.split('-').filter(|word| !word.is_empty()).collect();
     (!words.is_empty()).then(|| words.join("-"))
+}
+
+/// Whether the checkpoint is OpenVLA's own, which a folder's name alone does not say.
+fn is_openvlas(files: &Files, finetune: Option<&String>) -> bool {
+    let origin = files.origin.as_ref();
+    finetune.is_none() && origin.is_some_and(|origin| origin.repository.starts_with("openvla/"))
 }
 
 #[cfg(test)]
@@ -193,6 +200,9 @@ mod tests {
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
             ("openvla-7b+my_data+b16+lora-r32", Some("my-data-b16-lora-r32")),
             ("my_robot--run.3", Some("my-robot-run-3")),
+            ("抓取", Some("抓取")),
+            ("openvla-7b+दाल_उठाओ", Some("दाल-उठाओ")),
+            ("🤖 arm", Some("🤖-arm")),
         ] {
             assert_eq!(finetune(name).as_deref(), wanted, "{name}");
         }

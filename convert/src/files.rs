@@ -151,7 +151,10 @@ mod tests {
     fn numbers_that_json_lacks_become_strings_and_strings_stay() {
         for (text, wanted) in [
             (r#"{"a": [NaN, -Infinity,Infinity]}"#, r#"{"a": ["NaN", "-Infinity","Infinity"]}"#),
-            (r#"{"NaN": "Infinity \" NaN \\", "é": NaN}"#, r#"{"NaN": "Infinity \" NaN \\", "é": "NaN"}"#),
+            (
+                r#"{"NaN": "Infinity \" NaN \\", "é": NaN}"#,
+                r#"{"NaN": "Infinity \" NaN \\", "é": "NaN"}"#,
+            ),
             ("NaN", r#""NaN""#),
             (r#"{"a": 1}"#, r#"{"a": 1}"#),
             (r#""NaN \"#, r#""NaN \"#),
@@ -169,7 +172,8 @@ mod tests {
         std::os::unix::fs::symlink("../../blobs/0a1b", at("dangling")).unwrap();
         std::os::unix::fs::symlink("loop", at("loop")).unwrap();
         fs::create_dir(at("folder")).unwrap();
-        fs::write(at("pointer"), "version https://git-lfs.github.com/spec/v1\noid sha256:4d").unwrap();
+        fs::write(at("pointer"), "version https://git-lfs.github.com/spec/v1\noid sha256:4d")
+            .unwrap();
         fs::write(at("file"), "{}").unwrap();
         for (name, words) in [
             ("dangling", "dangling, which is a link to ../../blobs/0a1b"),

@@ -162,12 +162,7 @@ fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
 }
 
 /// Downloads what the cache lacks.
-fn fetch(
-    cache: &Cache,
-    environment: Environment,
-    id: &Id,
-    content: Content,
-) -> Result<PathBuf> {
+fn fetch(cache: &Cache, environment: Environment, id: &Id, content: Content) -> Result<PathBuf> {
     let hub = Hub::new(environment);
     let listing = hub.list(id.repository, id.revision)?;
     let find = |name: &str| listing.siblings.iter().find(|file| file.rfilename == name);

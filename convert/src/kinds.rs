@@ -48,8 +48,7 @@ pub fn check_checkpoint(checkpoint: &str, names: &[String]) -> Result<()> {
 }
 
 /// What is said of a GGUF file in place of a checkpoint.
-pub const IS_CONVERTED: &str =
-    "which is converted already; openvla-run -m takes it, and another type is made from the \
+pub const IS_CONVERTED: &str = "which is converted already; openvla-run -m takes it, and another type is made from the \
      checkpoint";
 
 /// Refuses a checkpoint whose weights are not there, or are in another format.
@@ -78,15 +77,14 @@ pub fn check_weights(checkpoint: &str, names: &[String]) -> Result<()> {
             "{checkpoint} has no {WEIGHTS} but {other}, which transformers would not load either; \
              rename it if it is the whole checkpoint"
         ),
-        None => bail!(
-            "{checkpoint} has neither {WEIGHTS} nor {INDEX}; is the checkpoint complete?"
-        ),
+        None => {
+            bail!("{checkpoint} has neither {WEIGHTS} nor {INDEX}; is the checkpoint complete?")
+        }
     }
 }
 
 /// What is said of a run of the training code that checkpoints are exported from.
-pub const PRISMATIC: &str =
-    "it is a native Prismatic run, as OpenVLA's training leaves it, not a checkpoint in Hugging \
+pub const PRISMATIC: &str = "it is a native Prismatic run, as OpenVLA's training leaves it, not a checkpoint in Hugging \
      Face's format; export it with openvla's vla-scripts/extern/convert_openvla_weights_to_hf.py \
      and convert what that writes";
 

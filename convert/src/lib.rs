@@ -14,6 +14,7 @@
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert |
 //! | [`random`] | or no checkpoint at all: random weights |
+//! | [`fingerprint`] | what tells its weights from those of other checkpoints |
 //! | [`prove`] | reference cases in f32, and checksums |
 //! | [`verify`] | a file held against what it says of itself |
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
@@ -30,6 +31,7 @@ pub mod cards;
 pub mod describe;
 pub mod export;
 pub mod files;
+pub mod fingerprint;
 pub mod hub;
 pub mod imatrix;
 pub mod inspect;
@@ -163,7 +165,9 @@ impl Conversion {
         }
         let parsed = statistics.parse().with_context(cannot)?;
         let config = describe::describe(&files, parsed, &shapes, &layout, encoding);
-        let config = config.with_context(cannot)?;
+        let mut config = config.with_context(cannot)?;
+        let fingerprint = fingerprint::fingerprint(&layout, &tensors, adapter.as_ref())?;
+        config.general.source.fingerprint = Some(fingerprint);
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;

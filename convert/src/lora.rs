@@ -102,6 +102,16 @@ impl Adapter {
         Ok(())
     }
 
+    /// Its tensors.
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+
+    /// What its products are multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// What is to be added to a tensor of the checkpoint, if anything.
     ///
     /// # Errors

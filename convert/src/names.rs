@@ -105,6 +105,11 @@ pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
     let mut table = Table { left: shapes.clone(), parts: Vec::new(), unused: Vec::new() };
     let n_tower = config.timm_model_ids.len();
     ensure!((1..=2).contains(&n_tower), "timm_model_ids names {n_tower} towers; 1 or 2 can be");
+    let fused = config.use_fused_vision_backbone.unwrap_or(n_tower == 2);
+    ensure!(
+        fused == (n_tower == 2),
+        "use_fused_vision_backbone is {fused}, but timm_model_ids names {n_tower} towers"
+    );
     let mut towers = Vec::new();
     let mut grids = Vec::new();
     for (id, prefix) in config.timm_model_ids.iter().zip(TOWERS) {

@@ -128,7 +128,9 @@ impl PeftConfig {
     pub fn targets(&self, module: &str) -> bool {
         let named = |names: &Option<Names>, otherwise| match names {
             Some(Names::Ends(ends)) => ends.iter().any(|end| {
-                module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+                module
+                    .strip_suffix(end.as_str())
+                    .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
             }),
             // "all-linear", or a pattern by which peft chose the modules that it then saved.
             Some(Names::Pattern(_)) | None => otherwise,

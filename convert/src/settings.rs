@@ -51,12 +51,6 @@ impl HfConfig {
             refuse_quantized("bitsandbytes", "load_in_4bit or load_in_8bit")?;
         }
         self.text_config.check()?;
-        let n_tower = self.timm_model_ids.len();
-        let fused = self.use_fused_vision_backbone.unwrap_or(n_tower == 2);
-        ensure!(
-            fused == (n_tower == 2),
-            "use_fused_vision_backbone is {fused}, but timm_model_ids names {n_tower} towers"
-        );
         let exact = |activation: &&String| activation.as_str() == "gelu";
         if let Some(other) = self.timm_override_act_layers.iter().flatten().find(|a| !exact(a)) {
             bail!("a tower's activation is `{other}`; only exact GELU is run");

@@ -173,7 +173,8 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
     }
     let counts = |name: &str| taken.contains(name) || (name == INDEX && !taken.contains(WEIGHTS));
     let weights = |name: &str| kinds::is_shard(name) || [WEIGHTS, INDEX].contains(&name);
-    let passed_over = names.iter().map(String::as_str).filter(|name| weights(name) && !counts(name));
+    let passed_over =
+        names.iter().map(String::as_str).filter(|name| weights(name) && !counts(name));
     let passed_over: Vec<_> = passed_over.collect();
     let warning = || {
         let taken: Vec<_> = taken.iter().copied().collect();

@@ -289,7 +289,10 @@ fn statistics_that_give_no_motion_are_refused() {
         (r#"{"q01": [0], "q99": [1], "mask": []}"#.to_owned(), "0 mask"),
         (format!(r#"{{"q01": [{many}], "q99": [{many}]}}"#), "`d` has 65 q01"),
         (r#"{"q01": [-1e308], "q99": [1e308]}"#.to_owned(), "`d` has a range that is not finite"),
-        (r#"{"q01": ["0"], "q99": [1]}"#.to_owned(), "`d` has 0 for action.q01[0]; a finite number"),
+        (
+            r#"{"q01": ["0"], "q99": [1]}"#.to_owned(),
+            "`d` has 0 for action.q01[0]; a finite number",
+        ),
         (r#"{"q99": [1]}"#.to_owned(), "`d`: missing field `q01`"),
         ("7".to_owned(), "`d` lacks action.q01"),
         (r#"{"q01": [0], "q99": ["NaN"]}"#.to_owned(), "`d` has NaN for action.q99[0]"),

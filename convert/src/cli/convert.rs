@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::source::{Origin, origin};
@@ -41,7 +42,8 @@ pub struct Convert {
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// File to write [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here]
+    /// File to write, whatever is there [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here,
+    /// unless a file of another checkpoint has it]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -69,6 +71,9 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
         return Ok(());
     }
     eprint!("{summary}");
+    if args.output.is_none() {
+        check_replaceable(&out, &conversion.config.general.source.fingerprint)?;
+    }
     let progress = super::progress(0)?;
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();

@@ -49,9 +49,9 @@ impl Environment {
             (Some(path), ..) => Ok(expand(path)),
             (None, Some(path), _) => Ok(expand(path).join("huggingface")),
             (None, None, Some(home)) => Ok(home.join(".cache/huggingface")),
-            (None, None, None) => {
-                Err(anyhow!("there is no home directory for the Hub's cache; set HF_HOME to a folder"))
-            }
+            (None, None, None) => Err(anyhow!(
+                "there is no home directory for the Hub's cache; set HF_HOME to a folder"
+            )),
         };
         let cache = match first(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]) {
             Some(path) => expand(path),
@@ -76,11 +76,7 @@ impl Environment {
 }
 
 /// Python's `expandvars(expanduser(path))`, without the homes of other users.
-fn expand(
-    path: &OsStr,
-    get: &dyn Fn(&str) -> Option<OsString>,
-    home: Option<&Path>,
-) -> PathBuf {
+fn expand(path: &OsStr, get: &dyn Fn(&str) -> Option<OsString>, home: Option<&Path>) -> PathBuf {
     let Some(text) = path.to_str() else { return path.into() };
     let variable = Regex::new(r"\$(?:(\w+)|\{([^}]*)\})").expect("a pattern");
     let value = |captures: &Captures<'_>| {

@@ -191,7 +191,9 @@ impl Conversion {
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let layout = names::layout(&files.config, &shapes)?;
         let statistics = StatisticsText::of(&files)?;
-        let config = describe::describe(&files, statistics.parse()?, &shapes, &layout, encoding)?;
+        let parsed = statistics.parse()?;
+        let mut config = describe::describe(&files, parsed, &shapes, &layout, encoding)?;
+        config.general.source.fingerprint = Some(format!("{:016x}", spec.seed));
         let plan = plan::plan(&layout, encoding, &[])?;
         let origin = Box::new(Random::new(tensors, spec.seed, n_threads));
         let (statistics, warnings) = (statistics.from, Vec::new());

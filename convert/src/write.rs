@@ -128,8 +128,7 @@ impl<'a> Rows<'a> {
             for (j, row) in numbers.chunks_exact_mut(length).enumerate() {
                 let origin = self.origin(first + i * ROWS_AT_A_TIME + j);
                 self.read(origin, row);
-                // Not `x > most`, which no NaN is.
-                if let Some(column) = row.iter().position(|x| !(x.abs() <= most)) {
+                if let Some(column) = row.iter().position(|x| x.is_nan() || x.abs() > most) {
                     let x = row[column];
                     ensure!(
                         !x.is_finite(),

@@ -58,6 +58,18 @@ pub fn open(path: &Path) -> Result<File> {
 /// How the placeholders start that a clone without git-lfs has in place of large files.
 const GIT_LFS: [u8; 23] = *b"version https://git-lfs";
 
+/// The first bytes of a file, as many as tell a GGUF file; zeros after a shorter one's end.
+///
+/// # Errors
+/// As [`open`].
+pub fn read_start(path: &Path) -> Result<[u8; 4]> {
+    let mut start = Vec::new();
+    let read = open(path)?.take(4).read_to_end(&mut start);
+    read.with_context(|| format!("cannot read {}", path.display()))?;
+    start.resize(4, 0);
+    Ok(start.try_into().expect("four"))
+}
+
 /// The bytes of a file that may be missing.
 ///
 /// # Errors

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::source::{Files, INDEX, Index, WEIGHTS};
+use crate::source::{Files, INDEX, Index, PREPROCESSOR, PROCESSOR, WEIGHTS};
 use crate::{kinds, tokenizer};
 
 mod client;
@@ -101,7 +101,7 @@ impl Content {
         match self {
             Self::Checkpoint => &[
                 &["config.json"],
-                &["preprocessor_config.json"],
+                &[PREPROCESSOR, PROCESSOR],
                 &["tokenizer.json", "tokenizer.model"],
                 &[INDEX, WEIGHTS],
             ],
@@ -114,7 +114,7 @@ impl Content {
         match self {
             Self::Checkpoint => {
                 let files =
-                    ["config.json", "preprocessor_config.json", "dataset_statistics.json", INDEX];
+                    ["config.json", PREPROCESSOR, PROCESSOR, "dataset_statistics.json", INDEX];
                 [&files[..], &tokenizer::FILES[..]].concat()
             }
             Self::Adapter => vec!["adapter_config.json", "dataset_statistics.json"],

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
+use serde_json::{Map, Value};
 
 use crate::source::{INDEX, WEIGHTS};
 
@@ -44,6 +45,21 @@ pub fn check_checkpoint(checkpoint: &str, names: &[String]) -> Result<()> {
     if let Some(gguf) = with_extension(names, &["gguf"]) {
         bail!("{checkpoint} holds {gguf}, {IS_CONVERTED}");
     }
+    if let Some(weights) = with_extension(names, &["pt"]) {
+        bail!("{checkpoint} holds {weights}: {PRISMATIC}");
+    }
+    Ok(())
+}
+
+/// Refuses a `config.json` of the training code, by its keys.
+///
+/// # Errors
+/// Says what it is, and what to do with it.
+pub fn check_settings(checkpoint: &str, settings: &Map<String, Value>) -> Result<()> {
+    const OF_TRAINING: [&str; 4] = ["run_id", "run_root_dir", "data_root_dir", "vla"];
+    let native = !settings.contains_key("model_type")
+        && OF_TRAINING.iter().any(|key| settings.contains_key(*key));
+    ensure!(!native, "{checkpoint} has a config.json of training: {PRISMATIC}");
     Ok(())
 }
 
@@ -158,6 +174,7 @@ mod tests {
             ("config.json pytorch_model-00001-of-00002.bin", "safe_serialization"),
             ("config.json tf_model.h5 README.md", "tf_model.h5"),
             ("config.json checkpoints/step-000001.pt", "convert_openvla_weights_to_hf.py"),
+            ("step-000001.pt", "convert_openvla_weights_to_hf.py"),
             ("config.json model-00001-of-00002.safetensors", INDEX),
             ("config.json model.fp16.safetensors", "model.fp16.safetensors"),
             ("config.json training_args.bin", "is the checkpoint complete?"),

@@ -154,7 +154,10 @@ impl Conversion {
             (None, Some(statistics)) => statistics,
             (None, None) => {
                 let statistics = StatisticsText::of(&files)?;
-                warnings.extend(dir.map(|dir| lora::no_statistics(dir, &statistics)));
+                warnings.extend(match dir {
+                    Some(dir) => Some(lora::no_statistics(dir, &statistics)),
+                    None => source::inherited(&files, &statistics),
+                });
                 statistics
             }
         };

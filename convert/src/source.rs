@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use openvla::Statistics;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::files;
 use crate::kinds;
@@ -48,6 +48,8 @@ pub struct Files {
 pub struct StatisticsText {
     /// The file, or the part of one, for people.
     pub from: String,
+    /// Whether they are those of `config.json`, which a fine-tune has from its base model.
+    pub inherited: bool,
     /// Without the numbers that JSON does not have: see [`files::json`].
     json: String,
 }
@@ -72,11 +74,10 @@ impl Files {
         let names = list(dir)?;
         kinds::check_checkpoint(&shown, &names)?;
         let path = dir.join("config.json");
-        let kind: Kind = files::read_json(&path)?;
-        let native = kind.model_type.is_none() && kind.run_id.is_some();
-        ensure!(!native, "{shown}: {}", kinds::PRISMATIC);
+        let settings: Map<String, Value> = files::read_json(&path)?;
+        kinds::check_settings(&shown, &settings)?;
         let config: HfConfig = files::read_json(&path)?;
-        let preprocessor = files::read_json(&dir.join("preprocessor_config.json"))?;
+        let preprocessor = read_preprocessor(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
             name: name(dir)?,
@@ -88,12 +89,21 @@ impl Files {
     }
 }
 
-/// What tells whose `config.json` it is.
+/// Transformers 5 writes one file for the whole processor, and reads the other one first.
 #[derive(Deserialize)]
-struct Kind {
-    model_type: Option<Value>,
-    /// Of a run of the training code.
-    run_id: Option<Value>,
+struct Processor {
+    image_processor: Option<HfPreprocessor>,
+}
+
+fn read_preprocessor(dir: &Path) -> Result<HfPreprocessor> {
+    let path = dir.join(PREPROCESSOR);
+    if !files::is_there(&path)? {
+        let processor: Option<Processor> = files::read_json_if_there(&dir.join(PROCESSOR))?;
+        if let Some(found) = processor.and_then(|processor| processor.image_processor) {
+            return Ok(found);
+        }
+    }
+    files::read_json(&path)
 }
 
 /// The names in a folder, sorted.
@@ -102,8 +112,15 @@ struct Kind {
 /// Says what is there if it is not a folder, or cannot be listed.
 pub fn list(dir: &Path) -> Result<Vec<String>> {
     let shown = dir.display();
-    if dir.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        ensure!(dir.is_dir(), "{shown} is a GGUF file, {}", kinds::IS_CONVERTED);
+    if dir.is_file() {
+        let gguf = files::read_start(dir)? == *b"GGUF";
+        ensure!(!gguf, "{shown} is a GGUF file, {}", kinds::IS_CONVERTED);
+        let native = dir.extension().is_some_and(|extension| extension == "pt");
+        ensure!(!native, "{shown} is one file: {}", kinds::PRISMATIC);
+        bail!(
+            "{shown} is not a folder with an OpenVLA checkpoint, but a file; give the folder with \
+             config.json and {WEIGHTS} or its shards"
+        );
     }
     ensure!(dir.is_dir(), "{shown} is not a folder with an OpenVLA checkpoint");
     let entries = fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
@@ -186,10 +203,21 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
             passed_over.join(", ")
         )
     };
-    let warnings = if passed_over.is_empty() { Vec::new() } else { vec![warning()] };
+    let mut warnings = if passed_over.is_empty() { Vec::new() } else { vec![warning()] };
+    if names.iter().any(|name| name == kinds::ADAPTER_WEIGHTS) {
+        warnings.push(format!(
+            "{} holds a LoRA adapter too, which is taken as merged into the weights already; if it \
+             is not, give this folder with --lora as well",
+            dir.display()
+        ));
+    }
     Ok((tensors, warnings))
 }
 
+/// What images are resized to and how they are normalized.
+pub const PREPROCESSOR: &str = "preprocessor_config.json";
+/// Where transformers 5 writes that.
+pub const PROCESSOR: &str = "processor_config.json";
 /// The file that lists the shards of a large checkpoint.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// The only shard of a small one, which has no index.
@@ -251,6 +279,7 @@ impl StatisticsText {
         match &checkpoint.config.norm_stats {
             Some(stats) => Ok(Self {
                 from: format!("norm_stats of {}", dir.join("config.json").display()),
+                inherited: true,
                 json: stats.to_string(),
             }),
             None => bail!(
@@ -277,7 +306,7 @@ impl StatisticsText {
     /// Names the file if it cannot be read.
     pub fn read(path: &Path) -> Result<Self> {
         let json = files::json(path, files::read(path)?)?;
-        Ok(Self { from: path.display().to_string(), json })
+        Ok(Self { from: path.display().to_string(), inherited: false, json })
     }
 
     /// What they say of each data set.
@@ -288,6 +317,18 @@ impl StatisticsText {
         let parsed = Statistics::parse(self.json.clone()).map_err(of_checkpoint);
         parsed.with_context(|| self.from.clone())
     }
+}
+
+/// What to know of statistics that a fine-tuned checkpoint has from its base model, in words.
+pub fn inherited(checkpoint: &Files, taken: &StatisticsText) -> Option<String> {
+    taken.inherited.then(|| {
+        format!(
+            "{} has no {STATISTICS}, so the statistics are those of its config.json, which in a \
+             fine-tuned model are the base model's and scale its motions wrongly. finetune.py leaves \
+             the file in its run folder: copy it here, or name it with --statistics",
+            checkpoint.dir.display()
+        )
+    })
 }
 
 /// What the runtime says of a model file, said of a checkpoint: its advice, to write the file again,

@@ -343,7 +343,7 @@ fn scores_by_rank(merges: &[String]) -> HashMap<String, f32> {
 
 fn fill_from_model(v: &mut Vocabulary, model: &SentencePieceModel, roles: &Roles) -> Result<()> {
     for (id, piece) in (0..).zip(&model.pieces) {
-        let kind = TokenType::try_from(piece.kind())?;
+        let kind = TokenType::try_from(piece.kind()).map_err(of_checkpoint)?;
         ensure!(
             matches!(kind, TokenType::Normal | TokenType::Byte) || roles.include(&piece.text),
             "piece `{}` is {kind:?}; Llama-2's scheme has only Normal, Byte, bos, eos, unk and pad",

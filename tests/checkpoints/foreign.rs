@@ -48,6 +48,20 @@ fn of_two_sets_of_weights_the_one_that_transformers_loads_is_taken() {
     stale.refused(&["model-00001-of-00002.safetensors, but no model.safetensors.index.json"]);
 }
 
+#[test]
+fn what_is_taken_for_granted_is_said() {
+    let checkpoint = Checkpoint::plain();
+    checkpoint.write("adapter_model.safetensors", b"");
+    let said = warnings(&checkpoint).join("");
+    assert!(said.contains("a LoRA adapter too") && said.contains("--lora"), "{said}");
+    checkpoint.remove("adapter_model.safetensors");
+    checkpoint.remove(STATISTICS);
+    let said = warnings(&checkpoint).join("");
+    for word in [STATISTICS, "config.json", "base model's", "finetune.py", "--statistics"] {
+        assert!(said.contains(word), "{said}");
+    }
+}
+
 /// None of these may be taken for a file that is not there.
 #[test]
 fn what_is_there_and_cannot_be_read_has_no_substitute() {
@@ -92,6 +106,10 @@ fn other_formats_are_called_by_their_names() {
     let adapter = with("adapter_config.json");
     adapter.remove("config.json");
     adapter.refused(&["is a LoRA adapter", "--lora"]);
+    let file = adapter.path().join("latest-checkpoint.pt");
+    fs::write(&file, b"x").unwrap();
+    let why = crate::folder::convert(&file, Path::new("none.gguf")).unwrap_err();
+    assert!(why.contains("native Prismatic run"), "{why}");
     let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("example/example.gguf");
     let why = crate::folder::convert(&gguf, Path::new("none.gguf")).unwrap_err();
     assert!(why.contains("which is converted already; openvla-run -m takes it"), "{why}");

@@ -61,7 +61,9 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
-    eprintln!("statistics: {}", conversion.statistics);
+    if !args.example {
+        eprintln!("statistics: {}", conversion.statistics);
+    }
     for warning in &conversion.warnings {
         eprintln!("warning: {warning}");
     }

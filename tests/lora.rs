@@ -249,6 +249,17 @@ fn copies_of_the_base_models_weights_must_be_the_checkpoints() {
     }
 }
 
+#[test]
+fn an_adapters_number_that_is_none_is_named() {
+    let name = format!("base_model.model.{}.lora_B.weight", MODULES[1]);
+    let mut adapter = adapter();
+    adapter.get_mut(&name).unwrap().1[5] = f32::NAN;
+    let (dir, out) = (folder(&config(), &adapter), tempfile::tempdir().unwrap());
+    let error = merge(&checkpoint(), dir.path(), &out.path().join("model.gguf")).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains(&format!("{name} holds NaN, its number 5")), "{error}");
+}
+
 /// OpenVLA-OFT's trainer leaves its adapter in a folder of the run, beside the head's file.
 #[test]
 fn adapters_of_openvla_oft_are_refused() {

@@ -20,6 +20,7 @@
 //!
 //! ref: huggingface_hub `_snapshot_download.py`
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -49,9 +50,12 @@ pub enum Content {
 /// Says what is neither, what the repository lacks, and why the Hub does not answer.
 pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
     let shown = source.display();
-    let there = source.try_exists().with_context(|| format!("cannot look at {shown}"))?;
-    if there {
-        return Ok(source.to_owned());
+    match source.try_exists() {
+        Ok(true) => return Ok(source.to_owned()),
+        Ok(false) => {}
+        // A file of the user's name says nothing of a repository.
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
     }
     ensure!(!source.is_symlink(), "{shown} is a link to a folder that is not there");
     let id = source.to_str().and_then(Id::parse).with_context(|| {

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::files;
 use crate::kinds;
@@ -115,14 +115,21 @@ impl Adapter {
     /// What is to be added to a tensor of the checkpoint, if anything.
     ///
     /// # Errors
-    /// Names the file if it cannot be mapped.
+    /// Names the file if it cannot be mapped, and a tensor that holds NaN or infinity.
     pub fn delta(&self, weight: &str) -> Result<Option<Delta>> {
         let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
         let name = |half: &str| format!("{PREFIX}{module}{half}");
         if !self.tensors.entries().contains_key(&name(A)) {
             return Ok(None);
         }
-        let half = |half: &str| self.tensors.matrix(&name(half)).map(|matrix| all(&matrix));
+        let half = |half: &str| {
+            let numbers = all(&self.tensors.matrix(&name(half))?);
+            if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
+                let (name, x) = (name(half), numbers[i]);
+                bail!("the adapter's {name} holds {x}, its number {i}; the adapter is damaged");
+            }
+            Ok(numbers)
+        };
         Ok(Some(Delta { a: half(A)?, b: half(B)?, rank: self.rank, scale: self.scale }))
     }
 }

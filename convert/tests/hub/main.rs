@@ -111,6 +111,8 @@ fn a_repository_converts_as_its_folder_does_and_is_fetched_once() {
     assert_eq!(hub.bodies(), [""; 0], "all was in the cache");
     user.assert_converted(&user.run(&["robots/openvla-example@refs/pr/1", "--q8", "--no-proof"]));
     assert_eq!(hub.bodies(), [""; 0], "another revision with the same commit");
+    std::fs::write(user.dir.path().join("robots"), "").unwrap();
+    user.assert_converted(&user.run(&[ID, "--q8", "--no-proof"]));
 }
 
 #[test]

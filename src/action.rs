@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use serde::Deserialize;
+use serde_json::Value;
 
 use crate::{Error, Result};
 
@@ -93,6 +93,49 @@ impl Dataset {
     }
 }
 
+impl Dataset {
+    /// Reads a data set's `action`, or says what it has that cannot be used.
+    fn parse(action: &Value) -> std::result::Result<Self, String> {
+        let list = |key: &str| match &action[key] {
+            Value::Array(list) => Ok(list),
+            Value::Null => Err(format!("lacks action.{key}")),
+            other => Err(format!("has {} for action.{key}; a list is needed", shown(other))),
+        };
+        let numbers = |key: &str| {
+            let number = |(i, value): (usize, &Value)| {
+                value.as_f64().filter(|x| x.is_finite()).ok_or_else(|| {
+                    let found = shown(value);
+                    format!("has {found} for action.{key}[{i}]; a finite number is needed")
+                })
+            };
+            list(key)?.iter().enumerate().map(number).collect::<std::result::Result<Vec<_>, _>>()
+        };
+        let (q01, q99) = (numbers("q01")?, numbers("q99")?);
+        let n = q01.len();
+        let mask = match &action["mask"] {
+            Value::Null => vec![true; n],
+            _ => {
+                let switches = list("mask")?.iter().map(Value::as_bool).collect::<Option<_>>();
+                switches.ok_or("has an action.mask that is not all true or false")?
+            }
+        };
+        if q99.len() != n || mask.len() != n || !(1..=MAX_DIMENSIONS).contains(&n) {
+            let found = format!("{n} q01, {} q99, {} mask", q99.len(), mask.len());
+            return Err(format!("has {found}; equal numbers are needed"));
+        }
+        if !q01.iter().zip(&q99).all(|(low, high)| (high - low).is_finite()) {
+            return Err("has a range that is not finite".into());
+        }
+        Ok(Self { q01, q99, mask })
+    }
+}
+
+/// A value for people. NaN is a string here, since JSON has no such number.
+fn shown(value: &Value) -> String {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    text.chars().take(40).collect()
+}
+
 /// The statistics of every data set a model was trained on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
@@ -103,18 +146,6 @@ pub struct Statistics {
 /// More dimensions than any robot of the data sets by far; bounds the tokens of a motion.
 const MAX_DIMENSIONS: usize = 64;
 
-#[derive(Deserialize)]
-struct Entry {
-    action: Option<ActionEntry>,
-}
-
-#[derive(Deserialize)]
-struct ActionEntry {
-    q01: Vec<f64>,
-    q99: Vec<f64>,
-    mask: Option<Vec<bool>>,
-}
-
 impl Statistics {
     /// Reads the text of a `dataset_statistics.json`, or of a config's `norm_stats`. What stands
     /// beside the data sets (`source_split`, …) is kept in the text and otherwise left alone.
@@ -123,26 +154,16 @@ impl Statistics {
     /// [`Error::Model`] if it is not JSON, holds no data set, or one of unequal lengths.
     pub fn parse(json: String) -> Result<Self> {
         let wrong = |why: String| Error::Model { why: format!("its action statistics: {why}") };
-        let entries: BTreeMap<String, serde_json::Value> =
+        let entries: BTreeMap<String, Value> =
             serde_json::from_str(&json).map_err(|e| wrong(e.to_string()))?;
         let mut datasets = BTreeMap::new();
         for (name, entry) in entries {
-            if entry.get("action").is_none() {
-                continue;
-            }
-            let entry: Entry =
-                serde_json::from_value(entry).map_err(|e| wrong(format!("`{name}`: {e}")))?;
-            let Some(ActionEntry { q01, q99, mask }) = entry.action else { continue };
-            let mask = mask.unwrap_or_else(|| vec![true; q01.len()]);
-            let n = q01.len();
-            if q99.len() != n || mask.len() != n || !(1..=MAX_DIMENSIONS).contains(&n) {
-                let found = format!("{n} q01, {} q99, {} mask", q99.len(), mask.len());
-                return Err(wrong(format!("`{name}` has {found}; equal numbers are needed")));
-            }
-            if !q01.iter().zip(&q99).all(|(low, high)| (high - low).is_finite()) {
-                return Err(wrong(format!("`{name}` has a range that is not finite")));
-            }
-            datasets.insert(name, Dataset { q01, q99, mask });
+            let action = match entry.get("action") {
+                None | Some(Value::Null) => continue,
+                Some(action) => action,
+            };
+            let dataset = Dataset::parse(action).map_err(|why| wrong(format!("`{name}` {why}")))?;
+            datasets.insert(name, dataset);
         }
         match datasets.is_empty() {
             true => Err(wrong("there is no data set with `action.q01` and `action.q99`".into())),

@@ -14,7 +14,8 @@ use openvla::{ActionSpace, Config, Error, LlamaConfig, Resize, Statistics, Tower
 use openvla_convert::describe::describe;
 use openvla_convert::names::{Layout, Role, Shapes, layout};
 use openvla_convert::plan::{Encoding, Planned, plan, summary};
-use openvla_convert::source::{Files, HfConfig, Source};
+use openvla_convert::settings::HfConfig;
+use openvla_convert::source::{Files, Source, StatisticsText};
 use openvla_kernels::{DType, Gguf, Header};
 use serde_json::{Value, json};
 
@@ -47,6 +48,7 @@ fn v01(facts: &Value) -> Option<Layout> {
     let mut config = json(&real_configs()?.join("openvla-7b/config.json"));
     config["timm_model_ids"] = json!(["vit_so400m_patch14_siglip_224"]);
     config["timm_override_act_layers"] = json!([null]);
+    config["use_fused_vision_backbone"] = json!(false);
     config["llm_backbone_id"] = json!("vicuna-v15-7b");
     let config: HfConfig = serde_json::from_value(config).unwrap();
     Some(layout(&config, &shapes(facts)).unwrap())
@@ -54,7 +56,9 @@ fn v01(facts: &Value) -> Option<Layout> {
 
 fn config_of(dir: &Path, facts: &Value, encoding: &str) -> Config {
     let (shapes, layout) = published(dir, facts);
-    describe(&Files::open(dir).unwrap(), &shapes, &layout, encoding.parse().unwrap()).unwrap()
+    let files = Files::open(dir).unwrap();
+    let statistics = StatisticsText::of(&files).unwrap().parse().unwrap();
+    describe(&files, statistics, &shapes, &layout, encoding.parse().unwrap()).unwrap()
 }
 
 /// `dir` under another name, with what `base` holds beside it.
@@ -330,7 +334,7 @@ fn an_oft_checkpoint_is_known_by_its_action_head() {
     let config = |dir: &Path| std::fs::read(dir.join("config.json")).unwrap();
     assert!(config(&oft) == config(&base));
     let (_root, dir) = completed(&oft, &base, "openvla-7b-oft");
-    let statistics = Statistics::parse(Files::open(&dir).unwrap().statistics).unwrap();
+    let statistics = StatisticsText::of(&Files::open(&dir).unwrap()).unwrap().parse().unwrap();
     assert_eq!(statistics.datasets().keys().collect::<Vec<_>>(), ["libero_10_no_noops"]);
     std::fs::write(dir.join("action_head--150000_checkpoint.pt"), "").unwrap();
     let error = Files::open(&dir).err().unwrap().to_string();

@@ -155,7 +155,8 @@ fn file_names_follow_ggmls_scheme() {
             "BF16",
             "OpenVLA-424K-bridge-orig-b16-lr-0-0005-lora-r32-dropout-0-0-image-aug-v1.0-BF16.gguf",
         ),
-        ("Straße 7", Variant::OpenVla, "F16", "OpenVLA-424K-Stra-e-7-v1.0-F16.gguf"),
+        ("抓取_放置", Variant::OpenVla, "F16", "OpenVLA-424K-抓取-放置-v1.0-F16.gguf"),
+        ("Straße 7", Variant::OpenVla, "F16", "OpenVLA-424K-Straße-7-v1.0-F16.gguf"),
     ] {
         let (conversion, file) = converted(root.path(), folder, variant, encoding);
         let path = Path::new(file.file());

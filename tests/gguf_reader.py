@@ -11,11 +11,12 @@ from pathlib import Path
 from gguf import GGUFReader, GGUFValueType, dequantize
 from gguf.utility import naming_convention
 
-# ggml's docs/gguf.md, "GGUF Naming Convention", for a whole model in one file.
+# ggml's docs/gguf.md, "GGUF Naming Convention", for a whole model in one file; the scheme has ASCII
+# alone, and here a model may be tuned for something in any script.
 NAME = re.compile(
     r"(?P<base>[A-Za-z0-9\s]+(-[A-Za-z\s][A-Za-z0-9\s]*)*)"
     r"-(?P<size>(\d+x)?(\d+\.)?\d+[A-Za-z])"
-    r"(-(?P<finetune>[A-Za-z0-9\s-]+))?"
+    r"(-(?P<finetune>[\w\s-]+))?"
     r"-(?P<version>v\d+(\.\d+)*)"
     r"-(?P<encoding>\w+)\.gguf"
 )

@@ -170,29 +170,175 @@ fn merging_is_adding_the_scaled_product() {
 #[test]
 fn the_statistics_beside_an_adapter_are_the_models() {
     let dir = folder(&config(), &adapter());
-    let statistics = r#"{"my_robot": {"action": {"q01": [0, 0], "q99": [1, 2]}}}"#;
-    std::fs::write(dir.path().join("dataset_statistics.json"), statistics).unwrap();
-    let conversion = Conversion::new(&checkpoint(), &merging(dir.path())).unwrap();
-    assert_eq!(conversion.config.statistics.select(None).unwrap().0, "my_robot");
+    let conversion = || Conversion::new(&checkpoint(), &merging(dir.path())).unwrap();
+    let bare = conversion();
+    let warning = bare.warnings.join("");
+    for word in ["base model's", "finetune.py", "dataset_statistics.json", "--statistics"] {
+        assert!(warning.contains(word), "{warning}");
+    }
+    let path = dir.path().join("dataset_statistics.json");
+    std::fs::write(&path, r#"{"my_robot": {"action": {"q01": [0, 0], "q99": [1, 2]}}}"#).unwrap();
+    let tuned = conversion();
+    assert_eq!(tuned.config.statistics.select(None).unwrap().0, "my_robot");
+    assert_eq!((tuned.statistics, tuned.warnings.len()), (path.display().to_string(), 0));
+    // Named outright, they win over those beside the adapter.
+    let statistics = Some(checkpoint().join("dataset_statistics.json"));
+    let named = Options { statistics, ..merging(dir.path()) };
+    let named = Conversion::new(&checkpoint(), &named).unwrap();
+    assert_eq!(named.config.statistics, bare.config.statistics);
+    assert_eq!(named.warnings, [""; 0]);
+}
+
+/// All tensors of the model that an adapter of these settings makes.
+fn merged(config: &Value, tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
+    let (dir, out) = (folder(config, tensors), tempfile::tempdir().unwrap());
+    let out = out.path().join("model.gguf");
+    merge(&checkpoint(), dir.path(), &out).unwrap();
+    let file = Gguf::open(&out).unwrap();
+    file.bytes()[file.tensors()[0].range.start..].to_vec()
+}
+
+/// As peft 0.21 writes them, and as peft computes them.
+#[test]
+fn settings_mean_what_they_mean_to_peft() {
+    let adapter = adapter();
+    let plain = merged(&config(), &adapter);
+    let with = |change: Value| {
+        let mut config = config();
+        config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        config
+    };
+    let off = json!({
+        "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null,
+        "base_model_name_or_path": "x", "corda_config": null, "ensure_weight_tying": false,
+        "eva_config": null, "exclude_modules": ["lm_head"], "inference_mode": true,
+        "layer_replication": null, "layers_pattern": null, "layers_to_transform": [],
+        "loftq_config": {}, "lora_bias": false, "lora_dropout": 0.1, "megatron_config": null,
+        "megatron_core": "megatron.core", "peft_version": "0.21.2", "qalora_group_size": 16,
+        "revision": null, "target_modules": ["q_proj", "fc2", "proj", "q"], "target_parameters": [],
+        "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null,
+        "use_qalora": false, "use_rslora": false, "what_comes_next": null,
+    });
+    assert!(merged(&with(off), &adapter) == plain);
+    for start in [json!(true), json!(false), json!("gaussian"), json!("Gaussian"), Value::Null] {
+        assert!(merged(&with(json!({"init_lora_weights": start})), &adapter) == plain);
+    }
+    // alpha/√r with a rank of 4.
+    let by_root = with(json!({"use_rslora": true}));
+    assert!(merged(&by_root, &adapter) == merged(&with(json!({"lora_alpha": 4})), &adapter));
+    assert!(merged(&by_root, &adapter) != plain);
+}
+
+/// Peft saves the frozen weights of some layers too, and loads them over the checkpoint's.
+#[test]
+fn copies_of_the_base_models_weights_must_be_the_checkpoints() {
+    let base = of_bf16(&checkpoint().join("model.safetensors"));
+    let head = "language_model.lm_head";
+    let mut adapter = adapter();
+    let plain = merged(&config(), &adapter);
+    for copy in [format!("{head}.base_layer.weight"), format!("{head}.weight")] {
+        let copy = format!("base_model.model.{copy}");
+        let (shape, numbers) = base[&format!("{head}.weight")].clone();
+        adapter.insert(copy.clone(), (shape.clone(), numbers.clone()));
+        assert!(merged(&config(), &adapter) == plain, "equal in another type of float");
+        let mut other = numbers;
+        *other.last_mut().unwrap() += 0.5;
+        adapter.insert(copy.clone(), (shape, other));
+        refused(&config(), &adapter, &[&copy, "trained on another base model"]);
+        adapter.remove(&copy);
+    }
+}
+
+#[test]
+fn an_adapters_number_that_is_none_is_named() {
+    let name = format!("base_model.model.{}.lora_B.weight", MODULES[1]);
+    let mut adapter = adapter();
+    adapter.get_mut(&name).unwrap().1[5] = f32::NAN;
+    let (dir, out) = (folder(&config(), &adapter), tempfile::tempdir().unwrap());
+    let error = merge(&checkpoint(), dir.path(), &out.path().join("model.gguf")).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains(&format!("{name} holds NaN, its number 5")), "{error}");
+}
+
+/// OpenVLA-OFT's trainer leaves its adapter in a folder of the run, beside the head's file.
+#[test]
+fn adapters_of_openvla_oft_are_refused() {
+    let adapter = folder(&config(), &adapter());
+    let run = tempfile::tempdir().unwrap();
+    let inside = run.path().join("lora_adapter");
+    std::fs::rename(adapter.keep(), &inside).unwrap();
+    let conversion = || Conversion::new(&checkpoint(), &merging(&inside)).map(drop);
+    conversion().unwrap();
+    for place in [run.path(), &inside] {
+        let head = place.join("action_head--10000_checkpoint.pt");
+        std::fs::write(&head, "").unwrap();
+        let error = format!("{:#}", conversion().unwrap_err());
+        assert!(error.contains("action_head--10000_checkpoint.pt"), "{error}");
+        assert!(error.contains("it is an OpenVLA-OFT checkpoint"), "{error}");
+        std::fs::remove_file(head).unwrap();
+    }
+}
+
+/// The adapter must be refused, for a reason with these words.
+#[track_caller]
+fn refused(config: &Value, tensors: &BTreeMap<String, Tensor>, words: &[&str]) {
+    let dir = folder(config, tensors);
+    let error = Conversion::new(&checkpoint(), &merging(dir.path()));
+    let error = format!("{:#}", error.err().expect("refused"));
+    assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
 }
 
 #[test]
 fn adapters_that_do_not_fit_are_refused_by_name() {
-    let refused = |config: &Value, tensors: &BTreeMap<String, Tensor>, words: &[&str]| {
-        let dir = folder(config, tensors);
-        let error = Conversion::new(&checkpoint(), &merging(dir.path()));
-        let error = format!("{:#}", error.err().expect("refused"));
-        assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
-    };
     let with = |key: &str, value: Value| {
         let mut config = config();
         config[key] = value;
         config
     };
     let adapter = adapter();
-    refused(&with("use_dora", json!(true)), &adapter, &["use_dora"]);
-    refused(&with("use_rslora", json!(true)), &adapter, &["use_rslora"]);
-    refused(&with("rank_pattern", json!({"fc1": 8})), &adapter, &["rank_pattern"]);
+    for (key, value) in [
+        ("use_dora", json!(true)),
+        ("fan_in_fan_out", json!(true)),
+        ("rank_pattern", json!({"fc1": 8})),
+        ("alpha_pattern", json!({"fc1": 8})),
+        ("modules_to_save", json!(["lm_head"])),
+        ("layer_replication", json!([[0, 1]])),
+        ("lora_bias", json!(true)),
+        ("trainable_token_indices", json!([1])),
+        ("alora_invocation_tokens", json!([1])),
+        ("use_qalora", json!(true)),
+        ("exclude_modules", json!(".*fc1")),
+        ("what_comes_next", json!("on")),
+    ] {
+        refused(&with(key, value), &adapter, &[key, "merge_and_unload"]);
+    }
+    let starts = [
+        "pissa",
+        "pissa_niter_16",
+        "olora",
+        "loftq",
+        "corda",
+        "eva",
+        "lora_ga",
+        "orthogonal",
+        "new",
+    ];
+    for start in starts {
+        let start = json!(start);
+        refused(
+            &with("init_lora_weights", start.clone()),
+            &adapter,
+            &["init_lora_weights", &start.to_string(), "merge_and_unload"],
+        );
+    }
+    for (key, value) in
+        [("target_modules", json!(["fc2", "proj", "q"])), ("exclude_modules", json!(["q_proj"]))]
+    {
+        refused(&with(key, value), &adapter, &["does not target", "self_attn.q_proj"]);
+    }
+    refused(&with("layers_to_transform", json!([7])), &adapter, &["does not target"]);
+    refused(&with("layers_to_transform", json!(7)), &adapter, &["does not target"]);
+    refused(&with("lora_alpha", json!("NaN")), &adapter, &["adapter_config.json"]);
     refused(&with("bias", json!("all")), &adapter, &["bias"]);
     refused(&with("peft_type", json!("IA3")), &adapter, &["IA3", "LORA"]);
     refused(&with("r", json!(0)), &adapter, &["r is 0"]);

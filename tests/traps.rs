@@ -26,7 +26,7 @@ use openvla::{ActionSpace, Dataset, Decoding, OpenVla, Options, Statistics, Towe
 use openvla_convert::Conversion;
 use openvla_convert::names::Part;
 use openvla_convert::plan::{Encoding, Planned};
-use openvla_convert::source::HfLlama;
+use openvla_convert::settings::HfLlama;
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::DType;
 use safetensors::SafeTensors;

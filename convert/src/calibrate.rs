@@ -13,6 +13,7 @@ use indicatif::ProgressBar;
 use openvla::image::RgbImage;
 use openvla::{OpenVla, Options};
 use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
+use regex::Regex;
 
 use crate::beside::Beside;
 use crate::imatrix::{COUNTS, SUMS, TYPE};
@@ -123,6 +124,16 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
+/// A name as it is sorted: numbers in it by their size, so that `f2` comes before `f10`.
+fn natural(name: &str) -> Vec<(String, u128, String)> {
+    let parts = Regex::new(r"([^0-9]*)([0-9]*)").expect("a pattern");
+    let part = |[text, digits]: [&str; 2]| {
+        // Longer ones than a number can be go by their digits.
+        (text.to_owned(), digits.parse().unwrap_or(u128::MAX), digits.to_owned())
+    };
+    parts.captures_iter(name).map(|found| part(found.extract().1)).collect()
+}
+
 /// The images of a folder, by name.
 fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let cannot = || format!("cannot list the images in {}", folder.display());
@@ -140,7 +151,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
         folder.display(),
         EXTENSIONS.join(", *.")
     );
-    images.sort();
+    images.sort_by(|a, b| natural(&name(a)).cmp(&natural(&name(b))).then_with(|| a.cmp(b)));
     Ok(images)
 }
 
@@ -170,4 +181,18 @@ fn rows(policy: &OpenVla, instruction: &str) -> openvla::Result<usize> {
     let n_row = config.n_patch() + policy.prompt_ids(instruction)?.len();
     config.llama.check_rows(n_row + config.statistics.longest())?;
     Ok(n_row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::natural;
+
+    #[test]
+    fn numbers_in_names_are_sorted_by_their_size() {
+        let long = format!("f{}", "9".repeat(60));
+        let sorted =
+            ["10.png", "a", "f1.png", "f2.png", "f10.jpg", "f10.png", "f10b2", &long, "g0"];
+        assert!(sorted.is_sorted_by_key(|name| natural(name)), "{sorted:?}");
+        assert!(natural("f01") != natural("f1"), "no order is left to chance");
+    }
 }

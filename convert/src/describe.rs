@@ -8,7 +8,8 @@ use openvla::{BaseModel, Config, General, Normalize, Preprocess, Resize, Source,
 use crate::cards;
 use crate::names::{Layout, Shapes};
 use crate::plan::Encoding;
-use crate::source::{Files, HfConfig, HfLlama, HfPreprocessor, Origin, ResizeSize};
+use crate::settings::{HfConfig, HfPreprocessor, ResizeSize};
+use crate::source::{Files, Origin, of_checkpoint};
 use crate::tokenizer;
 
 /// Pillow's number for bicubic.
@@ -22,6 +23,7 @@ const SPACE: &str = "▁";
 /// What this version would run differently from the reference, by name.
 pub fn describe(
     files: &Files,
+    statistics: Statistics,
     shapes: &Shapes,
     layout: &Layout,
     encoding: Encoding,
@@ -30,8 +32,6 @@ pub fn describe(
     let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
     let preprocess = preprocess(&files.preprocessor, layout)
         .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
-    let statistics = Statistics::parse(files.statistics.clone())
-        .context("dataset_statistics.json, or else config.json's norm_stats")?;
     let config = Config {
         general: general(files, shapes, layout, encoding),
         preprocess,
@@ -39,13 +39,14 @@ pub fn describe(
         towers: layout.towers.clone(),
         projector: layout.projector.clone(),
         llama: layout.llama.clone(),
-        prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)?,
+        prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)
+            .map_err(of_checkpoint)?,
         vocabulary,
         actions: hf.actions()?,
         cards: cards::cards(&statistics),
         statistics,
     };
-    config.check()?;
+    config.check().map_err(of_checkpoint)?;
     ensure!(
         config.n_patch() == layout.n_patch,
         "images of {} have {} patches, the towers' position tables {}",
@@ -54,29 +55,6 @@ pub fn describe(
         layout.n_patch
     );
     Ok(config)
-}
-
-/// Holds that the model is one this version runs as the reference does.
-///
-/// # Errors
-/// Names the setting of `config.json` that it does not.
-pub fn check_model(hf: &HfConfig) -> Result<()> {
-    let HfLlama { model_type, hidden_act, rope_scaling, attention_bias, .. } = &hf.text_config;
-    ensure!(
-        hf.model_type == "openvla",
-        "config.json is of a `{}` model; `openvla` is needed",
-        hf.model_type
-    );
-    ensure!(model_type == "llama", "its language model is `{model_type}`; `llama` is needed");
-    ensure!(hidden_act == "silu", "its activation is `{hidden_act}`; `silu` is needed");
-    ensure!(rope_scaling.is_none(), "it scales rotary positions, which this version does not");
-    ensure!(!attention_bias, "its attention has biases, which this version does not run");
-    ensure!(!hf.text_config.tie_word_embeddings, "its head is its embedding; two are needed");
-    let activation = hf.timm_override_act_layers.iter().flatten().next();
-    if let Some(activation) = activation {
-        bail!("a tower's activation is `{activation}`; only exact GELU is run");
-    }
-    Ok(())
 }
 
 /// ref: `vla-scripts/deploy.py` `get_openvla_prompt`, which asks the path for "v01"; the backbone
@@ -144,7 +122,7 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
         description: text("Robot policy: a camera image and an instruction in, a motion out."),
-        organization: finetune.is_none().then(|| "OpenVLA".to_owned()),
+        organization: is_openvlas(files, finetune.as_ref()).then(|| "OpenVLA".to_owned()),
         license: text("llama2"),
         license_name: text(
             "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
@@ -174,6 +152,7 @@ fn source(origin: &Origin) -> Source {
         repo_url: url,
         repository: Some(repository),
         revision: Some(revision),
+        fingerprint: None,
     }
 }
 
@@ -193,14 +172,20 @@ fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
 }
 
 /// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
-/// tuned for `libero-spatial`.
+/// tuned for `libero-spatial`. Words may be of any script.
 fn finetune(name: &str) -> Option<String> {
-    let name: String =
-        name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let letter = |c: char| c.is_alphanumeric() || !(c.is_ascii() || c.is_whitespace());
+    let name: String = name.chars().map(|c| if letter(c) { c } else { '-' }).collect();
     let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
     let rest = known.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
     let words: Vec<&str> = rest.split('-').filter(|word| !word.is_empty()).collect();
     (!words.is_empty()).then(|| words.join("-"))
+}
+
+/// Whether the checkpoint is OpenVLA's own, which a folder's name alone does not say.
+fn is_openvlas(files: &Files, finetune: Option<&String>) -> bool {
+    let origin = files.origin.as_ref();
+    finetune.is_none() && origin.is_some_and(|origin| origin.repository.starts_with("openvla/"))
 }
 
 #[cfg(test)]
@@ -215,6 +200,9 @@ mod tests {
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
             ("openvla-7b+my_data+b16+lora-r32", Some("my-data-b16-lora-r32")),
             ("my_robot--run.3", Some("my-robot-run-3")),
+            ("抓取", Some("抓取")),
+            ("openvla-7b+दाल_उठाओ", Some("दाल-उठाओ")),
+            ("🤖 arm", Some("🤖-arm")),
         ] {
             assert_eq!(finetune(name).as_deref(), wanted, "{name}");
         }

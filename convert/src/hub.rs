@@ -9,25 +9,31 @@
 //!
 //! | variable | what it says, as everywhere |
 //! |---|---|
-//! | `HF_HOME` | where the cache is, and the file with the token |
-//! | `HF_TOKEN` | who asks: for private and gated repositories, and higher limits |
+//! | `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE` | where the cache is |
+//! | `HF_HOME`, `XDG_CACHE_HOME` | the folder above it, with the token's file; the one above that |
+//! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN` | who asks: for private and gated repositories, and higher limits |
+//! | `HF_TOKEN_PATH` | the file with the token |
+//! | `HF_HUB_DISABLE_IMPLICIT_TOKEN` | `1`: ask as nobody |
 //! | `HF_ENDPOINT` | a mirror to ask instead |
-//! | `HF_HUB_OFFLINE` | `1`: take what the cache has, without a network |
+//! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | `1`: take what the cache has, without a network |
 //! | `HF_HUB_DOWNLOAD_TIMEOUT` | after how many silent seconds a connection is lost |
 //!
 //! ref: huggingface_hub `_snapshot_download.py`
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::source::{Files, INDEX, Index, WEIGHTS, refuse_oft};
-use crate::{describe, tokenizer};
+use crate::source::{Files, INDEX, Index, PREPROCESSOR, PROCESSOR, WEIGHTS};
+use crate::{kinds, tokenizer};
 
 mod client;
+mod environment;
 
 use client::{Hub, Snapshot};
+use environment::Environment;
 
 /// What a repository is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,28 +49,26 @@ pub enum Content {
 /// # Errors
 /// Says what is neither, what the repository lacks, and why the Hub does not answer.
 pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
-    if source.exists() {
-        return Ok(source.to_owned());
-    }
     let shown = source.display();
+    match source.try_exists() {
+        Ok(true) => return Ok(source.to_owned()),
+        Ok(false) => {}
+        // A file of the user's name says nothing of a repository.
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
+    }
+    ensure!(!source.is_symlink(), "{shown} is a link to a folder that is not there");
     let id = source.to_str().and_then(Id::parse).with_context(|| {
         format!("{shown} is no folder, nor user/repo or user/repo@revision on the Hugging Face Hub")
     })?;
-    let home = std::env::var("HF_HOME").is_ok() || std::env::home_dir().is_some();
-    ensure!(home, "there is no home directory for the Hub's cache; set HF_HOME to a folder");
-    let cache = Cache::from_env();
-    let fetched = if is_set("HF_HUB_OFFLINE") {
+    let environment = Environment::read()?;
+    let cache = Cache::new(environment.cache.clone());
+    let fetched = if environment.offline {
         cached(&cache, &id, content)
     } else {
-        fetch(&cache, &id, content)
+        fetch(&cache, environment, &id, content)
     };
     fetched.with_context(|| format!("{shown} is no folder here, and cannot be had from the Hub"))
-}
-
-/// Huggingface_hub's idea of true.
-fn is_set(variable: &str) -> bool {
-    let value = std::env::var(variable).unwrap_or_default().to_uppercase();
-    ["1", "ON", "YES", "TRUE"].contains(&value.as_str())
 }
 
 /// A repository, and which of its revisions.
@@ -101,11 +105,11 @@ impl Content {
         match self {
             Self::Checkpoint => &[
                 &["config.json"],
-                &["preprocessor_config.json"],
+                &[PREPROCESSOR, PROCESSOR],
                 &["tokenizer.json", "tokenizer.model"],
                 &[INDEX, WEIGHTS],
             ],
-            Self::Adapter => &[&["adapter_config.json"], &["adapter_model.safetensors"]],
+            Self::Adapter => &[&["adapter_config.json"], &[kinds::ADAPTER_WEIGHTS]],
         }
     }
 
@@ -114,23 +118,34 @@ impl Content {
         match self {
             Self::Checkpoint => {
                 let files =
-                    ["config.json", "preprocessor_config.json", "dataset_statistics.json", INDEX];
+                    ["config.json", PREPROCESSOR, PROCESSOR, "dataset_statistics.json", INDEX];
                 [&files[..], &tokenizer::FILES[..]].concat()
             }
             Self::Adapter => vec!["adapter_config.json", "dataset_statistics.json"],
         }
     }
 
-    /// The large files, by what the small ones in `dir` say.
-    fn weights(self, dir: &Path) -> Result<Vec<String>> {
-        if self == Self::Adapter {
-            return Ok(vec!["adapter_model.safetensors".to_owned()]);
+    /// Refuses a repository of something else, by the names of its files.
+    fn check(self, repository: &str, names: &[String]) -> Result<()> {
+        match self {
+            Self::Checkpoint => {
+                kinds::check_checkpoint(repository, names)?;
+                kinds::check_weights(repository, names)
+            }
+            Self::Adapter => kinds::check_adapter(repository, names),
         }
-        describe::check_model(&Files::open(dir)?.config)?;
-        Ok(match Index::read(dir)? {
-            Some(index) => index.shards().into_iter().map(str::to_owned).collect(),
-            None => vec![WEIGHTS.to_owned()],
-        })
+    }
+
+    /// The large files, by what the small ones in `dir` say; one is all if there is a `single` one.
+    fn weights(self, dir: &Path, single: bool) -> Result<Vec<String>> {
+        if self == Self::Adapter {
+            return Ok(vec![kinds::ADAPTER_WEIGHTS.to_owned()]);
+        }
+        Files::open(dir)?.config.check()?;
+        if single {
+            return Ok(vec![WEIGHTS.to_owned()]);
+        }
+        Ok(Index::read(dir)?.shards().into_iter().map(str::to_owned).collect())
     }
 }
 
@@ -142,7 +157,8 @@ fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
     let by_commit = Some(repo.pointer_path(id.revision)).filter(|dir| dir.is_dir());
     by_branch.or(by_commit).with_context(|| {
         format!(
-            "HF_HUB_OFFLINE is set, and {} has nothing of its revision {}",
+            "the Hub is not asked (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set), and {} has \
+             nothing of its revision {}",
             cache.path().display(),
             id.revision
         )
@@ -150,11 +166,12 @@ fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
 }
 
 /// Downloads what the cache lacks.
-fn fetch(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
-    let hub = Hub::from_env(cache);
+fn fetch(cache: &Cache, environment: Environment, id: &Id, content: Content) -> Result<PathBuf> {
+    let hub = Hub::new(environment);
     let listing = hub.list(id.repository, id.revision)?;
     let find = |name: &str| listing.siblings.iter().find(|file| file.rfilename == name);
-    refuse_oft(&id.repository, listing.siblings.iter().map(|file| &file.rfilename))?;
+    let names: Vec<_> = listing.siblings.iter().map(|file| file.rfilename.clone()).collect();
+    content.check(id.repository, &names)?;
     for names in content.needed() {
         let found = names.iter().any(|name| find(name).is_some());
         ensure!(found, "the repository holds no {}", names.join(" or "));
@@ -169,7 +186,7 @@ fn fetch(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
     for file in content.described_by().into_iter().filter_map(find) {
         snapshot.download(file)?;
     }
-    let weights = content.weights(&snapshot.dir)?;
+    let weights = content.weights(&snapshot.dir, find(WEIGHTS).is_some())?;
     let find = |name: &String| {
         find(name).with_context(|| format!("the repository holds no {name}, but its index does"))
     };

@@ -3,8 +3,10 @@
 //! | file | what it does |
 //! |---|---|
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
+//! | [`files`], [`kinds`] | what can be read, and what a folder is if not a checkpoint |
 //! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
-//! | [`lora`] | an adapter's folder, and what it adds to each tensor |
+//! | [`settings`] | `config.json` and `preprocessor_config.json`, and whether that is run |
+//! | [`lora`], [`peft`] | an adapter's folder and settings, and what it adds to each tensor |
 //! | [`names`] | the table: which tensors become which, and how |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`cards`] | what each number of a motion is, as far as that is known |
@@ -12,6 +14,7 @@
 //! | [`imatrix`] | how much each column of a tensor counts |
 //! | [`mod@write`] | read, sort, pad, convert |
 //! | [`random`] | or no checkpoint at all: random weights |
+//! | [`fingerprint`] | what tells its weights from those of other checkpoints |
 //! | [`prove`] | reference cases in f32, and checksums |
 //! | [`verify`] | a file held against what it says of itself |
 //! | [`beside`], [`interrupt`] | a file that is there whole or not at all |
@@ -27,16 +30,21 @@ pub mod calibrate;
 pub mod cards;
 pub mod describe;
 pub mod export;
+pub mod files;
+pub mod fingerprint;
 #[cfg_attr(not(feature = "hub"), path = "hub_none.rs")]
 pub mod hub;
 pub mod imatrix;
 pub mod inspect;
 pub mod interrupt;
+pub mod kinds;
 pub mod lora;
 pub mod names;
+pub mod peft;
 pub mod plan;
 pub mod prove;
 pub mod random;
+pub mod settings;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
@@ -57,7 +65,7 @@ use crate::lora::Adapter;
 use crate::names::{Layout, Shapes};
 use crate::plan::{Encoding, Override, Planned};
 use crate::random::Random;
-use crate::source::{Files, Source};
+use crate::source::{Files, Source, StatisticsText};
 use crate::write::{Ingredients, Origin};
 
 /// More than reference cases take.
@@ -72,9 +80,11 @@ pub struct Options {
     pub encoding: Encoding,
     /// Other types for some tensors; later ones win.
     pub overrides: Vec<Override>,
-    /// Folder of a LoRA adapter to merge first. The statistics beside it are the fine-tuned
-    /// model's, and replace the checkpoint's.
+    /// Folder of a LoRA adapter to merge first.
     pub adapter: Option<PathBuf>,
+    /// The statistics. Without: those beside the adapter, which are the fine-tuned model's, else the
+    /// checkpoint's.
+    pub statistics: Option<PathBuf>,
     /// An importance matrix in llama.cpp's GGUF format, collected on this model.
     pub importance: Option<PathBuf>,
     /// Whether the file is to hold reference cases, computed in f32 from the checkpoint.
@@ -90,6 +100,7 @@ impl Default for Options {
             encoding: Encoding::default(),
             overrides: Vec::new(),
             adapter: None,
+            statistics: None,
             importance: None,
             proof: false,
             n_threads: openvla::cli::Threads::default().count(),
@@ -110,6 +121,10 @@ pub struct Conversion {
     encoding: Encoding,
     proof: bool,
     n_threads: usize,
+    /// Where the statistics are from, for people.
+    pub statistics: String,
+    /// What a user should know of the inputs before relying on the file, a sentence each.
+    pub warnings: Vec<String>,
     /// Tensors that the model never reads are named in it.
     pub layout: Layout,
     /// The file's metadata.
@@ -124,29 +139,45 @@ impl Conversion {
     /// # Errors
     /// Whatever is missing, damaged, or of another model, by name.
     pub fn new(checkpoint: &Path, options: &Options) -> Result<Self> {
-        let Source { mut files, tensors } = Source::open(checkpoint)?;
+        let Source { mut files, tensors, mut warnings } = Source::open(checkpoint)?;
         let shapes: Shapes = (tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
-        let adapter = options.adapter.as_deref();
-        files.adapter = adapter.map(source::name).transpose()?;
-        let adapter = adapter.map(|dir| Adapter::open(dir, &shapes)).transpose()?;
-        if let Some(statistics) = adapter.as_ref().and_then(|adapter| adapter.statistics.clone()) {
-            files.statistics = statistics;
-        }
-        let Options { encoding, proof, n_threads, .. } = *options;
         let cannot = || format!("{} cannot be converted", checkpoint.display());
-        describe::check_model(&files.config).with_context(cannot)?;
+        files.config.check().with_context(cannot)?;
+        settings::check_not_quantized(shapes.keys()).with_context(cannot)?;
+        let dir = options.adapter.as_deref();
+        files.adapter = dir.map(source::name).transpose()?;
+        let mut adapter = dir.map(|dir| Adapter::open(dir, &tensors)).transpose()?;
+        let beside = adapter.as_mut().and_then(|adapter| adapter.statistics.take());
+        let statistics = match (&options.statistics, beside) {
+            (Some(path), _) => StatisticsText::read(path)?,
+            (None, Some(statistics)) => statistics,
+            (None, None) => {
+                let statistics = StatisticsText::of(&files)?;
+                warnings.extend(match dir {
+                    Some(dir) => Some(lora::no_statistics(dir, &statistics)),
+                    None => source::inherited(&files, &statistics),
+                });
+                statistics
+            }
+        };
+        let Options { encoding, proof, n_threads, .. } = *options;
         let layout = names::layout(&files.config, &shapes).with_context(cannot)?;
         for name in layout.parts.iter().flat_map(|part| &part.sources) {
             tensors.check_type(name)?;
         }
-        let config = describe::describe(&files, &shapes, &layout, encoding).with_context(cannot)?;
+        let parsed = statistics.parse().with_context(cannot)?;
+        let config = describe::describe(&files, parsed, &shapes, &layout, encoding);
+        let mut config = config.with_context(cannot)?;
+        let fingerprint = fingerprint::fingerprint(&layout, &tensors, adapter.as_ref())?;
+        config.general.source.fingerprint = Some(fingerprint);
         let plan = plan::plan(&layout, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| Importance::open(path, &plan)).transpose()?;
         let origin = Box::new(Ingredients { tensors, adapter, importance, n_threads });
-        Ok(Self { origin, encoding, proof, n_threads, layout, config, plan })
+        let statistics = statistics.from;
+        Ok(Self { origin, encoding, proof, n_threads, statistics, warnings, layout, config, plan })
     }
 
     /// Plans the file that a random checkpoint would become, without that checkpoint. Its weights
@@ -163,10 +194,15 @@ impl Conversion {
         let tensors = spec.tensors();
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let layout = names::layout(&files.config, &shapes)?;
-        let config = describe::describe(&files, &shapes, &layout, encoding)?;
+        let statistics = StatisticsText::of(&files)?;
+        let parsed = statistics.parse()?;
+        let mut config = describe::describe(&files, parsed, &shapes, &layout, encoding)?;
+        config.general.source.fingerprint = Some(format!("{:016x}", spec.seed));
         let plan = plan::plan(&layout, encoding, &[])?;
         let origin = Box::new(Random::new(tensors, spec.seed, n_threads));
-        Ok(Self { origin, encoding, proof: false, n_threads, layout, config, plan })
+        let (statistics, warnings) = (statistics.from, Vec::new());
+        let proof = false;
+        Ok(Self { origin, encoding, proof, n_threads, statistics, warnings, layout, config, plan })
     }
 
     /// A name by ggml's scheme: `OpenVLA-7B-v1.0-Q4_K_M.gguf`.

@@ -7,12 +7,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
-use serde_json::Value;
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::names::Shapes;
-use crate::source::{dataset_statistics, read_json};
+use crate::files;
+use crate::kinds;
+use crate::peft::PeftConfig;
+use crate::source::{StatisticsText, list};
 use crate::tensors::{Matrix, Tensors};
 
 /// Adapters wrap the model twice.
@@ -20,75 +20,61 @@ const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
-/// `adapter_config.json`, of which what changes the result.
-#[derive(Debug, Deserialize)]
-struct PeftConfig {
-    peft_type: String,
-    r: usize,
-    lora_alpha: f32,
-    #[serde(default)]
-    bias: Option<String>,
-    /// Settings that this version refuses unless they are absent, null, false or empty.
-    #[serde(flatten)]
-    others: std::collections::BTreeMap<String, Value>,
-}
-
-/// Each makes the sum another one.
-const REFUSED: [&str; 7] = [
-    "use_dora",
-    "use_rslora",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layer_replication",
-];
-
 /// An adapter folder that was read and checked.
 pub struct Adapter {
     tensors: Tensors,
     rank: usize,
     scale: f32,
-    /// The text of the `dataset_statistics.json` beside it, which are the fine-tuned model's.
-    pub statistics: Option<String>,
+    /// What lies beside it, which are the fine-tuned model's.
+    pub statistics: Option<StatisticsText>,
 }
 
 impl Adapter {
-    /// Reads an adapter for a checkpoint whose tensors have these shapes.
+    /// Reads an adapter for a checkpoint of these tensors.
     ///
     /// # Errors
     /// Names what is missing or damaged, what is not supported, and what belongs to another model.
-    pub fn open(dir: &Path, shapes: &Shapes) -> Result<Self> {
+    pub fn open(dir: &Path, base: &Tensors) -> Result<Self> {
+        let shown = dir.display().to_string();
+        let not_an_adapter = || format!("{shown} is not a folder with a LoRA adapter");
+        ensure!(dir.is_dir(), not_an_adapter());
+        kinds::check_adapter(&shown, &list(dir)?)?;
+        check_run(dir)?;
         let path = dir.join("adapter_config.json");
-        let config: PeftConfig = read_json(&path)
-            .with_context(|| format!("{} is not a folder with a LoRA adapter", dir.display()))?;
-        let PeftConfig { r: rank, lora_alpha, .. } = config;
+        let config: PeftConfig = files::read_json(&path).with_context(not_an_adapter)?;
         config.check().with_context(|| path.display().to_string())?;
         let mut tensors = Tensors::default();
-        tensors.add(&dir.join("adapter_model.safetensors"))?;
-        let statistics = dataset_statistics(dir)?;
-        let adapter = Self { tensors, rank, scale: lora_alpha / rank as f32, statistics };
-        adapter
-            .check(shapes)
-            .with_context(|| format!("the adapter in {} cannot be merged", dir.display()))?;
+        tensors.add(&dir.join(kinds::ADAPTER_WEIGHTS))?;
+        let statistics = StatisticsText::beside(dir)?;
+        let adapter = Self { tensors, rank: config.r, scale: config.scale(), statistics };
+        let cannot = || format!("the adapter in {shown} cannot be merged");
+        adapter.check(&config, base).with_context(cannot)?;
         Ok(adapter)
     }
 
     /// Every tensor is half of a pair that fits a tensor of the checkpoint, or a copy of one.
-    fn check(&self, shapes: &Shapes) -> Result<()> {
+    fn check(&self, config: &PeftConfig, base: &Tensors) -> Result<()> {
         for (name, entry) in self.tensors.entries() {
-            if name.contains(".base_layer.") {
-                continue; // peft saves the unchanged head too, since it is a target
-            }
             let module = name.strip_prefix(PREFIX).unwrap_or(name);
+            let original = module.replace(".base_layer.", ".");
+            if base.entries().contains_key(&original) {
+                self.check_copy(name, base, &original)?;
+                continue; // peft saves the head too if it is a target
+            }
             let half = [A, B].into_iter().find_map(|half| Some((half, module.strip_suffix(half)?)));
             let (half, module) = half.with_context(|| {
                 format!("it holds {name}, which is neither lora_A nor lora_B of a layer")
             })?;
             let weight = format!("{module}.weight");
-            let wanted = shapes.get(&weight).with_context(|| {
+            let wanted = &base.entries().get(&weight).with_context(|| {
                 format!("it changes {weight}, which the checkpoint lacks; is it another model's?")
             })?;
+            let wanted = &wanted.shape;
+            ensure!(
+                config.targets(module),
+                "it holds {name}, but its adapter_config.json does not target {module}, so that \
+                 peft would leave it out; take the adapter_config.json that it was saved with"
+            );
             let other = format!("{PREFIX}{module}{}", if half == A { B } else { A });
             ensure!(self.tensors.entries().contains_key(&other), "it lacks {other}");
             self.tensors.check_type(name)?;
@@ -104,39 +90,69 @@ impl Adapter {
         Ok(())
     }
 
+    /// A copy of the base's own weights, which peft would load over the checkpoint's.
+    fn check_copy(&self, name: &str, base: &Tensors, original: &str) -> Result<()> {
+        self.tensors.check_type(name)?;
+        base.check_type(original)?;
+        ensure!(
+            self.tensors.matrix(name)?.equals(&base.matrix(original)?),
+            "its {name} is a copy of the base model's, and not equal to the checkpoint's \
+             {original}: it was trained on another base model; give that one as CHECKPOINT"
+        );
+        Ok(())
+    }
+
+    /// Its tensors.
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+
+    /// What its products are multiplied by.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// What is to be added to a tensor of the checkpoint, if anything.
     ///
     /// # Errors
-    /// Names the file if it cannot be mapped.
+    /// Names the file if it cannot be mapped, and a tensor that holds NaN or infinity.
     pub fn delta(&self, weight: &str) -> Result<Option<Delta>> {
         let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
         let name = |half: &str| format!("{PREFIX}{module}{half}");
         if !self.tensors.entries().contains_key(&name(A)) {
             return Ok(None);
         }
-        let half = |half: &str| self.tensors.matrix(&name(half)).map(|matrix| all(&matrix));
+        let half = |half: &str| {
+            let numbers = all(&self.tensors.matrix(&name(half))?);
+            if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
+                let (name, x) = (name(half), numbers[i]);
+                bail!("the adapter's {name} holds {x}, its number {i}; the adapter is damaged");
+            }
+            Ok(numbers)
+        };
         Ok(Some(Delta { a: half(A)?, b: half(B)?, rank: self.rank, scale: self.scale }))
     }
 }
 
-impl PeftConfig {
-    fn check(&self) -> Result<()> {
-        let Self { peft_type, r, lora_alpha, bias, others } = self;
-        ensure!(peft_type == "LORA", "peft_type is {peft_type}; LORA is merged");
-        let sound = (1..=4096).contains(r) && lora_alpha.is_finite();
-        ensure!(sound, "r is {r} and lora_alpha {lora_alpha}");
-        let bias = bias.as_deref().unwrap_or("none");
-        ensure!(bias == "none", "bias is {bias}; adapters with biases are not merged");
-        for key in REFUSED {
-            let off = match others.get(key) {
-                None | Some(Value::Null | Value::Bool(false)) => true,
-                Some(Value::Object(map)) => map.is_empty(),
-                Some(Value::Array(list)) => list.is_empty(),
-                Some(_) => false,
-            };
-            ensure!(off, "{key} is set, which this version does not merge; merge it with peft");
-        }
-        Ok(())
+/// What to know of an adapter that has no statistics beside it, in words.
+pub fn no_statistics(adapter: &Path, taken: &StatisticsText) -> String {
+    format!(
+        "no dataset_statistics.json lies beside the adapter, so the statistics are the base model's \
+         ({}), which scale a fine-tuned model's motions wrongly. finetune.py leaves its own in the \
+         run folder, not in adapter-tmp: copy dataset_statistics.json from there into {}, or name \
+         it with --statistics",
+        taken.from,
+        adapter.display()
+    )
+}
+
+/// OpenVLA-OFT's trainer leaves an adapter in a folder of its run, and the head that belongs to it
+/// above.
+fn check_run(adapter: &Path) -> Result<()> {
+    let adapter = adapter.canonicalize()?;
+    match adapter.parent().map(|run| (run, list(run))) {
+        Some((run, Ok(names))) => kinds::refuse_oft(&run.display().to_string(), &names),
+        _ => Ok(()), // What is above a folder need not be ours to list.
     }
 }
 

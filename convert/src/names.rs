@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use openvla::{LlamaConfig, TowerConfig};
 use openvla_kernels::Shape;
 
-use crate::source::HfConfig;
+use crate::settings::HfConfig;
 
 /// Shapes by tensor name, in PyTorch's order.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -105,6 +105,11 @@ pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
     let mut table = Table { left: shapes.clone(), parts: Vec::new(), unused: Vec::new() };
     let n_tower = config.timm_model_ids.len();
     ensure!((1..=2).contains(&n_tower), "timm_model_ids names {n_tower} towers; 1 or 2 can be");
+    let fused = config.use_fused_vision_backbone.unwrap_or(n_tower == 2);
+    ensure!(
+        fused == (n_tower == 2),
+        "use_fused_vision_backbone is {fused}, but timm_model_ids names {n_tower} towers"
+    );
     let mut towers = Vec::new();
     let mut grids = Vec::new();
     for (id, prefix) in config.timm_model_ids.iter().zip(TOWERS) {
@@ -310,7 +315,7 @@ impl Table {
             n_vocab: hf.vocab_size as usize,
             n_ctx: hf.max_position_embeddings,
             eps: hf.rms_norm_eps,
-            rope_base: hf.rope_theta,
+            rope_base: hf.rope_base()?,
         };
         let model = |part: &str| format!("language_model.model.{part}.weight");
         self.matrix("token_embd", &model("embed_tokens"), Role::Embedding, [dim, c.n_vocab])?;

@@ -1,155 +1,22 @@
 //! A Hugging Face checkpoint folder as found on disk, checked once.
 //!
-//! Tensors are found through every shard's own header; the index is only held against them. Data
-//! is mapped tensor by tensor, so that memory stays small at any model size.
+//! What transformers 4.40.1 would load is loaded: `model.safetensors`, and without it the shards that
+//! the index names. Tensors are found through every shard's own header; the index is only held
+//! against them. Data is mapped tensor by tensor, so that memory stays small at any model size.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Display;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use openvla::ActionSpace;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use openvla::Statistics;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
+use crate::files;
+use crate::kinds;
+use crate::settings::{HfConfig, HfPreprocessor};
 use crate::tensors::Tensors;
-
-/// `config.json`, of which what OpenVLA's code reads. Absent fields of the Llama have
-/// `LlamaConfig`'s defaults: the published file states four of them.
-#[derive(Debug, Deserialize)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct HfConfig {
-    pub model_type: String,
-    pub llm_backbone_id: String,
-    pub timm_model_ids: Vec<String>,
-    #[serde(default)]
-    pub timm_override_act_layers: Vec<Option<String>>,
-    pub text_config: HfLlama,
-    #[serde(default = "defaults::n_action_bins")]
-    pub n_action_bins: u32,
-    #[serde(default = "defaults::pad_to_multiple_of")]
-    pub pad_to_multiple_of: u32,
-    #[serde(default)]
-    pub norm_stats: Option<serde_json::Value>,
-}
-
-impl HfConfig {
-    /// Which ids are actions: the last of the vocabulary before the rows that pad it.
-    ///
-    /// # Errors
-    /// If the config's numbers leave no room for them.
-    pub fn actions(&self) -> Result<ActionSpace> {
-        let (n_vocab, padding, n_bin) =
-            (self.text_config.vocab_size, self.pad_to_multiple_of, self.n_action_bins);
-        let end = n_vocab.checked_sub(padding).filter(|end| *end > n_bin).with_context(|| {
-            format!(
-                "config.json: vocab_size is {n_vocab}, of which pad_to_multiple_of is {padding}; \
-                 that leaves no room for {n_bin} actions"
-            )
-        })?;
-        Ok(ActionSpace { end, n_bin })
-    }
-}
-
-/// `config.json`'s `text_config`. ref: transformers 4.40.1 `LlamaConfig.__init__`
-#[derive(Debug, Deserialize)]
-#[serde(default)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct HfLlama {
-    pub model_type: String,
-    pub vocab_size: u32,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: Option<usize>,
-    pub hidden_act: String,
-    pub max_position_embeddings: usize,
-    /// 1e-6, not the 1e-5 of Llama-2's own config, which the published model does not carry.
-    pub rms_norm_eps: f32,
-    pub rope_theta: f32,
-    pub rope_scaling: Option<serde_json::Value>,
-    pub attention_bias: bool,
-    pub tie_word_embeddings: bool,
-}
-
-impl Default for HfLlama {
-    fn default() -> Self {
-        Self {
-            model_type: "llama".into(),
-            vocab_size: 32_000,
-            hidden_size: 4096,
-            intermediate_size: 11_008,
-            num_hidden_layers: 32,
-            num_attention_heads: 32,
-            num_key_value_heads: None,
-            hidden_act: "silu".into(),
-            max_position_embeddings: 2048,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            rope_scaling: None,
-            attention_bias: false,
-            tie_word_embeddings: false,
-        }
-    }
-}
-
-mod defaults {
-    pub fn n_action_bins() -> u32 {
-        256
-    }
-    pub fn pad_to_multiple_of() -> u32 {
-        64
-    }
-}
-
-/// `preprocessor_config.json`. Its `tvf_*` values are the truth: the reference computes them anew
-/// from `means` and `stds` and then overwrites them with these.
-#[derive(Debug, Deserialize)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct HfPreprocessor {
-    pub tvf_resize_params: Vec<ResizeParams>,
-    pub tvf_crop_params: Vec<CropParams>,
-    pub tvf_normalize_params: Vec<NormalizeParams>,
-    #[serde(default)]
-    pub tvf_do_letterbox: bool,
-    #[serde(default)]
-    pub tvf_letterbox_fill: Option<[u8; 3]>,
-}
-
-/// One tower's `torchvision.transforms.Resize`.
-#[derive(Debug, Deserialize, PartialEq)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct ResizeParams {
-    pub size: ResizeSize,
-    pub interpolation: u32,
-    #[serde(default)]
-    pub max_size: Option<u32>,
-}
-
-/// One number is the short side; two are height and width.
-#[derive(Debug, Deserialize, PartialEq, Clone, Copy)]
-#[serde(untagged)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub enum ResizeSize {
-    Short(u32),
-    Exact([u32; 2]),
-}
-
-/// One tower's `torchvision.transforms.CenterCrop`.
-#[derive(Debug, Deserialize, PartialEq)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct CropParams {
-    pub output_size: [u32; 2],
-}
-
-/// One tower's `torchvision.transforms.Normalize`.
-#[derive(Debug, Deserialize)]
-#[expect(missing_docs, reason = "the fields are the file's own")]
-pub struct NormalizeParams {
-    pub mean: [f32; 3],
-    pub std: [f32; 3],
-}
 
 /// A repository of the Hugging Face Hub at one commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -175,8 +42,16 @@ pub struct Files {
     pub config: HfConfig,
     /// `preprocessor_config.json`
     pub preprocessor: HfPreprocessor,
-    /// The text of `dataset_statistics.json`, or of the config's `norm_stats` without it.
-    pub statistics: String,
+}
+
+/// The JSON of a model's statistics, which scale its motions.
+pub struct StatisticsText {
+    /// The file, or the part of one, for people.
+    pub from: String,
+    /// Whether they are those of `config.json`, which a fine-tune has from its base model.
+    pub inherited: bool,
+    /// Without the numbers that JSON does not have: see [`files::json`].
+    json: String,
 }
 
 /// A checkpoint folder: what its JSON files say, and where its tensors are.
@@ -185,6 +60,8 @@ pub struct Source {
     pub files: Files,
     /// Every tensor of every shard.
     pub tensors: Tensors,
+    /// Weights in the folder that are passed over, in words.
+    pub warnings: Vec<String>,
 }
 
 impl Files {
@@ -193,13 +70,14 @@ impl Files {
     /// # Errors
     /// What is missing, damaged, or of an OpenVLA-OFT checkpoint, by name.
     pub fn open(dir: &Path) -> Result<Self> {
-        ensure!(dir.is_dir(), "{} is not a folder with an OpenVLA checkpoint", dir.display());
-        let entries = std::fs::read_dir(dir)?.collect::<std::io::Result<Vec<_>>>()?;
-        let names: Vec<_> = entries.iter().map(|entry| entry.file_name()).collect();
-        refuse_oft(&dir.display(), names.iter().map(|name| name.to_string_lossy()))?;
-        let config: HfConfig = read_json(&dir.join("config.json"))?;
-        let preprocessor = read_json(&dir.join("preprocessor_config.json"))?;
-        let statistics = read_statistics(dir, &config)?;
+        let shown = dir.display().to_string();
+        let names = list(dir)?;
+        kinds::check_checkpoint(&shown, &names)?;
+        let path = dir.join("config.json");
+        let settings: Map<String, Value> = files::read_json(&path)?;
+        kinds::check_settings(&shown, &settings)?;
+        let config: HfConfig = files::read_json(&path)?;
+        let preprocessor = read_preprocessor(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
             name: name(dir)?,
@@ -207,9 +85,50 @@ impl Files {
             adapter: None,
             config,
             preprocessor,
-            statistics,
         })
     }
+}
+
+/// Transformers 5 writes one file for the whole processor, and reads the other one first.
+#[derive(Deserialize)]
+struct Processor {
+    image_processor: Option<HfPreprocessor>,
+}
+
+fn read_preprocessor(dir: &Path) -> Result<HfPreprocessor> {
+    let path = dir.join(PREPROCESSOR);
+    if !files::is_there(&path)? {
+        let processor: Option<Processor> = files::read_json_if_there(&dir.join(PROCESSOR))?;
+        if let Some(found) = processor.and_then(|processor| processor.image_processor) {
+            return Ok(found);
+        }
+    }
+    files::read_json(&path)
+}
+
+/// The names in a folder, sorted.
+///
+/// # Errors
+/// Says what is there if it is not a folder, or cannot be listed.
+pub fn list(dir: &Path) -> Result<Vec<String>> {
+    let shown = dir.display();
+    if dir.is_file() {
+        let gguf = files::read_start(dir)? == *b"GGUF";
+        ensure!(!gguf, "{shown} is a GGUF file, {}", kinds::IS_CONVERTED);
+        let native = dir.extension().is_some_and(|extension| extension == "pt");
+        ensure!(!native, "{shown} is one file: {}", kinds::PRISMATIC);
+        bail!(
+            "{shown} is not a folder with an OpenVLA checkpoint, but a file; give the folder with \
+             config.json and {WEIGHTS} or its shards"
+        );
+    }
+    ensure!(dir.is_dir(), "{shown} is not a folder with an OpenVLA checkpoint");
+    let entries = fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let entries = entries.with_context(|| format!("cannot list {shown}"))?;
+    let mut names: Vec<_> =
+        entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// Where the Hub has what is in a folder: a snapshot in its cache is
@@ -246,31 +165,59 @@ impl Source {
     /// # Errors
     /// What is missing or damaged, by name.
     pub fn open(dir: &Path) -> Result<Self> {
-        Ok(Self { files: Files::open(dir)?, tensors: read_shards(dir)? })
+        let files = Files::open(dir)?;
+        let (tensors, warnings) = read_weights(dir)?;
+        Ok(Self { files, tensors, warnings })
     }
 }
 
-/// The tensors of all shards, held against the index.
-fn read_shards(dir: &Path) -> Result<Tensors> {
+/// The tensors that count, and words on files that do not.
+fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
+    let names = list(dir)?;
+    kinds::check_weights(&dir.display().to_string(), &names)?;
     let mut tensors = Tensors::default();
-    let Some(index) = Index::read(dir)? else {
+    let mut taken = BTreeSet::from([WEIGHTS]);
+    let index;
+    if files::is_there(&dir.join(WEIGHTS))? {
         tensors.add(&dir.join(WEIGHTS))?;
-        return Ok(tensors);
+    } else {
+        index = Index::read(dir)?;
+        taken = index.shards();
+        for shard in &taken {
+            tensors.add(&dir.join(shard))?;
+        }
+        index.check(&tensors)?;
+    }
+    let counts = |name: &str| taken.contains(name) || (name == INDEX && !taken.contains(WEIGHTS));
+    let weights = |name: &str| kinds::is_shard(name) || [WEIGHTS, INDEX].contains(&name);
+    let passed_over =
+        names.iter().map(String::as_str).filter(|name| weights(name) && !counts(name));
+    let passed_over: Vec<_> = passed_over.collect();
+    let warning = || {
+        let taken: Vec<_> = taken.iter().copied().collect();
+        format!(
+            "{} holds two sets of weights; {} is taken, as transformers would, and the rest is \
+             not: {}. Remove what is older",
+            dir.display(),
+            taken.join(", "),
+            passed_over.join(", ")
+        )
     };
-    for shard in index.shards() {
-        tensors.add(&dir.join(shard))?;
+    let mut warnings = if passed_over.is_empty() { Vec::new() } else { vec![warning()] };
+    if names.iter().any(|name| name == kinds::ADAPTER_WEIGHTS) {
+        warnings.push(format!(
+            "{} holds a LoRA adapter too, which is taken as merged into the weights already; if it \
+             is not, give this folder with --lora as well",
+            dir.display()
+        ));
     }
-    for (name, shard) in &index.weight_map {
-        ensure!(
-            tensors.entries().contains_key(name),
-            "{} says that {shard} holds the tensor {name}, which is in no shard; \
-             download that shard again",
-            dir.join(INDEX).display()
-        );
-    }
-    Ok(tensors)
+    Ok((tensors, warnings))
 }
 
+/// What images are resized to and how they are normalized.
+pub const PREPROCESSOR: &str = "preprocessor_config.json";
+/// Where transformers 5 writes that.
+pub const PROCESSOR: &str = "processor_config.json";
 /// The file that lists the shards of a large checkpoint.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// The only shard of a small one, which has no index.
@@ -283,82 +230,112 @@ pub struct Index {
 }
 
 impl Index {
-    /// Reads a folder's index, if there is one.
+    /// Reads a folder's index.
     ///
     /// # Errors
-    /// Names the file if it is damaged, or asks for files elsewhere.
-    pub fn read(dir: &Path) -> Result<Option<Self>> {
+    /// Names the file if it is missing or damaged, or asks for files elsewhere.
+    pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(INDEX);
-        if !path.exists() {
-            return Ok(None);
-        }
-        let index: Self = read_json(&path)?;
+        let index: Self = files::read_json(&path)?;
         for shard in index.shards() {
             let plain = Path::new(shard).file_name().is_some_and(|name| name == shard);
             ensure!(plain, "{} names the shard {shard:?}, no plain file name", path.display());
         }
-        Ok(Some(index))
+        Ok(index)
     }
 
     /// The shards' file names.
     pub fn shards(&self) -> BTreeSet<&str> {
         self.weight_map.values().map(String::as_str).collect()
     }
-}
 
-/// Reads a JSON file. One that lacks what is needed, or is no JSON, is named.
-pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} cannot be used", path.display()))
-}
-
-/// A fine-tuned checkpoint still carries its base model's statistics in `config.json`, so the file
-/// beside it wins: the wrong ones move a robot wrongly without a word.
-fn read_statistics(dir: &Path, config: &HfConfig) -> Result<String> {
-    if let Some(statistics) = dataset_statistics(dir)? {
-        return Ok(statistics);
-    }
-    match &config.norm_stats {
-        Some(stats) => Ok(stats.to_string()),
-        None => bail!(
-            "{} has no dataset_statistics.json, and its config.json no norm_stats; without them \
-             tokens cannot become motions. finetune.py leaves the file in its run folder",
-            dir.display()
-        ),
+    /// Holds that its tensors are there.
+    fn check(&self, tensors: &Tensors) -> Result<()> {
+        for (name, shard) in &self.weight_map {
+            ensure!(
+                tensors.entries().contains_key(name),
+                "{INDEX} says that {shard} holds the tensor {name}, which is in no shard; \
+                 download both again"
+            );
+        }
+        Ok(())
     }
 }
 
-/// The text of a folder's `dataset_statistics.json`, if there is one.
-///
-/// # Errors
-/// Names the file if it cannot be read.
-pub fn dataset_statistics(dir: &Path) -> Result<Option<String>> {
-    let path = dir.join("dataset_statistics.json");
-    if !path.exists() {
-        return Ok(None);
+const STATISTICS: &str = "dataset_statistics.json";
+
+impl StatisticsText {
+    /// The statistics of a checkpoint. Its `config.json` still carries those of the model that it
+    /// was tuned from, so the file beside it wins: the wrong ones move a robot wrongly without a
+    /// word.
+    ///
+    /// # Errors
+    /// If there are none, or a file is there and cannot be read.
+    pub fn of(checkpoint: &Files) -> Result<Self> {
+        let dir = &checkpoint.dir;
+        if let Some(statistics) = Self::beside(dir)? {
+            return Ok(statistics);
+        }
+        match &checkpoint.config.norm_stats {
+            Some(stats) => Ok(Self {
+                from: format!("norm_stats of {}", dir.join("config.json").display()),
+                inherited: true,
+                json: stats.to_string(),
+            }),
+            None => bail!(
+                "{} has no {STATISTICS}, and its config.json no norm_stats; without them tokens \
+                 cannot become motions. finetune.py leaves the file in its run folder: copy it \
+                 here, or name it with --statistics",
+                dir.display()
+            ),
+        }
     }
-    let text = std::fs::read_to_string(&path);
-    text.map(Some).with_context(|| format!("cannot read {}", path.display()))
+
+    /// What lies in a folder, if anything does.
+    ///
+    /// # Errors
+    /// Names the file if it is there and cannot be read.
+    pub fn beside(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(STATISTICS);
+        if files::is_there(&path)? { Self::read(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// Names the file if it cannot be read.
+    pub fn read(path: &Path) -> Result<Self> {
+        let json = files::json(path, files::read(path)?)?;
+        Ok(Self { from: path.display().to_string(), inherited: false, json })
+    }
+
+    /// What they say of each data set.
+    ///
+    /// # Errors
+    /// Names where they are from, and what is wrong.
+    pub fn parse(&self) -> Result<Statistics> {
+        let parsed = Statistics::parse(self.json.clone()).map_err(of_checkpoint);
+        parsed.with_context(|| self.from.clone())
+    }
 }
 
-/// An OpenVLA-OFT checkpoint has OpenVLA's own config and tensors, plus a head of its own, without
-/// which its motions are wrong. It is told by the names of its files.
-///
-/// # Errors
-/// Names the checkpoint, and the file that gives it away.
-pub fn refuse_oft(
-    checkpoint: &dyn Display,
-    names: impl IntoIterator<Item = impl AsRef<str>>,
-) -> Result<()> {
-    for name in names {
-        let name = name.as_ref();
-        let oft = ["action_head--", "proprio_projector--", "noisy_action_projector--"];
-        ensure!(
-            !oft.iter().any(|prefix| name.starts_with(prefix)),
-            "{checkpoint} holds {name}: it is an OpenVLA-OFT checkpoint, whose parallel decoding \
-             and action head this version does not run"
-        );
+/// What to know of statistics that a fine-tuned checkpoint has from its base model, in words.
+pub fn inherited(checkpoint: &Files, taken: &StatisticsText) -> Option<String> {
+    taken.inherited.then(|| {
+        format!(
+            "{} has no {STATISTICS}, so the statistics are those of its config.json, which in a \
+             fine-tuned model are the base model's and scale its motions wrongly. finetune.py leaves \
+             the file in its run folder: copy it here, or name it with --statistics",
+            checkpoint.dir.display()
+        )
+    })
+}
+
+/// What the runtime says of a model file, said of a checkpoint: its advice, to write the file again,
+/// would lead back here.
+pub fn of_checkpoint(error: openvla::Error) -> anyhow::Error {
+    match error {
+        openvla::Error::Model { why } => anyhow!(why),
+        other => other.into(),
     }
-    Ok(())
 }

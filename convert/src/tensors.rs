@@ -13,6 +13,8 @@ use openvla_kernels::Mapped;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::files;
+
 /// Where a tensor's bytes are.
 #[derive(Debug, Clone)]
 pub struct Entry {
@@ -41,14 +43,14 @@ impl Tensors {
     /// # Errors
     /// Names the file, and what is missing or damaged.
     pub fn add(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).with_context(|| {
+        let file = files::open(path).with_context(|| {
             format!("cannot open {}; is the checkpoint complete?", path.display())
         })?;
         let at = |what: &str| format!("{} {what}", path.display());
         let cut_off =
             || at("is cut off or not a safetensors file; delete it and download it again");
         let found = file.metadata().with_context(cut_off)?;
-        ensure!(found.is_file() && found.len() >= 8, cut_off());
+        ensure!(found.len() >= 8, cut_off());
         let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
         let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
         ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
@@ -118,6 +120,17 @@ pub struct Matrix {
 }
 
 impl Matrix {
+    /// Whether the other one holds the same numbers, of whatever type.
+    pub fn equals(&self, other: &Self) -> bool {
+        let numbers = |matrix: &Self, row: usize| {
+            let mut numbers = vec![0.0; matrix.row];
+            matrix.read(row * matrix.row, &mut numbers);
+            numbers
+        };
+        (self.row, self.n_row) == (other.row, other.n_row)
+            && (0..self.n_row).all(|row| numbers(self, row) == numbers(other, row))
+    }
+
     /// As many numbers as `out` has, from number `start` on, whatever rows they lie in.
     pub fn read(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.bitsize() / 8;

@@ -9,16 +9,16 @@
 //! ref: transformers 4.40.1, `convert_slow_tokenizer.py` `LlamaConverter`
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io::ErrorKind;
 use std::iter;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::tokenizer::{TokenType, Tokenizer, Vocabulary};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+use crate::files::read_json_if_there;
+use crate::source::of_checkpoint;
 
 mod sentencepiece;
 
@@ -55,7 +55,7 @@ pub fn read(dir: &Path, rows: usize) -> Result<Vocabulary> {
 fn read_files(dir: &Path, rows: usize) -> Result<Vocabulary> {
     let roles = Roles::read(dir)?;
     let mut vocabulary = unused(rows);
-    match (read_json(dir, TOKENIZER)?, SentencePieceModel::read(dir)?) {
+    match (read_json_if_there(&dir.join(TOKENIZER))?, SentencePieceModel::read(dir)?) {
         (Some(json), model) => {
             fill_from_json(&mut vocabulary, json, model.as_ref(), &roles).context(TOKENIZER)?;
         }
@@ -66,7 +66,7 @@ fn read_files(dir: &Path, rows: usize) -> Result<Vocabulary> {
         (None, None) => bail!("looked for {TOKENIZER} and {SENTENCEPIECE}, found neither"),
     }
     roles.assign(&mut vocabulary)?;
-    Tokenizer::new(&vocabulary)?; // What the converter writes, the runtime can read.
+    Tokenizer::new(&vocabulary).map_err(of_checkpoint)?; // What the converter writes, the runtime can read.
     Ok(vocabulary)
 }
 
@@ -132,8 +132,8 @@ enum Name {
 
 impl Roles {
     fn read(dir: &Path) -> Result<Self> {
-        let config: SpecialTokens = read_json(dir, CONFIG)?.unwrap_or_default();
-        let map: SpecialTokens = read_json(dir, SPECIAL)?.unwrap_or_default();
+        let config: SpecialTokens = read_json_if_there(&dir.join(CONFIG))?.unwrap_or_default();
+        let map: SpecialTokens = read_json_if_there(&dir.join(SPECIAL))?.unwrap_or_default();
         // These override what `tokenizer.json` says, and default to Llama-2's scheme.
         for (key, found, wanted) in [
             ("add_bos_token", config.add_bos_token, true),
@@ -246,24 +246,43 @@ fn fill_from_json(
 }
 
 /// Refuses whatever would cut a text into other ids than Llama-2's scheme does.
+///
+/// How spaces become `▁` is written in two ways. Transformers 5 has a pre-tokenizer do it, which
+/// differs where a text starts with a space, and prompts do not.
 fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
-    let wanted = [
+    let same = |at: &str, wanted: &Value| at_or_off(json, at, wanted) == *wanted;
+    let (normalizer, none) = (
+        json!({"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]}),
+        Value::Null,
+    );
+    let metaspace = [
+        ("/normalizer", none.clone()),
+        ("/pre_tokenizer/type", json!("Metaspace")),
+        ("/pre_tokenizer/replacement", json!("▁")),
+        ("/pre_tokenizer/split", json!(false)),
+    ];
+    let prepends = ["first", "always"]
+        .iter()
+        .any(|scheme| same("/pre_tokenizer/prepend_scheme", &json!(scheme)));
+    let spaces = match prepends && metaspace.iter().all(|(at, wanted)| same(at, wanted)) {
+        true => Vec::from(metaspace),
+        false => vec![("/normalizer", normalizer), ("/pre_tokenizer", none.clone())],
+    };
+    // Without a piece for what is unknown, every byte needs one.
+    let bytes = (0..=255).all(|byte| !json["model"]["vocab"][format!("<0x{byte:02X}>")].is_null());
+    let no_unknown = bytes && same("/model/unk_token", &none);
+    let mut wanted = vec![
         ("/model/type", json!("BPE")),
         ("/model/byte_fallback", json!(true)),
         ("/model/fuse_unk", json!(true)),
         ("/model/ignore_merges", json!(false)),
-        ("/model/unk_token", json!(roles.unknown)),
-        ("/model/dropout", Value::Null),
-        ("/model/continuing_subword_prefix", Value::Null),
-        ("/model/end_of_word_suffix", Value::Null),
-        (
-            "/normalizer",
-            json!({"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ]}),
-        ),
-        ("/pre_tokenizer", Value::Null),
+        ("/model/unk_token", if no_unknown { none.clone() } else { json!(roles.unknown) }),
+        ("/model/dropout", none.clone()),
+        ("/model/continuing_subword_prefix", none.clone()),
+        ("/model/end_of_word_suffix", none),
         ("/post_processor/type", json!("TemplateProcessing")),
         (
             "/post_processor/single",
@@ -273,16 +292,24 @@ fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
             ]),
         ),
     ];
+    wanted.extend(spaces);
     for (at, wanted) in wanted {
-        // The library reads an absent switch as off.
-        let absent = if wanted.is_boolean() { json!(false) } else { Value::Null };
-        let found = json.pointer(at).unwrap_or(&absent);
-        if *found != wanted {
+        let found = at_or_off(json, at, &wanted);
+        if found != wanted {
             let found: String = found.to_string().chars().take(200).collect();
-            bail!("{at} is {found}, Llama-2's scheme has {wanted}");
+            bail!(
+                "{at} is {found}, Llama-2's scheme has {wanted}; take the tokenizer files of \
+                 openvla/openvla-7b, unless the model was trained with others"
+            );
         }
     }
     Ok(())
+}
+
+/// What stands at a place; the library reads an absent switch as off.
+fn at_or_off(json: &Value, at: &str, wanted: &Value) -> Value {
+    let absent = if wanted.is_boolean() { json!(false) } else { Value::Null };
+    json.pointer(at).cloned().unwrap_or(absent)
 }
 
 impl Merge {
@@ -316,7 +343,7 @@ fn scores_by_rank(merges: &[String]) -> HashMap<String, f32> {
 
 fn fill_from_model(v: &mut Vocabulary, model: &SentencePieceModel, roles: &Roles) -> Result<()> {
     for (id, piece) in (0..).zip(&model.pieces) {
-        let kind = TokenType::try_from(piece.kind())?;
+        let kind = TokenType::try_from(piece.kind()).map_err(of_checkpoint)?;
         ensure!(
             matches!(kind, TokenType::Normal | TokenType::Byte) || roles.include(&piece.text),
             "piece `{}` is {kind:?}; Llama-2's scheme has only Normal, Byte, bos, eos, unk and pad",
@@ -331,28 +358,12 @@ fn fill_from_model(v: &mut Vocabulary, model: &SentencePieceModel, roles: &Roles
 /// Special pieces only: the reference looks for others after it normalised the text, and the
 /// runtime does not.
 fn fill_from_added(v: &mut Vocabulary, dir: &Path, roles: &Roles) -> Result<()> {
-    let added: BTreeMap<String, u32> = read_json(dir, ADDED)?.unwrap_or_default();
+    let added: BTreeMap<String, u32> = read_json_if_there(&dir.join(ADDED))?.unwrap_or_default();
     for (piece, id) in added {
         ensure!(roles.include(&piece), "{ADDED}: `{piece}` is none of bos, eos, unk and pad");
         place_added(v, id, &piece, TokenType::Control).context(ADDED)?;
     }
     Ok(())
-}
-
-// ---- Files -------------------------------------------------------------------------------------
-
-/// None if there is no such file.
-fn read_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>> {
-    match fs::read(dir.join(name)) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).context(name.to_owned()),
-    }
-}
-
-fn read_json<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>> {
-    let bytes = read_file(dir, name)?;
-    bytes.map(|bytes| serde_json::from_slice(&bytes).context(name.to_owned())).transpose()
 }
 
 #[cfg(test)]

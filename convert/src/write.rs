@@ -1,7 +1,7 @@
 //! Runs a plan: fills one tensor of the file after another. Those of a checkpoint are read, their
 //! rows sorted and padded, and converted on all cores.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use openvla_kernels::{ALIGNMENT, DType, Gguf, Header};
 
@@ -126,13 +126,18 @@ impl<'a> Rows<'a> {
             let n = out.len() / row_bytes;
             let numbers = &mut numbers[..n * length];
             for (j, row) in numbers.chunks_exact_mut(length).enumerate() {
-                self.read(self.origin(first + i * ROWS_AT_A_TIME + j), row);
-                ensure!(
-                    row.iter().all(|x| x.abs() <= most),
-                    "it holds NaN, infinity or a number that {} cannot hold; the checkpoint is \
-                     damaged",
-                    planned.dtype
-                );
+                let origin = self.origin(first + i * ROWS_AT_A_TIME + j);
+                self.read(origin, row);
+                if let Some(column) = row.iter().position(|x| x.is_nan() || x.abs() > most) {
+                    let x = row[column];
+                    ensure!(
+                        !x.is_finite(),
+                        "its number {x} at [{origin}, {column}] is more than {} holds, {most}; \
+                         take a wider type for it with --tensor-type, or --bf16",
+                        planned.dtype
+                    );
+                    bail!("it holds {x} at [{origin}, {column}]; the checkpoint is damaged");
+                }
             }
             planned.dtype.encode(numbers, length, importance, out);
         }

@@ -126,6 +126,50 @@ fn a_file_is_verified_as_a_process() {
     assert_fails(&run(&["verify", &format!("{}/config.json", checkpoint())]), &["GGUF"]);
 }
 
+/// A file has its name from the checkpoint's folder, and two folders may have the same.
+#[test]
+fn a_file_of_another_checkpoint_is_not_replaced_unless_it_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (folder, seed) in [("one/抓取", 1), ("two/抓取", 2), ("two/放置", 3)] {
+        openvla_example::write(&at(folder), &Spec { seed, ..COMMITTED }).unwrap();
+    }
+    let run = |args: &[&str]| {
+        openvla_convert(&[args, &["--q8", "--no-proof", "-t", "1"]].concat(), dir.path())
+    };
+    let name = "OpenVLA-424K-抓取-v1.0-Q8_0.gguf";
+    let converts = |args: &[&str]| {
+        let output = run(args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        std::fs::read(at(name)).unwrap()
+    };
+    let one = converts(&["one/抓取"]);
+    assert!(converts(&["one/抓取"]) == one, "the same again");
+    assert!(converts(&["two/放置"]) == one, "a name of its own");
+    assert!(at("OpenVLA-424K-放置-v1.0-Q8_0.gguf").exists());
+    assert_fails(&run(&["two/抓取"]), &[name, "was not written from this checkpoint", "-o"]);
+    assert!(std::fs::read(at(name)).unwrap() == one);
+    assert!(converts(&["two/抓取", "-o", name]) != one);
+    for other in [b"notes".as_slice(), b""] {
+        std::fs::write(at(name), other).unwrap();
+        assert_fails(&run(&["one/抓取"]), &[name, "-o"]);
+        assert_eq!(std::fs::read(at(name)).unwrap(), other);
+    }
+}
+
+/// What is said of a checkpoint is not the advice for model files, to convert it again.
+#[test]
+fn a_checkpoint_that_is_refused_is_not_sent_back_to_where_it_came_from() {
+    let dir = tempfile::tempdir().unwrap();
+    openvla_example::write(&dir.path().join("a"), &COMMITTED).unwrap();
+    let path = dir.path().join("a/dataset_statistics.json");
+    std::fs::write(path, r#"{"d": {"action": {"q01": [NaN], "q99": [1]}}}"#).unwrap();
+    let output = openvla_convert(&["a"], dir.path());
+    assert_fails(&output, &["a/dataset_statistics.json", "`d` has NaN for action.q01[0]"]);
+    let said = stderr(&output);
+    assert!(!said.contains("the model file") && !said.contains("write the file again"), "{said}");
+}
+
 /// In the middle of its work it takes back what it wrote.
 #[test]
 fn an_interrupt_leaves_nothing_behind() {

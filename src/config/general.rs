@@ -56,6 +56,8 @@ pub struct Source {
     pub repository: Option<String>,
     /// The commit there.
     pub revision: Option<String>,
+    /// What tells its weights from those of other checkpoints: a hash, in hexadecimal.
+    pub fingerprint: Option<String>,
 }
 
 /// A model that another was tuned from.
@@ -89,6 +91,7 @@ mod key {
     pub const SOURCE_REPO_URL: &str = "general.source.repo_url";
     pub const SOURCE_REPOSITORY: &str = "general.source.huggingface.repository";
     pub const SOURCE_REVISION: &str = "openvla.source.revision";
+    pub const SOURCE_FINGERPRINT: &str = "openvla.source.fingerprint";
     pub const BASE_MODELS: &str = "general.base_model.count";
     pub const TAGS: &str = "general.tags";
     pub const LANGUAGES: &str = "general.languages";
@@ -161,6 +164,7 @@ impl Source {
             repo_url: optional(file, key::SOURCE_REPO_URL)?,
             repository: optional(file, key::SOURCE_REPOSITORY)?,
             revision: optional(file, key::SOURCE_REVISION)?,
+            fingerprint: optional(file, key::SOURCE_FINGERPRINT)?,
         })
     }
 
@@ -169,6 +173,7 @@ impl Source {
         set(to, key::SOURCE_REPO_URL, &self.repo_url);
         set(to, key::SOURCE_REPOSITORY, &self.repository);
         set(to, key::SOURCE_REVISION, &self.revision);
+        set(to, key::SOURCE_FINGERPRINT, &self.fingerprint);
     }
 }
 
@@ -264,6 +269,7 @@ mod tests {
                 repo_url: text("https://files"),
                 repository: text("user/model"),
                 revision: text("0123abc"),
+                fingerprint: text("89abcdef"),
             },
             base_models: vec![base("a", text("v1.0")), base("b", None)],
             tags: vec!["robotics".into(), "vla".into()],
@@ -277,7 +283,7 @@ mod tests {
         assert_eq!(file.get::<String>("general.base_model.1.name").unwrap(), "b");
         let repository: String = file.get("general.source.huggingface.repository").unwrap();
         assert_eq!(repository, "user/model");
-        assert_eq!(file.metadata().len(), 28, "no field is forgotten");
+        assert_eq!(file.metadata().len(), 29, "no field is forgotten");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! Sound ones give the same file whatever way they are cut into shards.
 
 mod folder;
+mod foreign;
 mod mutated;
 mod output;
 mod settings;

@@ -32,15 +32,18 @@ fn shards_that_are_missing_or_cut_off_are_named() {
             "is cut off or not a safetensors file; delete it and download it again",
         ]);
     }
-    for bytes in [[whole.as_slice(), b"\0"].concat(), b"version https://git-lfs".to_vec()] {
+    for (bytes, wanted) in [
+        ([whole.as_slice(), b"\0"].concat(), "download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n".to_vec(), "git lfs pull"),
+    ] {
         let other = sharded();
         other.write(SECOND, &bytes);
-        other.refused(&[SECOND, "download it again"]);
+        other.refused(&[SECOND, wanted]);
     }
     let folder = sharded();
     folder.remove(SECOND);
     fs::create_dir(folder.path().join(SECOND)).unwrap();
-    folder.refused(&[SECOND, "download it again"]);
+    folder.refused(&[SECOND, "is a folder; a file is needed"]);
 }
 
 #[test]
@@ -161,7 +164,7 @@ fn numbers_that_are_none_are_refused() {
                     let at = ((data.len() / 2 - 1) as f64 * place) as usize * 2;
                     data[at..at + 2].copy_from_slice(&bf16::from_f32(bad).to_le_bytes());
                 });
-                checkpoint.refused(&[&format!("cannot convert {name}: it holds NaN, infinity or")]);
+                checkpoint.refused(&[&format!("cannot convert {name}: it holds {bad} at [")]);
             }
         }
     }
@@ -171,7 +174,7 @@ fn numbers_that_are_none_are_refused() {
         let data = &mut tensors.get_mut(EMBED).unwrap().2;
         data[..2].copy_from_slice(&bf16::from_f32(1e30).to_le_bytes());
     });
-    checkpoint.refused(&[EMBED, "a number that IQ4_NL cannot hold"]);
+    checkpoint.refused(&[EMBED, "at [0, 0] is more than IQ4_NL holds", "--tensor-type"]);
 }
 
 /// All of a checkpoint in another type of float: its numbers are the same, so the file is.

@@ -7,7 +7,7 @@ use openvla_kernels::{Array, Value};
 use crate::model::{Model, Outcome, memory_stayed_small, refused, sound};
 
 /// Keys that a file may lack: for people.
-const OPTIONAL: [&str; 13] = [
+const OPTIONAL: [&str; 14] = [
     "general.description",
     "general.finetune",
     "general.languages",
@@ -21,6 +21,7 @@ const OPTIONAL: [&str; 13] = [
     "openvla.action_cards",
     "openvla.checksum.xxh64",
     "openvla.converter.version",
+    "openvla.source.fingerprint",
 ];
 
 const VARIANTS: [Variant; 2] = [Variant::OpenVla, Variant::V01];
@@ -293,9 +294,13 @@ fn statistics_that_give_no_motion_are_refused() {
         (r#"{"q01": [0], "q99": [1], "mask": []}"#.to_owned(), "0 mask"),
         (format!(r#"{{"q01": [{many}], "q99": [{many}]}}"#), "`d` has 65 q01"),
         (r#"{"q01": [-1e308], "q99": [1e308]}"#.to_owned(), "`d` has a range that is not finite"),
-        (r#"{"q01": ["0"], "q99": [1]}"#.to_owned(), "`d`: invalid type: string"),
-        (r#"{"q99": [1]}"#.to_owned(), "`d`: missing field `q01`"),
-        ("7".to_owned(), "`d`: invalid type"),
+        (
+            r#"{"q01": ["0"], "q99": [1]}"#.to_owned(),
+            "`d` has 0 for action.q01[0]; a finite number",
+        ),
+        (r#"{"q99": [1]}"#.to_owned(), "`d` lacks action.q01"),
+        ("7".to_owned(), "`d` lacks action.q01"),
+        (r#"{"q01": [0], "q99": ["NaN"]}"#.to_owned(), "`d` has NaN for action.q99[0]"),
     ] {
         refused(
             &model.with("openvla.statistics", format!(r#"{{"d": {{"action": {action}}}}}"#)),

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::source::{Origin, origin};
@@ -24,6 +25,10 @@ pub struct Convert {
     /// adapter_model.safetensors
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
+    /// Statistics of the model's data sets, as finetune.py writes them [default:
+    /// dataset_statistics.json beside the adapter or in the checkpoint, else config.json's norm_stats]
+    #[arg(long, value_name = "FILE")]
+    statistics: Option<PathBuf>,
     /// Another type for the tensors whose names this regular expression is found in, such as
     /// 'blk\.0\.=Q8_0'; may be given several times, the last that matches wins
     #[arg(long, value_name = "PATTERN=TYPE")]
@@ -37,7 +42,8 @@ pub struct Convert {
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// File to write [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here]
+    /// File to write, whatever is there [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here,
+    /// unless a file of another checkpoint has it]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -55,12 +61,21 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
     eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
+    if !args.example {
+        eprintln!("statistics: {}", conversion.statistics);
+    }
+    for warning in &conversion.warnings {
+        eprintln!("warning: {warning}");
+    }
     let summary = conversion.summary();
     if args.dry_run {
         write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
         return Ok(());
     }
     eprint!("{summary}");
+    if args.output.is_none() {
+        check_replaceable(&out, &conversion.config.general.source.fingerprint)?;
+    }
     let progress = super::progress(0)?;
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();
@@ -75,6 +90,7 @@ impl Convert {
             encoding,
             overrides: self.tensor_type.clone(),
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
+            statistics: self.statistics.clone(),
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
             n_threads,

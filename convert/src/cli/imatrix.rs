@@ -17,7 +17,8 @@ use openvla_convert::calibrate::Calibration;
 pub struct Imatrix {
     /// Model file of any type, best F32 or BF16
     model: PathBuf,
-    /// Folder of PNG, JPEG, WebP or BMP images, taken in the order of their names
+    /// Folder of PNG, JPEG, WebP or BMP images, taken in the order of their names, in
+    /// which f2 comes before f10
     #[arg(long, value_name = "FOLDER")]
     images: PathBuf,
     /// Text file with an instruction on each line; the first is for the first image, and so on, and

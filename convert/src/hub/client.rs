@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use hf_hub::Cache;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
+
+use super::environment::Environment;
 
 /// What a revision consists of.
 #[derive(Deserialize)]
@@ -55,11 +56,9 @@ pub struct Hub {
 }
 
 impl Hub {
-    pub fn from_env(cache: &Cache) -> Self {
-        let set = |name| std::env::var(name).ok().map(|value| value.trim().to_owned());
-        let set = |name| set(name).filter(|value| !value.is_empty());
-        let seconds = set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|value| value.parse().ok());
-        let timeout = Some(Duration::from_secs(seconds.unwrap_or(30).max(1)));
+    pub fn new(environment: Environment) -> Self {
+        let Environment { endpoint, token, timeout, .. } = environment;
+        let timeout = Some(Duration::from_secs(timeout));
         let agent = Agent::config_builder()
             .user_agent(concat!("openvla-convert/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
@@ -68,9 +67,7 @@ impl Hub {
             .timeout_connect(timeout)
             .timeout_per_read(timeout)
             .build();
-        let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
-        let endpoint = endpoint.trim_end_matches('/').to_owned();
-        Self { agent: agent.into(), endpoint, token: set("HF_TOKEN").or_else(|| cache.token()) }
+        Self { agent: agent.into(), endpoint, token }
     }
 
     /// A revision's commit and files.

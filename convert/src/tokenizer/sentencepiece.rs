@@ -7,7 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use prost::Message;
 
-use super::{SENTENCEPIECE, read_file};
+use super::SENTENCEPIECE;
+use crate::files::read_if_there;
 
 /// The part of SentencePiece's `ModelProto` that decides about ids.
 ///
@@ -42,7 +43,7 @@ impl SentencePieceModel {
 
     /// Reads `tokenizer.model`, or nothing where there is none.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let Some(bytes) = read_file(dir, SENTENCEPIECE)? else { return Ok(None) };
+        let Some(bytes) = read_if_there(&dir.join(SENTENCEPIECE))? else { return Ok(None) };
         let model = Self::decode(bytes.as_slice()).context(SENTENCEPIECE)?;
         let model_type = model.trainer_spec.unwrap_or_default().model_type();
         ensure!(

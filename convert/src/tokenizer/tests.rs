@@ -1,5 +1,7 @@
 //! A vocabulary of ten pieces, through every file it can come in.
 
+use std::fs;
+
 use prost::Message;
 
 use super::sentencepiece::{Piece, TrainerSpec};
@@ -126,6 +128,40 @@ fn an_added_token_that_is_not_special_is_the_users() {
     json["added_tokens"].as_array_mut().unwrap().push(token);
     let v = from_json(&json).unwrap();
     assert_eq!((v.tokens[11].as_str(), v.types[11]), ("a b", TokenType::UserDefined));
+}
+
+/// Transformers 5 has a pre-tokenizer write spaces, and no piece for what is unknown.
+#[test]
+fn a_pre_tokenizer_may_write_the_spaces() {
+    let mut json = tokenizer();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    (0..=255).for_each(|byte| drop(vocab.insert(format!("<0x{byte:02X}>"), json!(20 + byte))));
+    let read = |json: &Value| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(SPECIAL), config().to_string()).unwrap();
+        fs::write(dir.path().join(TOKENIZER), json.to_string()).unwrap();
+        read(dir.path(), 300)
+    };
+    let wanted = read(&json).unwrap();
+    json["normalizer"] = Value::Null;
+    json["model"]["unk_token"] = Value::Null;
+    for scheme in ["first", "always"] {
+        json["pre_tokenizer"] = json!({"type": "Metaspace", "replacement": "▁",
+                                       "prepend_scheme": scheme, "split": false});
+        assert_eq!(read(&json).unwrap(), wanted);
+    }
+    for (key, value) in [
+        ("split", json!(true)),
+        ("split", Value::Null),
+        ("replacement", json!("_")),
+        ("prepend_scheme", json!("never")),
+    ] {
+        let mut other = json.clone();
+        other["pre_tokenizer"][key] = value;
+        assert_refused(read(&other), "take the tokenizer files of openvla/openvla-7b");
+    }
+    json["model"]["vocab"].as_object_mut().unwrap().remove("<0x42>");
+    assert_refused(read(&json), "/model/unk_token is null");
 }
 
 #[test]

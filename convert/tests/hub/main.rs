@@ -111,6 +111,8 @@ fn a_repository_converts_as_its_folder_does_and_is_fetched_once() {
     assert_eq!(hub.bodies(), [""; 0], "all was in the cache");
     user.assert_converted(&user.run(&["robots/openvla-example@refs/pr/1", "--q8", "--no-proof"]));
     assert_eq!(hub.bodies(), [""; 0], "another revision with the same commit");
+    std::fs::write(user.dir.path().join("robots"), "").unwrap();
+    user.assert_converted(&user.run(&[ID, "--q8", "--no-proof"]));
 }
 
 #[test]
@@ -125,6 +127,29 @@ fn offline_the_cache_is_enough() {
     hub.requests();
     user.assert_converted(&offline(ID));
     user.assert_converted(&offline(&format!("{ID}@{COMMIT}")));
+    assert_eq!(hub.requests().len(), 0);
+}
+
+/// The cache is found by each of the variables that Hugging Face's own programs read.
+#[test]
+fn the_cache_is_where_the_environment_says() {
+    let hub = Hub::serve(files(), well);
+    let user = User::of(&hub);
+    user.assert_converted(&user.run(&[ID, "--q8", "--no-proof"]));
+    hub.requests();
+    let (home, cache) = (user.home(), user.home().join("hub"));
+    for (name, value) in [
+        ("HF_HUB_CACHE", cache.clone()),
+        ("HUGGINGFACE_HUB_CACHE", cache),
+        ("HF_HOME", "~/huggingface".into()),
+        ("HF_HOME", home),
+        ("XDG_CACHE_HOME", user.dir.path().into()),
+    ] {
+        let mut command = user.command(&[ID, "--dry-run", "--no-proof"]);
+        command.env_remove("HF_HOME").env("HOME", user.dir.path()).env(name, value);
+        let output = command.env("TRANSFORMERS_OFFLINE", "1").output().unwrap();
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
     assert_eq!(hub.requests().len(), 0);
 }
 
@@ -290,13 +315,21 @@ fn what_cannot_be_converted_is_refused_before_its_weights_are_fetched() {
     assert_ne!(config, other);
     let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
     let escape = r#"{"weight_map": {"a": "../../config"}}"#;
+    let indexed = |index: &str| {
+        let mut files = with("model.safetensors.index.json", index.into());
+        files.remove(WEIGHTS).unwrap();
+        files
+    };
+    let mut pickled = without(WEIGHTS);
+    pickled.insert("pytorch_model.bin".into(), vec![0; 8]);
     for (files, words) in [
         (with("action_head--1.pt", String::new()), ["OpenVLA-OFT", "action_head--1.pt"]),
         (without(WEIGHTS), [WEIGHTS, "model.safetensors.index.json"]),
+        (pickled, ["pytorch_model.bin", "safe_serialization=True"]),
         (without("preprocessor_config.json"), ["preprocessor_config.json", ID]),
         (with("config.json", other), ["`other` model", "`openvla` is needed"]),
-        (with("model.safetensors.index.json", index.into()), ["00001-of-00002", "its index does"]),
-        (with("model.safetensors.index.json", escape.into()), ["../../config", "plain"]),
+        (indexed(index), ["00001-of-00002", "its index does"]),
+        (indexed(escape), ["../../config", "plain"]),
     ] {
         let hub = Hub::serve(files, well);
         let user = User::of(&hub);

@@ -101,18 +101,9 @@ impl Dataset {
             Value::Null => Err(format!("lacks action.{key}")),
             other => Err(format!("has {} for action.{key}; a list is needed", shown(other))),
         };
-        let numbers = |key: &str| {
-            let number = |(i, value): (usize, &Value)| {
-                value.as_f64().filter(|x| x.is_finite()).ok_or_else(|| {
-                    let found = shown(value);
-                    format!("has {found} for action.{key}[{i}]; a finite number is needed")
-                })
-            };
-            list(key)?.iter().enumerate().map(number).collect::<std::result::Result<Vec<_>, _>>()
-        };
-        let (q01, q99) = (numbers("q01")?, numbers("q99")?);
+        let (q01, q99) = (list("q01")?, list("q99")?);
         let n = q01.len();
-        let mask = match &action["mask"] {
+        let mask: Vec<bool> = match &action["mask"] {
             Value::Null => vec![true; n],
             _ => {
                 let switches = list("mask")?.iter().map(Value::as_bool).collect::<Option<_>>();
@@ -123,6 +114,19 @@ impl Dataset {
             let found = format!("{n} q01, {} q99, {} mask", q99.len(), mask.len());
             return Err(format!("has {found}; equal numbers are needed"));
         }
+        // Where a dimension is not scaled, the reference looks at neither: each end stands for itself.
+        let numbers = |key: &str, list: &[Value], end: f64| {
+            let number = |(i, value): (usize, &Value)| match value.as_f64() {
+                Some(x) if x.is_finite() => Ok(x),
+                _ if !mask[i] => Ok(end),
+                _ => {
+                    let found = shown(value);
+                    Err(format!("has {found} for action.{key}[{i}]; a finite number is needed"))
+                }
+            };
+            list.iter().enumerate().map(number).collect::<std::result::Result<Vec<_>, _>>()
+        };
+        let (q01, q99) = (numbers("q01", q01, -1.0)?, numbers("q99", q99, 1.0)?);
         if !q01.iter().zip(&q99).all(|(low, high)| (high - low).is_finite()) {
             return Err("has a range that is not finite".into());
         }
@@ -136,11 +140,18 @@ fn shown(value: &Value) -> String {
     text.chars().take(40).collect()
 }
 
+/// A data set that is there, but cannot be used.
+fn unusable_error(name: &str, why: &str) -> Error {
+    Error::Model { why: format!("its action statistics: `{name}` {why}") }
+}
+
 /// The statistics of every data set a model was trained on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
     json: String,
     datasets: BTreeMap<String, Dataset>,
+    /// What is wrong with the others.
+    unusable: BTreeMap<String, String>,
 }
 
 /// More dimensions than any robot of the data sets by far; bounds the tokens of a motion.
@@ -150,25 +161,33 @@ impl Statistics {
     /// Reads the text of a `dataset_statistics.json`, or of a config's `norm_stats`. What stands
     /// beside the data sets (`source_split`, …) is kept in the text and otherwise left alone.
     ///
+    /// A data set that cannot be used, such as one with NaN, is an error when it is selected: others may be
+    /// sound.
+    ///
     /// # Errors
-    /// [`Error::Model`] if it is not JSON, holds no data set, or one of unequal lengths.
+    /// [`Error::Model`] if it is not JSON, or holds no data set that can be used.
     pub fn parse(json: String) -> Result<Self> {
         let wrong = |why: String| Error::Model { why: format!("its action statistics: {why}") };
         let entries: BTreeMap<String, Value> =
             serde_json::from_str(&json).map_err(|e| wrong(e.to_string()))?;
-        let mut datasets = BTreeMap::new();
+        let (mut datasets, mut unusable) = (BTreeMap::new(), BTreeMap::new());
         for (name, entry) in entries {
             let action = match entry.get("action") {
                 None | Some(Value::Null) => continue,
                 Some(action) => action,
             };
-            let dataset = Dataset::parse(action).map_err(|why| wrong(format!("`{name}` {why}")))?;
-            datasets.insert(name, dataset);
+            match Dataset::parse(action) {
+                Ok(dataset) => drop(datasets.insert(name, dataset)),
+                Err(why) => drop(unusable.insert(name, why)),
+            }
         }
-        match datasets.is_empty() {
-            true => Err(wrong("there is no data set with `action.q01` and `action.q99`".into())),
-            false => Ok(Self { json, datasets }),
+        if !datasets.is_empty() {
+            return Ok(Self { json, datasets, unusable });
         }
+        Err(match unusable.pop_first() {
+            Some((name, why)) => unusable_error(&name, &why),
+            None => wrong("there is no data set with `action.q01` and `action.q99`".into()),
+        })
     }
 
     /// The text they were read from.
@@ -196,19 +215,27 @@ impl Statistics {
     /// reference's LIBERO evaluation, `KEY_no_noops` is found under `KEY`.
     ///
     /// # Errors
-    /// [`Error::UnknownStatistics`] or [`Error::AmbiguousStatistics`], with the names there are.
+    /// [`Error::UnknownStatistics`] or [`Error::AmbiguousStatistics`], with the names there are;
+    /// [`Error::Model`] if the data set cannot be used.
     pub fn select(&self, key: Option<&str>) -> Result<(&str, &Dataset)> {
         let known = || self.datasets.keys().cloned().collect();
         let found = match key {
-            None if self.datasets.len() == 1 => self.datasets.iter().next(),
+            None if self.datasets.len() == 1 && self.unusable.is_empty() => {
+                self.datasets.iter().next()
+            }
             None => return Err(Error::AmbiguousStatistics { known: known() }),
             Some(key) => self
                 .datasets
                 .get_key_value(key)
                 .or_else(|| self.datasets.get_key_value(&format!("{key}_no_noops"))),
         };
-        let unknown = || Error::UnknownStatistics { key: key.unwrap_or("").into(), known: known() };
-        found.map(|(name, dataset)| (name.as_str(), dataset)).ok_or_else(unknown)
+        found.map(|(name, dataset)| (name.as_str(), dataset)).ok_or_else(|| {
+            let key = key.unwrap_or("");
+            match self.unusable.get(key) {
+                Some(why) => unusable_error(key, why),
+                None => Error::UnknownStatistics { key: key.into(), known: known() },
+            }
+        })
     }
 }
 
@@ -271,6 +298,28 @@ mod tests {
         assert_eq!(two.select(Some("libero_10")).unwrap().0, "libero_10_no_noops");
         assert!(matches!(two.select(None), Err(Error::AmbiguousStatistics { .. })));
         assert!(matches!(two.select(Some("A")), Err(Error::UnknownStatistics { .. })));
+    }
+
+    /// As `np.where(mask, …)` drops them.
+    #[test]
+    fn what_is_not_finite_where_nothing_is_scaled_does_not_matter() {
+        let json = r#"{"d": {"action": {"q01": [-2, "NaN"], "q99": [2, "Infinity"],
+                                        "mask": [true, false]}}}"#;
+        let statistics = statistics(json).unwrap();
+        let (_, dataset) = statistics.select(None).unwrap();
+        assert_eq!(dataset.unnormalise(&[0.5, 0.5]), [1.0, 0.5]);
+        assert_eq!((dataset.q01[1], dataset.q99[1]), (-1.0, 1.0));
+    }
+
+    #[test]
+    fn a_data_set_that_cannot_be_used_spoils_no_other() {
+        let json = r#"{"a": {"action": {"q01": [0], "q99": [4]}},
+                       "b": {"action": {"q01": ["NaN"], "q99": [4]}}}"#;
+        let statistics = statistics(json).unwrap();
+        assert_eq!(statistics.select(Some("a")).unwrap().1.unnormalise(&[0.0]), [2.0]);
+        let error = statistics.select(Some("b")).unwrap_err().to_string();
+        assert!(error.contains("`b` has NaN for action.q01[0]"), "{error}");
+        assert!(matches!(statistics.select(None), Err(Error::AmbiguousStatistics { .. })));
     }
 
     #[test]

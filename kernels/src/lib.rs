@@ -41,6 +41,8 @@ mod lanes;
 mod mapped;
 mod memory;
 mod observer;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod openmp;
 #[cfg_attr(not(target_arch = "x86_64"), path = "panel_none.rs")]
 mod panel;
 mod repack;

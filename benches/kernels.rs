@@ -1,14 +1,20 @@
-//! Matrix products, attention and GELU, ours against ggml's, on one core of the CPU.
+//! Matrix products, attention and GELU, ours against ggml's, on one core of the CPU; and how threads wait for
+//! each other, on all cores, where other programs want them too.
 //!
 //! ```sh
 //! cargo bench -p openvla-kernels                      # every shape and type
 //! cargo bench -p openvla-kernels -- 'Q4_K 4096x4096'
+//! cargo bench -p openvla-kernels -- barriers
+//! GOMP_SPINCOUNT=300000 cargo bench -p openvla-kernels -- barriers    # as libgomp waits by itself
 //! ```
 //!
 //! Shapes are those of openvla-7b. A product with one column is bound by memory, so its throughput is in
 //! bytes of weights; of many, it is in operations: two per weight and column. Times are the processor's,
-//! which other programs of the machine do not stretch much. What was measured is in `SPEED.md`.
+//! which other programs of the machine do not stretch much, but for barriers the clock's. What was measured is in `SPEED.md`.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
@@ -62,6 +68,22 @@ fn main() {
     group.throughput(Throughput::Elements(4096 * 261));
     for kernels in [Kernels::Ggml, Kernels::Fastest] {
         bench(&mut group, &format!("{kernels:?}"), || gelu(kernels, 4096 * 261));
+    }
+    group.finish();
+    let mut group = criterion.benchmark_group("barriers");
+    let file = matrix(DType::Q4_K, 4096, 4096);
+    let n_core = std::thread::available_parallelism().map_or(1, usize::from);
+    for (name, n_loop) in [("idle", 0), ("one core busy", 1), ("all cores busy", n_core)] {
+        group.bench_function(format!("200 small nodes, {name}"), |b| {
+            let mut graph = small_nodes(n_core, 200);
+            let _busy = Busy::new(n_loop);
+            b.iter(|| graph.compute().unwrap());
+        });
+        group.bench_function(format!("64 products of a decode step, {name}"), |b| {
+            let mut graph = products(&file, n_core, 64);
+            let _busy = Busy::new(n_loop);
+            b.iter(|| graph.compute().unwrap());
+        });
     }
     group.finish();
     criterion.final_summary();
@@ -128,6 +150,54 @@ fn gelu(kernels: Kernels, n: usize) -> Graph {
     let [x, y] = [0, 1].map(|_| State::zeros(&backend, DType::F32, shape(&[n])).unwrap());
     x.write(&(0..n).map(|i| 4.0 * (i as f32 * 0.71).cos()).collect::<Vec<_>>());
     Graph::build(&backend, 4, |g| g.store(g.state(&x).gelu_erf(), &y)).unwrap()
+}
+
+/// Sums of a few numbers each, one after the other.
+fn small_nodes(n_thread: usize, n: usize) -> Graph {
+    let backend = Backend::open(&[], n_thread, Kernels::Fastest).unwrap();
+    let [x, y] = [0, 1].map(|_| State::zeros(&backend, DType::F32, shape(&[256, 64])).unwrap());
+    Graph::build(&backend, n + 1, |g| {
+        let sum = (0..n).fold(g.state(&x), |sum, _| sum + g.state(&x));
+        g.store(sum, &y);
+    })
+    .unwrap()
+}
+
+/// Products of a square matrix and one column, one after the other.
+fn products(file: &Gguf, n_thread: usize, n: usize) -> Graph {
+    let backend = Backend::open(&[], n_thread, Kernels::Fastest).unwrap();
+    let mut weights = Weights::placed(file, &backend, &[], &|_| 0).unwrap();
+    let [k, m, ..] = file.tensors()[0].shape;
+    let weight = weights.take("w", shape(&[k, m])).unwrap();
+    let [x, y] = [0, 1].map(|_| State::zeros(&backend, DType::F32, shape(&[k])).unwrap());
+    x.write(&vec![1e-3; k]);
+    Graph::build(&backend, 3 * n + 1, |g| {
+        let last = (0..n).fold(g.state(&x), |x, _| g.weight(&weight).mul_mat(x.rms_norm(1e-6)));
+        g.store(last, &y);
+    })
+    .unwrap()
+}
+
+/// Threads that do nothing but take cores from others, until it is dropped.
+struct Busy(Arc<AtomicBool>, Vec<JoinHandle<()>>);
+
+impl Busy {
+    fn new(n: usize) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let work = || {
+            let is_over = is_over.clone();
+            std::thread::spawn(move || while !is_over.load(Ordering::Relaxed) {})
+        };
+        let threads = (0..n).map(|_| work()).collect();
+        Self(is_over, threads)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        self.1.drain(..).for_each(|thread| thread.join().unwrap());
+    }
 }
 
 /// What this process has used of the processor.

@@ -163,7 +163,7 @@ impl Llama {
         run.n_past -= n;
     }
 
-    /// As the device has them. ggml would abort the process.
+    /// As the device has them.
     fn checked(&self, ids: &[u32]) -> Vec<i32> {
         let n_vocab = self.model.config.n_vocab;
         let check = |id: &u32| {
@@ -278,9 +278,9 @@ impl Model {
     ) -> Result<Pass> {
         let c = &self.config;
         let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
-        let ids = state(DType::I32, &[n_id])?;
+        let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
         let positions = state(DType::I32, &[n_row])?;
-        let places = state(DType::I64, &[n_row])?;
+        let places = State::ids(backend, DType::I64, n_row, cache[0].k.shape()[1])?;
         let mask = state(DType::F16, &[n_kv, n_row])?;
         let logits = state(DType::F32, &[c.n_vocab, n_out])?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;

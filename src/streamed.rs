@@ -209,7 +209,8 @@ impl Sequence {
         let n_row = self.rows.len() / c.dim;
         let at = self.n_past..self.n_past + n_row;
         let state = |dtype, dims: &[usize]| State::zeros(run.backend, dtype, shape(dims));
-        let (positions, places) = (state(DType::I32, &[n_row])?, state(DType::I64, &[n_row])?);
+        let positions = state(DType::I32, &[n_row])?;
+        let places = State::ids(run.backend, DType::I64, n_row, self.n_ctx)?;
         let mask = state(DType::F16, &[self.n_ctx, n_row])?;
         positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
         places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());

@@ -213,8 +213,8 @@ extern "C" fn compute(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, scal
         for lane in 0..LANES {
             scratch.seen[lane] = seen(first + lane.min(rows - 1)) as i32;
         }
-        // SAFETY: `Builder::has_own_kernels` asked for AVX-512 before there was a node. Only this
-        // thread writes this head of these rows of the node's `[d, n_head, n]`.
+        // SAFETY: `custom::node` asserted the instructions. Only this thread writes this head of these rows
+        // of the node's `[d, n_head, n]`.
         unsafe {
             if taken != Some(head_kv) {
                 scratch.take(k, v, head_kv);

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::{DType, Shape, Tensor};
+use crate::{DType, Shape, Tensor, panel};
 
 /// What computes a node: it is given the node, the thread's number, how many there are, and `data`.
 pub(crate) type Function =
@@ -14,10 +14,13 @@ pub(crate) type Function =
 /// ggml's `GGML_N_TASKS_MAX`.
 const ALL_THREADS: c_int = -1;
 
-/// A node whose sources are `args`.
+/// A node whose sources are `args`, on a CPU that has AVX-512 VNNI.
+///
+/// # Panics
+/// If this CPU has not, which all functions of ours rely on.
 ///
 /// # Safety
-/// The function must be sound for these arguments, this type and shape, and this `data`.
+/// The function must be sound for these arguments, this type and shape, and this `data`, on such a CPU.
 pub(crate) unsafe fn node<'g>(
     dtype: DType,
     shape: Shape,
@@ -25,14 +28,16 @@ pub(crate) unsafe fn node<'g>(
     function: Function,
     data: *mut c_void,
 ) -> Tensor<'g> {
+    assert!(panel::available(), "our own kernels need AVX-512 VNNI");
     let builder = args[0].builder;
+    let context = builder.context_for_one();
     let mut raws: Vec<_> = args.iter().map(|arg| arg.raw.as_ptr()).collect();
     let [a, b, c, d] = shape.map(|n| n as i64);
     // SAFETY: the arguments are live, of this graph and fewer than ggml's limit; the rest is the
     // caller's promise.
     builder.node(unsafe {
         sys::ggml_custom_4d(
-            builder.context.as_ptr(),
+            context,
             dtype.number(),
             a,
             b,

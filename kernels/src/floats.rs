@@ -86,8 +86,7 @@ extern "C" fn multiply(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, _: 
         sums.fill([Lanes::ZERO; BY]);
         for start in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - start);
-            // SAFETY: `Backend::has_own_kernels` said that there is AVX-512; rows and places are the
-            // matrix's.
+            // SAFETY: `custom::node` asserted the instructions; rows and places are the matrix's.
             unsafe {
                 (0..n_row)
                     .for_each(|lane| turn(weight, first + lane, start, &mut slab[..depth], lane));

@@ -9,10 +9,12 @@ use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Use};
 use crate::finite::Guard;
-use crate::memory::{Home, Place};
+use crate::memory::{Context, Home, Place};
 use crate::observer::{Observed, Sink};
 use crate::panel::Rounding;
-use crate::{Backend, Error, Result, State, Tensor, Weight, panel};
+use crate::repack::Layout;
+use crate::state::is_countable;
+use crate::{Backend, DType, Error, Result, State, Tensor, Weight, panel};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
 ///
@@ -21,7 +23,8 @@ use crate::{Backend, Error, Result, State, Tensor, Weight, panel};
 /// sees the same graph at the same addresses every time and can replay it.
 pub struct Graph {
     raw: NonNull<sys::ggml_cgraph>,
-    context: NonNull<sys::ggml_context>,
+    /// Of the nodes. Freed after the scheduler.
+    _context: Context,
     scheduler: NonNull<sys::ggml_backend_sched>,
     backend: Arc<Backend>,
     observed: Vec<Observed>,
@@ -35,13 +38,17 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
+    /// No graph has more operations: ggml walks them by recursion, on the caller's stack.
+    pub const MAX_NODES: usize = 1 << 14;
+
     /// Builds a graph of at most `max_nodes` operations and allocates what lies between them.
     ///
     /// # Errors
     /// [`Error::Device`] if no device has an operation, [`Error::Memory`] if one has no room.
     ///
     /// # Panics
-    /// If `build` makes more nodes, or an operation whose shapes do not fit.
+    /// If `build` makes more nodes, or an operation whose shapes do not fit; or if `max_nodes` is more than
+    /// [`Graph::MAX_NODES`].
     pub fn build(
         backend: &Arc<Backend>,
         max_nodes: usize,
@@ -49,7 +56,8 @@ impl Graph {
     ) -> Result<Self> {
         let builder = Builder::new(backend, max_nodes);
         build(&builder);
-        let Builder { raw, context, homes, observed, guards, nodes_left, leaves, .. } = builder;
+        let Builder { raw, context: _context, homes, observed, guards, nodes_left, leaves, .. } =
+            builder;
         let size = max_nodes - nodes_left.get() + leaves.get();
         let mut raws = backend.raws();
         let (list, n) = (raws.as_mut_ptr(), i32::try_from(raws.len()).expect("a few devices"));
@@ -61,7 +69,7 @@ impl Graph {
         let (observed, _homes) = (observed.into_inner(), homes.into_inner());
         let guards = guards.into_inner().into_values().map(|(_, guard)| guard).collect();
         let backend = backend.clone();
-        let mut graph = Self { raw, context, scheduler, backend, observed, guards, _homes };
+        let mut graph = Self { raw, _context, scheduler, backend, observed, guards, _homes };
         graph.check_support()?;
         graph.keep_own_nodes();
         let idle = graph.backend.lock();
@@ -142,7 +150,7 @@ impl Graph {
     /// ggml aborts when no device has an operation, or when that of the memory that it writes has
     /// not; so ask before.
     fn check_support(&self) -> Result<()> {
-        let raws = self.backend.raws();
+        let (raws, packed) = (self.backend.raws(), Layout::packed(&self.backend));
         for node in self.nodes() {
             // SAFETY: node and backends are live; a view's source lives as long as the view, and so
             // does a buffer as long as its tensors.
@@ -158,7 +166,8 @@ impl Graph {
                 };
                 raws.iter().any(|raw| reaches(*raw) && sys::ggml_backend_supports_op(*raw, node))
             };
-            if can && !NonNull::new(node).is_some_and(panel::misused) {
+            let misused = |node| panel::misused(node) || Layout::misused(&packed, node);
+            if can && !NonNull::new(node).is_some_and(misused) {
                 continue;
             }
             // SAFETY: the node is live; its description is a C string of ggml's constant tables.
@@ -173,11 +182,8 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         self.count(Counts::subtract);
-        // SAFETY: both are live, and tensors of other homes are not freed with the context.
-        unsafe {
-            sys::ggml_backend_sched_free(self.scheduler.as_ptr());
-            sys::ggml_free(self.context.as_ptr());
-        }
+        // SAFETY: the scheduler is live, and nothing runs there.
+        unsafe { sys::ggml_backend_sched_free(self.scheduler.as_ptr()) }
     }
 }
 
@@ -200,7 +206,7 @@ type Guards = BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Ar
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
     raw: NonNull<sys::ggml_cgraph>,
-    pub(crate) context: NonNull<sys::ggml_context>,
+    context: Context,
     backend: Arc<Backend>,
     homes: RefCell<Vec<Arc<Home>>>,
     /// Where to tell what these weights are multiplied by.
@@ -209,6 +215,8 @@ pub struct Builder {
     guards: RefCell<Guards>,
     /// The names of weights.
     names: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Arc<str>>>,
+    /// What the elements of states that hold row numbers stay below.
+    bounds: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, usize>>,
     /// Activations that were laid for products of ours.
     laid: RefCell<LaidNodes>,
     nodes_left: Cell<usize>,
@@ -218,20 +226,15 @@ pub struct Builder {
 
 impl Builder {
     fn new(backend: &Arc<Backend>, max_nodes: usize) -> Self {
+        let most = Graph::MAX_NODES;
+        assert!(max_nodes <= most, "a graph of {max_nodes} operations; {most} are possible");
         // ggml has as much room for leaves as for nodes; attention reads four.
-        let slots = 4 * max_nodes;
-        // SAFETY: both compute sizes from constants.
-        let (tensor, graph) =
-            unsafe { (sys::ggml_tensor_overhead(), sys::ggml_graph_overhead_custom(slots, false)) };
-        let params = sys::ggml_init_params {
-            mem_size: max_nodes * tensor + graph,
-            mem_buffer: std::ptr::null_mut(),
-            no_alloc: true,
-        };
-        // SAFETY: the parameters ask ggml to allocate the memory itself.
-        let context = NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for nodes");
+        let slots = 4 * max_nodes.max(1);
+        // SAFETY: computes a size.
+        let bytes = unsafe { sys::ggml_graph_overhead_custom(slots, false) };
+        let context = Context::new(max_nodes, bytes);
         // SAFETY: the context has room for one graph of that size.
-        let raw = unsafe { sys::ggml_new_graph_custom(context.as_ptr(), slots, false) };
+        let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), slots, false) };
         Self {
             raw: NonNull::new(raw).expect("the context has room for its graph"),
             context,
@@ -241,6 +244,7 @@ impl Builder {
             observed: RefCell::default(),
             guards: RefCell::default(),
             names: RefCell::default(),
+            bounds: RefCell::default(),
             laid: RefCell::default(),
             nodes_left: Cell::new(max_nodes),
             leaves: Cell::new(0),
@@ -259,21 +263,36 @@ impl Builder {
 
     /// A state as a graph's operand: what it holds when the node that reads it runs.
     pub fn state(&self, state: &State) -> Tensor<'_> {
-        self.leaf(&state.0)
+        let leaf = self.leaf(&state.place);
+        if let Some(below) = state.below {
+            self.bounds.borrow_mut().insert(leaf.raw, below);
+        }
+        leaf
+    }
+
+    /// Whether row numbers, which are a state's, stay below `n_row`: see [`State::ids`].
+    pub(crate) fn are_below(&self, ids: Tensor<'_>, n_row: usize) -> bool {
+        self.bounds.borrow().get(&ids.viewed()).is_some_and(|below| *below <= n_row)
     }
 
     /// Copies `x` into the whole of `state`, converting to its type.
     ///
     /// # Panics
-    /// If their shapes differ, or one of their types is an integer's.
+    /// If their shapes differ, or ggml does not convert one type to the other: integers are not converted,
+    /// quantized elements only to F32, and rows with gaps not to quantized ones.
     pub fn store(&self, x: Tensor<'_>, state: &State) {
         assert_eq!(x.shape(), state.shape(), "store: shapes differ");
         assert!(std::ptr::eq(self, x.builder), "operands of two graphs");
         let to = self.state(state);
-        assert!(x.dtype().is_float() && to.dtype().is_float(), "store: not of floats");
-        // SAFETY: both tensors are live and of one shape.
-        let node = unsafe { sys::ggml_cpy(self.context.as_ptr(), x.raw.as_ptr(), to.raw.as_ptr()) };
-        self.run(self.node(node));
+        let (from, into) = (x.dtype(), to.dtype());
+        assert!(from.is_float() && into.is_float(), "store: not of floats");
+        let converts = from == into || !from.is_quantized() || into == DType::F32;
+        assert!(converts, "store: ggml does not convert {from} to {into}");
+        let encodes = !into.is_quantized() || x.is_packed();
+        assert!(encodes, "store: rows with gaps are not converted to {into}");
+        let (context, raw, to) = (self.context_for_one(), x.raw.as_ptr(), to.raw.as_ptr());
+        // SAFETY: both tensors are live, of one shape, and of types that ggml converts.
+        self.run(self.node(unsafe { sys::ggml_cpy(context, raw, to) }));
     }
 
     /// Makes `x` part of what runs, after everything that was made so before it.
@@ -316,9 +335,7 @@ impl Builder {
         how: Laid,
         make: impl FnOnce() -> Tensor<'g>,
     ) -> Tensor<'g> {
-        // SAFETY: a node is as live as its graph.
-        let is_state = unsafe { x.viewed().as_ref() }.op == sys::GGML_OP_NONE;
-        if is_state {
+        if x.is_leaf() {
             return make();
         }
         let mut laid = self.laid.borrow_mut();
@@ -326,15 +343,24 @@ impl Builder {
         Tensor { builder: self, raw }
     }
 
-    /// A node that ggml just made in this context.
+    /// The context, for exactly one more tensor.
     ///
     /// # Panics
     /// If the graph is full: before ggml, which would abort, notices.
+    pub(crate) fn context_for_one(&self) -> *mut sys::ggml_context {
+        let left = self.nodes_left.get().checked_sub(1);
+        self.nodes_left.set(left.expect("the graph is larger than its builder was told"));
+        self.context.raw()
+    }
+
+    /// A node that ggml just made in this context.
+    ///
+    /// # Panics
+    /// If it has more elements than ggml can count.
     pub(crate) fn node(&self, raw: *mut sys::ggml_tensor) -> Tensor<'_> {
-        let left = self.nodes_left.get();
-        assert!(left > 1, "the graph is larger than its builder was told");
-        self.nodes_left.set(left - 1);
-        Tensor { builder: self, raw: NonNull::new(raw).expect("ggml made a node") }
+        let node = Tensor { builder: self, raw: NonNull::new(raw).expect("ggml made a node") };
+        assert!(is_countable(&node.shape()), "a node of shape {:?} is too large", node.shape());
+        node
     }
 
     fn leaf(&self, place: &Place) -> Tensor<'_> {

@@ -42,9 +42,12 @@ mod lanes;
 mod mapped;
 mod memory;
 mod observer;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod openmp;
 #[cfg_attr(not(target_arch = "x86_64"), path = "panel_none.rs")]
 mod panel;
 mod repack;
+mod state;
 mod tensor;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
@@ -61,8 +64,9 @@ pub use gguf::{ALIGNMENT, Gguf, MAX_TENSOR_NAME, TensorInfo};
 pub use graph::{Builder, Graph};
 pub use header::Header;
 pub use mapped::Mapped;
-pub use memory::{State, Weight, Weights};
+pub use memory::{Weight, Weights};
 pub use observer::{Observer, Squares};
+pub use state::State;
 pub use tensor::Tensor;
 pub use value::{Array, Value};
 

@@ -17,7 +17,8 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    /// Maps a whole file.
+    /// Maps a whole file, which nobody may shorten or rewrite while it is mapped. No program can check that:
+    /// a read past the new end would be a bus error.
     ///
     /// # Errors
     /// [`Error::Read`] if it cannot be opened, is a folder, or cannot be mapped.
@@ -33,7 +34,8 @@ impl Mapped {
         Self::range(&file, 0, length).map_err(read)
     }
 
-    /// Maps `length` bytes from `offset`, which must lie inside the file.
+    /// Maps `length` bytes from `offset`, which must lie inside the file. As for [`Mapped::open`], it must
+    /// stay as it is.
     ///
     /// # Errors
     /// `UnexpectedEof` if they do not, or what the system says.
@@ -43,8 +45,7 @@ impl Mapped {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
         // SAFETY: the range lies inside the file, checked above, and the map is read-only. That
-        // nobody shortens or rewrites the file meanwhile is the one thing no check can promise;
-        // it is what every program that maps its model asks of its user.
+        // nobody shortens or rewrites the file meanwhile is what the documentation asks of the user.
         let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file)? };
         // Advice only: where a system refuses it, reading is slower and otherwise the same.
         let _ = map.advise(Advice::WillNeed);

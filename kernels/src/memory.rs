@@ -1,4 +1,4 @@
-//! Tensors that outlive graphs: weights, which are only read, and states, which graphs write.
+//! Tensors that outlive graphs, and the memory they lie in: a file's weights, which are only read.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -18,13 +18,13 @@ use crate::{
 /// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
     /// Freed before the context that their tensors lie in.
-    _buffers: Vec<Buffer>,
-    _context: Context,
+    pub(crate) _buffers: Vec<Buffer>,
+    pub(crate) _context: Context,
     pub(crate) backend: Arc<Backend>,
     /// The mapped file that a buffer points into, if it was not copied.
-    _file: Option<Gguf>,
+    pub(crate) _file: Option<Gguf>,
     /// What the buffer of panels points into.
-    _panels: Option<Mapped>,
+    pub(crate) _panels: Option<Mapped>,
 }
 
 // SAFETY: after it is built, a home's tensor headers are only read; their data is read and written
@@ -38,9 +38,9 @@ unsafe impl Sync for Home {}
 pub(crate) struct Place {
     pub(crate) raw: NonNull<sys::ggml_tensor>,
     pub(crate) home: Arc<Home>,
-    device: usize,
-    dtype: DType,
-    shape: Shape,
+    pub(crate) device: usize,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Shape,
 }
 
 // SAFETY: `raw` lies in `home`, which may be shared between threads.
@@ -57,10 +57,6 @@ pub struct Weight {
     pub(crate) sink: Option<Sink>,
 }
 
-/// A tensor that graphs and the host write: an input, a stage's result, a KV cache.
-#[derive(Clone)]
-pub struct State(pub(crate) Place);
-
 impl Weight {
     /// Element type.
     pub fn dtype(&self) -> DType {
@@ -71,121 +67,6 @@ impl Weight {
     pub fn shape(&self) -> Shape {
         self.place.shape
     }
-}
-
-impl State {
-    /// A zeroed tensor on the first device of `backend`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the device has no room.
-    pub fn zeros(backend: &Arc<Backend>, dtype: DType, shape: Shape) -> Result<Self> {
-        Self::on(backend, 0, dtype, shape)
-    }
-
-    /// A zeroed tensor on the device that `weight` is on.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the device has no room.
-    pub fn beside(weight: &Weight, dtype: DType, shape: Shape) -> Result<Self> {
-        Self::on(&weight.place.home.backend, weight.place.device, dtype, shape)
-    }
-
-    fn on(backend: &Arc<Backend>, device: usize, dtype: DType, shape: Shape) -> Result<Self> {
-        let context = Context::new(1);
-        let raw = context.tensor(dtype, &shape);
-        let bytes = dtype.row_bytes(shape[0]).expect("plain types have rows of any length")
-            * shape[1..].iter().product::<usize>();
-        let _idle = backend.lock();
-        // SAFETY: the context holds one tensor without data; the backend is live, and the buffer
-        // is nobody else's.
-        let buffer = unsafe {
-            let buffer = sys::ggml_backend_alloc_ctx_tensors(context.raw(), backend.raw(device));
-            Buffer::new(buffer, backend, device, Use::States, bytes)
-        };
-        let Some(buffer) = buffer else {
-            let (device, what) = (backend.name(device).to_owned(), "the model's state".to_owned());
-            return Err(Error::Memory { device, what, bytes });
-        };
-        // SAFETY: a live buffer; no graph knows it yet.
-        unsafe { sys::ggml_backend_buffer_clear(buffer.raw(), 0) };
-        let (backend, _buffers) = (backend.clone(), vec![buffer]);
-        let home =
-            Arc::new(Home { _buffers, _context: context, backend, _file: None, _panels: None });
-        Ok(Self(Place { raw, home, device, dtype, shape }))
-    }
-
-    /// Sizes, fastest first.
-    pub fn shape(&self) -> Shape {
-        self.0.shape
-    }
-
-    /// Overwrites the elements from the first on.
-    ///
-    /// # Panics
-    /// If there are too many, or they are of another type than the state's.
-    pub fn write<T: Element>(&self, data: &[T]) {
-        assert_eq!(T::DTYPE, self.0.dtype, "a state is written in its own type");
-        assert!(data.len() <= self.len(), "{} elements into {:?}", data.len(), self.shape());
-        let bytes = std::mem::size_of_val(data);
-        let _idle = self.0.home.backend.lock();
-        // SAFETY: the tensor is allocated and holds at least that many bytes; the lock keeps
-        // graphs from running meanwhile.
-        unsafe {
-            sys::ggml_backend_tensor_set(self.0.raw.as_ptr(), data.as_ptr().cast(), 0, bytes);
-        }
-    }
-
-    /// All elements.
-    ///
-    /// # Panics
-    /// If `T` is not the state's element type.
-    pub fn read<T: Element>(&self) -> Vec<T> {
-        assert_eq!(T::DTYPE, self.0.dtype, "a state is read in its own type");
-        let mut data = vec![T::default(); self.len()];
-        let bytes = std::mem::size_of_val(data.as_slice());
-        let _idle = self.0.home.backend.lock();
-        // SAFETY: the tensor is allocated and holds exactly that many bytes of plain numbers.
-        unsafe {
-            sys::ggml_backend_tensor_get(self.0.raw.as_ptr(), data.as_mut_ptr().cast(), 0, bytes);
-        }
-        data
-    }
-
-    fn len(&self) -> usize {
-        self.0.shape.iter().product()
-    }
-}
-
-/// Rust types whose bytes are a tensor's elements.
-pub trait Element: Copy + Default + private::Sealed {
-    /// The same type in ggml.
-    const DTYPE: DType;
-}
-
-impl Element for f32 {
-    const DTYPE: DType = DType::F32;
-}
-
-impl Element for i32 {
-    const DTYPE: DType = DType::I32;
-}
-
-impl Element for i64 {
-    const DTYPE: DType = DType::I64;
-}
-
-/// f16 travels as its bits: [`State::write`] of a mask needs no arithmetic on it.
-impl Element for u16 {
-    const DTYPE: DType = DType::F16;
-}
-
-mod private {
-    /// Keeps [`super::Element`] to types that are plain bytes.
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for i32 {}
-    impl Sealed for i64 {}
-    impl Sealed for u16 {}
 }
 
 /// The tensors of a model file on a backend, each to be taken exactly once.
@@ -244,7 +125,7 @@ impl Weights {
             return Err(Error::Format { file: file.file().to_owned(), why });
         }
         finite::check(file, backend.n_threads())?;
-        let context = Context::new(file.tensors().len());
+        let context = Context::new(file.tensors().len(), 0);
         let raws: Vec<_> =
             file.tensors().iter().map(|t| context.tensor(t.dtype, &t.shape)).collect();
         let no_room = |device: usize, tensors: &[Entry<'_>]| Error::Memory {
@@ -382,19 +263,17 @@ fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buf
 pub(crate) struct Context(NonNull<sys::ggml_context>);
 
 impl Context {
-    /// For `n` tensors.
-    pub fn new(n: usize) -> Self {
+    /// For `n` tensors, and `more` bytes.
+    pub fn new(n: usize, more: usize) -> Self {
         // SAFETY: reads a constant.
         let overhead = unsafe { sys::ggml_tensor_overhead() };
         let params = sys::ggml_init_params {
-            mem_size: (n + 1) * overhead,
+            mem_size: (n + 1) * overhead + more,
             mem_buffer: std::ptr::null_mut(),
             no_alloc: true,
         };
         // SAFETY: the parameters ask ggml to allocate the memory itself.
-        Self(
-            NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for a few tensor headers"),
-        )
+        Self(NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for tensors' headers"))
     }
 
     pub fn raw(&self) -> *mut sys::ggml_context {
@@ -402,7 +281,7 @@ impl Context {
     }
 
     /// A tensor's header. There must be room for it.
-    fn tensor(&self, dtype: DType, shape: &Shape) -> NonNull<sys::ggml_tensor> {
+    pub fn tensor(&self, dtype: DType, shape: &Shape) -> NonNull<sys::ggml_tensor> {
         let sizes = shape.map(|n| i64::try_from(n).expect("sizes were checked"));
         // SAFETY: the context is live; ggml reads four sizes.
         let raw = unsafe { sys::ggml_new_tensor(self.raw(), dtype.number(), 4, sizes.as_ptr()) };
@@ -412,7 +291,8 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: handles hold an `Arc` of what holds the context, so none is left.
+        // SAFETY: a home's handles hold an `Arc` of it, and a graph's tensors borrow its builder, so none
+        // is left.
         unsafe { sys::ggml_free(self.raw()) }
     }
 }

@@ -229,7 +229,7 @@ unsafe fn round(to: &sys::ggml_tensor, rounding: Rounding, i: c_int, n_thread: c
         let (slab, column) = (at / n, at % n);
         let x = &x[column * k..][slab * DEPTH..k.min((slab + 1) * DEPTH)];
         // SAFETY: the node holds `n · n_slab` columns, of which no other thread has this one. Its
-        // bytes are numbers, whatever they are. `available` was asked before there was a panel.
+        // bytes are numbers, whatever they are. `custom::node` asserted the instructions.
         unsafe { (*to.data.cast::<Column>().add(at)).round(x, rounding) }
     }
 }
@@ -238,10 +238,11 @@ unsafe fn round(to: &sys::ggml_tensor, rounding: Rounding, i: c_int, n_thread: c
 extern "C" fn multiply(to: *mut sys::ggml_tensor, _: c_int, n_thread: c_int, kind: *mut c_void) {
     // SAFETY: `mul_mat` made the node: a product of a matrix in panels of this static kind and
     // rounded columns. ggml set what the counter lies in to zero, behind the 24 bytes that it uses.
+    // Other threads write the counter, so nothing here refers to the node as a whole.
     let (kind, weight, x, out, next) = unsafe {
-        let node = &*to;
         let next = AtomicU32::from_ptr((&raw mut (*to).op_params[COUNTER]).cast());
-        (&*kind.cast::<Kind>(), &*node.src[0], &*node.src[1], node.data.cast::<f32>(), next)
+        let [weight, x] = [(*to).src[0], (*to).src[1]];
+        (&*kind.cast::<Kind>(), &*weight, &*x, (*to).data.cast::<f32>(), next)
     };
     let (k, m) = (weight.ne[0] as usize, weight.ne[1] as usize);
     let (n_column, n_slab) = (x.ne[1] as usize, x.ne[2] as usize);
@@ -259,7 +260,7 @@ extern "C" fn multiply(to: *mut sys::ggml_tensor, _: c_int, n_thread: c_int, kin
     let many = n_panel.div_ceil(SHARES * n_thread);
     let n_turn = n_panel.div_ceil(many);
     let block = (kind.dtype.block(), ROWS * kind.dtype.block_bytes());
-    // SAFETY: `available` was asked before there was a panel.
+    // SAFETY: `custom::node` asserted the instructions.
     let mut scratch = unsafe { Scratch::new() };
     loop {
         let turn = next.fetch_add(1, Ordering::Relaxed) as usize;

@@ -44,7 +44,8 @@ impl Layout {
         Self { raw, device, is_packed: false }
     }
 
-    fn packed(backend: &Backend) -> Vec<Self> {
+    /// The CPU's packed layouts.
+    pub fn packed(backend: &Backend) -> Vec<Self> {
         type Get =
             unsafe extern "C" fn(sys::ggml_backend_dev_t) -> *mut sys::ggml_backend_buffer_type_t;
         let Some(found) = backend.host_function(c"ggml_backend_dev_get_extra_bufts") else {
@@ -66,6 +67,28 @@ impl Layout {
         layouts
     }
 
+    /// Whether a node reads a tensor of one of these [`Layout::packed`] otherwise than as the left operand of
+    /// a product of two matrices. ggml does not always say so: of views, it learns the layout too late, and
+    /// products of stacks of matrices end in an abort or read past the tensor.
+    pub fn misused(packed: &[Self], node: NonNull<sys::ggml_tensor>) -> bool {
+        // SAFETY: a graph's nodes, their sources and what those view are live.
+        let node = unsafe { node.as_ref() };
+        let is_packed = |tensor: &sys::ggml_tensor| {
+            // SAFETY: a tensor's buffer, if it has one yet, is live.
+            let kind = NonNull::new(tensor.buffer)
+                .map(|buffer| unsafe { sys::ggml_backend_buffer_get_type(buffer.as_ptr()) });
+            packed.iter().any(|layout| Some(layout.raw.as_ptr()) == kind)
+        };
+        let sources = node.src.iter().enumerate();
+        sources.filter_map(|(i, source)| Some((i, NonNull::new(*source)?))).any(|(i, source)| {
+            // SAFETY: as above.
+            let (source, viewed) = unsafe { (source.as_ref(), source.as_ref().view_src.as_ref()) };
+            let is_factor = i == 0 && node.op == sys::GGML_OP_MUL_MAT && viewed.is_none();
+            let is_matrix = node.ne[2..] == [1, 1];
+            is_packed(viewed.unwrap_or(source)) && !(is_factor && is_matrix)
+        })
+    }
+
     /// Whether its device computes with this tensor, which has no data yet, in this layout: looks
     /// rows up in a table, multiplies by a matrix. Vectors suit everything but packed layouts.
     pub fn suits(self, backend: &Backend, (info, raw): &Entry<'_>, is_table: bool) -> bool {
@@ -76,7 +99,7 @@ impl Layout {
         if !is_matrix {
             return true;
         }
-        let context = Context::new(2);
+        let context = Context::new(2, 0);
         let columns = i64::try_from(info.shape[0]).expect("sizes were checked");
         // SAFETY: the empty buffer, to which the tensor then points no more, is freed here; looking
         // one row up, and a product of a matrix and a row of its length, are well-formed.

@@ -59,12 +59,19 @@ impl<'g> Tensor<'g> {
     }
 
     fn is_contiguous(self) -> bool {
+        // SAFETY: as in `shape`. ggml does not look at the stride of rows of one element, but its kernels do.
+        self.is_packed() && unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
+    }
+
+    /// Whether ggml's activations take it for contiguous, too, which look at the stride of dimension 1 even
+    /// where its size is 1.
+    fn is_plainly_contiguous(self) -> bool {
         // SAFETY: as in `shape`.
-        unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
+        self.is_contiguous() && unsafe { sys::ggml_is_contiguous_1(self.raw.as_ptr()) }
     }
 
     /// Whether the elements of a row follow each other.
-    fn is_packed(self) -> bool {
+    pub(crate) fn is_packed(self) -> bool {
         self.strides()[0] == self.dtype().block_bytes()
     }
 
@@ -74,12 +81,16 @@ impl<'g> Tensor<'g> {
         NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw)
     }
 
+    /// Whether its bytes are a weight's or a state's, rather than an operation's result.
+    pub(crate) fn is_leaf(self) -> bool {
+        // SAFETY: as in `shape`; a view's source lives as long as the view.
+        unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE
+    }
+
     /// The same numbers, to be read after the whole graph has run. No other node gets their memory;
     /// a state's, which others may write, are copied, which takes a node.
     pub(crate) fn kept(self) -> Self {
-        // SAFETY: as in `shape`; a view's source lives as long as the view.
-        let is_state = unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE;
-        let kept = if is_state { self.contiguous() } else { self };
+        let kept = if self.is_leaf() { self.contiguous() } else { self };
         // SAFETY: live, as is what it views; it flags both, and ggml's allocator spares outputs.
         unsafe { sys::ggml_set_output(kept.raw.as_ptr()) };
         kept
@@ -98,9 +109,9 @@ impl<'g> Tensor<'g> {
         self.dtype() == DType::F32
     }
 
-    /// The arguments every constructor of ggml starts with.
+    /// The arguments every constructor of ggml starts with. Each call is for one node.
     fn args(self) -> (*mut sys::ggml_context, *mut sys::ggml_tensor) {
-        (self.builder.context.as_ptr(), self.raw.as_ptr())
+        (self.builder.context_for_one(), self.raw.as_ptr())
     }
 
     fn same_graph(self, other: Tensor<'_>) {
@@ -168,7 +179,7 @@ impl<'g> Tensor<'g> {
     /// GELU in its exact form, through erf.
     pub fn gelu_erf(self) -> Tensor<'g> {
         self.rows("gelu_erf");
-        assert!(self.is_contiguous(), "gelu_erf: operand has gaps");
+        assert!(self.is_plainly_contiguous(), "gelu_erf: operand has gaps");
         #[cfg(target_arch = "x86_64")]
         if self.builder.has_own_kernels() {
             return gelu::gelu_erf(self);
@@ -183,7 +194,8 @@ impl<'g> Tensor<'g> {
         self.same_graph(up);
         assert_eq!(self.shape(), up.shape(), "swiglu: shapes differ");
         assert!(self.is_f32() && up.is_f32(), "swiglu: operands are not f32");
-        assert!(self.is_contiguous() && up.is_contiguous(), "swiglu: operands have gaps");
+        let without_gaps = self.is_plainly_contiguous() && up.is_plainly_contiguous();
+        assert!(without_gaps, "swiglu: operands have gaps");
         let (context, raw) = self.args();
         // SAFETY: both are live, f32, contiguous and of one shape.
         self.builder.node(unsafe { sys::ggml_swiglu_split(context, raw, up.raw.as_ptr()) })
@@ -196,7 +208,7 @@ impl<'g> Tensor<'g> {
     /// The same elements, in the same order, under other sizes.
     pub fn reshape(self, dims: &[usize]) -> Tensor<'g> {
         let new = shape(dims);
-        let count = |s: Shape| s.iter().product::<usize>();
+        let count = |s: Shape| s.iter().try_fold(1, |count: usize, n| count.checked_mul(*n));
         assert_eq!(count(self.shape()), count(new), "reshape: {:?} to {new:?}", self.shape());
         assert!(self.is_contiguous(), "reshape: operand has gaps");
         assert!(self.dtype().row_bytes(new[0]).is_some(), "reshape: inside blocks");
@@ -209,6 +221,7 @@ impl<'g> Tensor<'g> {
     /// Moves dimension `i` to place `to[i]`. Nothing is copied.
     pub fn permute(self, to: [usize; 4]) -> Tensor<'g> {
         assert!((0..4).all(|axis| to.contains(&axis)), "permute: {to:?} is no permutation");
+        assert!(to[0] == 0 || !self.dtype().is_quantized(), "permute: inside blocks");
         let (context, raw) = self.args();
         let [a, b, c, d] = to.map(|axis| axis as i32);
         // SAFETY: live, and a permutation of the four dimensions.
@@ -237,7 +250,7 @@ impl<'g> Tensor<'g> {
     /// A copy without gaps, in the order of the dimensions.
     pub fn contiguous(self) -> Tensor<'g> {
         let (context, raw) = self.args();
-        // SAFETY: live.
+        // SAFETY: live. Blocks are whole and in a row, since `permute` and `slice` keep them so.
         self.builder.node(unsafe { sys::ggml_cont(context, raw) })
     }
 
@@ -253,8 +266,8 @@ impl<'g> Tensor<'g> {
         self.builder.node(unsafe { sys::ggml_concat(context, raw, other.raw.as_ptr(), dim as i32) })
     }
 
-    /// Rows of a table `[k, n_row]` by number: `ids [n]` of i32 gives `[k, n]` in f32.
-    /// The host must have written numbers below `n_row`: see [`crate::State::write`].
+    /// Rows of a table `[k, n_row]` by number: `ids [n]` of i32, a [`crate::State::ids`] below `n_row`, to
+    /// `[k, n]` in f32.
     pub fn get_rows(self, ids: Tensor<'g>) -> Tensor<'g> {
         self.same_graph(ids);
         let [_, n, one, also_one] = ids.shape();
@@ -262,26 +275,39 @@ impl<'g> Tensor<'g> {
         assert_eq!(ids.dtype(), DType::I32, "get_rows: ids are not i32");
         assert_eq!(self.shape()[2..], [1, 1], "get_rows: the table is not a matrix");
         assert!(self.dtype().is_float() && self.is_packed(), "get_rows: the table's rows");
+        let n_row = self.shape()[1];
+        assert!(
+            self.builder.are_below(ids, n_row),
+            "get_rows: ids are not bound to stay below {n_row}"
+        );
         let (context, raw) = self.args();
-        // SAFETY: both are live, a matrix and a vector of i32. ggml asserts that ids are in range.
+        // SAFETY: both are live, a matrix and a vector of i32, whose numbers are those of rows: what writes
+        // such a state checks them, and nothing in a graph can.
         self.builder.node(unsafe { sys::ggml_get_rows(context, raw, ids.raw.as_ptr()) })
     }
 
     /// Writes `rows [k, n]` into this state `[k, n_row]`, converted to its type, at the places
-    /// `at [n]` of i64. Runs before anything that is added later.
+    /// `at [n]` of i64, a [`crate::State::ids`] below `n_row`. Runs before anything that is added later.
     pub fn set_rows(self, rows: Tensor<'g>, at: Tensor<'g>) {
         self.same_graph(rows);
         self.same_graph(at);
         let (table, new) = (self.shape(), rows.shape());
-        assert_eq!((table[0], table[2..] == [1, 1]), (new[0], new[2..] == [1, 1]), "set_rows");
+        let matrices = table[2..] == [1, 1] && new[2..] == [1, 1];
+        assert!(matrices && table[0] == new[0], "set_rows: {new:?} are not rows of {table:?}");
         assert_eq!(at.shape(), [new[1], 1, 1, 1], "set_rows: one place per row");
         assert_eq!(at.dtype(), DType::I64, "set_rows: places are not i64");
         rows.rows("set_rows");
         assert!(self.dtype().is_float() && self.is_packed(), "set_rows: the table's rows");
         assert!(!self.is_weight(), "set_rows: weights are only read");
+        assert!(self.is_leaf(), "set_rows: only states are written");
+        let n_row = table[1];
+        assert!(
+            self.builder.are_below(at, n_row),
+            "set_rows: places are not bound to stay below {n_row}"
+        );
         let (context, raw) = self.args();
         let (rows, at) = (rows.raw.as_ptr(), at.raw.as_ptr());
-        // SAFETY: all are live and of sizes that fit. ggml asserts that places are in range.
+        // SAFETY: all are live and of sizes that fit, and places are those of rows, as in `get_rows`.
         let node = self.builder.node(unsafe { sys::ggml_set_rows(context, raw, rows, at) });
         self.builder.run(node);
     }
@@ -296,6 +322,7 @@ impl<'g> Tensor<'g> {
         assert!(head_dim.is_multiple_of(2) && one == 1, "rope: {:?}", self.shape());
         assert_eq!(positions.shape(), [n, 1, 1, 1], "rope: one position per row");
         assert_eq!(positions.dtype(), DType::I32, "rope: positions are not i32");
+        assert!(positions.is_packed(), "rope: positions have gaps");
         self.rows("rope");
         let (context, raw) = self.args();
         let (dims, none, at) = (head_dim as i32, std::ptr::null_mut(), positions.raw.as_ptr());

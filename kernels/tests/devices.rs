@@ -90,7 +90,7 @@ fn two_products(backend: &Arc<Backend>, place: &dyn Fn(&str) -> usize) -> Vec<f3
     let mut weights = Weights::placed(&file, backend, &["table"], place).unwrap();
     let mut take = |name| weights.take(name, shape(&[64, 64])).unwrap();
     let (table, first, second) = (take("table"), take("first"), take("second"));
-    let ids = State::zeros(backend, DType::I32, shape(&[2])).unwrap();
+    let ids = State::ids(backend, DType::I32, 2, 64).unwrap();
     let result = State::beside(&second, DType::F32, shape(&[64, 2])).unwrap();
     let mut graph = Graph::build(backend, 16, |g| {
         let x = g.weight(&table).get_rows(g.state(&ids));

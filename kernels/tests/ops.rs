@@ -263,7 +263,7 @@ fn patches_are_cut_row_by_row_and_ordered_x_y_channel() {
 #[test]
 fn rows_are_read_and_written_by_number() {
     let (data, rows) = (numbers(4 * 5, 1), numbers(4 * 2, 2));
-    let ids = zeros(DType::I32, &[3]);
+    let ids = common::ids(DType::I32, 3, 5);
     ids.write(&[4_i32, 0, 4]);
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let (table, rounded) = weight(dtype, &[4, 5], &data);
@@ -271,7 +271,7 @@ fn rows_are_read_and_written_by_number() {
         assert_eq!(got, [&rounded[16..], &rounded[..4], &rounded[16..]].concat(), "{dtype}");
     }
     let (cache, new) = (state(&[4, 5], &data), state(&[4, 2], &rows));
-    let at = zeros(DType::I64, &[2]);
+    let at = common::ids(DType::I64, 2, 5);
     at.write(&[3_i64, 1]);
     let got = compute(&[4, 5], |g| {
         g.state(&cache).set_rows(g.state(&new), g.state(&at));

@@ -91,7 +91,7 @@ fn tables_are_left_alone() {
     let look_up = |tables: &[&str]| {
         let mut weights = Weights::placed(&file, backend(), tables, &|_| 0).unwrap();
         let weight = weights.take("Q4_0", shape(&[N_IN, 8])).unwrap();
-        let ids = common::zeros(DType::I32, &[1]);
+        let ids = common::ids(DType::I32, 1, 8);
         ids.write(&[5_i32]);
         let row = common::zeros(DType::F32, &[N_IN]);
         let mut graph = Graph::build(backend(), 8, |g| {

@@ -52,6 +52,11 @@ pub fn zeros(dtype: DType, dims: &[usize]) -> State {
     State::zeros(backend(), dtype, shape(dims)).unwrap()
 }
 
+/// Row numbers below a bound, all zero.
+pub fn ids(dtype: DType, n: usize, below: usize) -> State {
+    State::ids(backend(), dtype, n, below).unwrap()
+}
+
 /// A state of f32.
 pub fn state(dims: &[usize], data: &[f32]) -> State {
     let state = zeros(DType::F32, dims);

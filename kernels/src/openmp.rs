@@ -1,0 +1,34 @@
+//! How long ggml's threads spin before they sleep.
+//!
+//! All of a graph's threads meet at a barrier after every node. One that arrives early spins, in the hope
+//! that the others are about to arrive, and then sleeps. libgomp's default is 300,000 turns, some
+//! milliseconds. On a machine with other work to do that is the worst choice: the thread that is waited
+//! for has lost its core to another program, or to the very thread that spins, and a graph of a thousand
+//! nodes takes a thousand such waits. [`SPINS`] is about what it costs to sleep and to be woken, so that a
+//! wait takes at most twice the time of the better choice, whichever that is. See `benches/SPEED.md`.
+//!
+//! libgomp reads the environment once, in its constructor. It is linked statically (the feature
+//! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, so a
+//! constructor of our own with a higher priority comes first in both.
+
+use std::ffi::CStr;
+
+/// Turns at a barrier before a thread sleeps. libgomp takes as many by itself where it knows that there
+/// are more threads than cores.
+const SPINS: &CStr = c"1000";
+
+/// Runs before libgomp's constructor, which has no priority: a smaller number is earlier, and those up to
+/// 100 are the implementation's.
+#[used]
+#[unsafe(link_section = ".init_array.00101")]
+static CONSTRUCTOR: extern "C" fn() = limit_spinning;
+
+/// Sets `GOMP_SPINCOUNT`, unless the user has chosen how threads wait.
+extern "C" fn limit_spinning() {
+    // SAFETY: C strings. Before `main` and without other threads, nothing else uses the environment.
+    unsafe {
+        if libc::getenv(c"OMP_WAIT_POLICY".as_ptr()).is_null() {
+            libc::setenv(c"GOMP_SPINCOUNT".as_ptr(), SPINS.as_ptr(), 0);
+        }
+    }
+}

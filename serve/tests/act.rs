@@ -109,6 +109,8 @@ fn what_the_body_has_no_room_for_is_in_the_headers() {
         ("3", "5")
     );
     assert!(got.headers["server-timing"].starts_with("queue;dur="));
+    let empty = server.post("/act", &[], numpy_body(" \n").as_bytes());
+    assert!(empty.headers["x-openvla-warning"].contains("the instruction is empty"));
     let array: Json<'_> = serde_json::from_slice(&got.body).unwrap();
     let mut clamped = ACTION;
     clamped[5] = 0.1;

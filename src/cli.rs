@@ -1,12 +1,17 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
-use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use signal_hook::consts::SIGXFSZ;
+use signal_hook::flag;
 
 use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options};
 
@@ -101,15 +106,24 @@ impl Model {
     }
 }
 
-/// The model file that was named by `-m`, else by `$OPENVLA_MODEL`.
+/// The model file that was named by `-m`, else by `$OPENVLA_MODEL`. An empty variable is as good as
+/// none: that is how container tools pass on what is not set.
 pub fn named(model: Option<PathBuf>) -> Option<PathBuf> {
-    model.or_else(|| std::env::var_os("OPENVLA_MODEL").map(Into::into))
+    let variable = || std::env::var_os("OPENVLA_MODEL").filter(|path| !path.is_empty());
+    model.or_else(|| variable().map(Into::into))
 }
 
-/// The program's arguments. `-ngl` is how llama.cpp's programs spell `--n-gpu-layers`; clap knows no
-/// short names of three letters.
-pub fn arguments() -> impl Iterator<Item = OsString> {
-    std::env::args_os().map(|arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg })
+/// Starts a program: reads its arguments, and from then on a write beyond `ulimit -f` is an error
+/// like any other.
+///
+/// `-ngl` is how llama.cpp's programs spell `--n-gpu-layers`; clap has no short names of three
+/// letters.
+pub fn start<A: clap::Parser>() -> A {
+    // Without a handler, the signal ends the process, which then leaves half a file behind. The flag
+    // is not needed: the write itself fails. A system that refuses the handler changes nothing else.
+    let _ = flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
+    let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
+    A::parse_from(std::env::args_os().map(spelled))
 }
 
 /// Writes a file beside its place and moves it there, so that it is whole or not there.
@@ -129,13 +143,48 @@ pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Writes a line to stderr. Unlike `eprintln!`, it does not panic where stderr cannot be written to:
+/// a job does not end because nobody reads its log.
+pub fn say(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Reads the name of a file to write. `-` is refused, since nothing here writes files to stdout.
+pub fn output_file() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path == Path::new("-") {
+        true => Err("a file is needed, not stdout; ./- is a file of this name"),
+        false => Ok(path),
+    })
+}
+
+/// Said where the instruction is empty: the reference acts on the image alone, and so do we.
+pub const NO_INSTRUCTION: &str =
+    "the instruction is empty; the motion follows from the image alone";
+
+/// What is probably a mistake about an instruction from the command line.
+pub fn doubt(instruction: &str) -> Option<&'static str> {
+    let path = Path::new(instruction);
+    let ending = path.extension().map(|ending| ending.to_ascii_lowercase());
+    let is_picture = ending.is_some_and(|ending| PICTURES.iter().any(|known| ending == *known));
+    match instruction.trim().is_empty() {
+        true => Some(NO_INSTRUCTION),
+        false if is_picture || path.is_file() => {
+            Some("the instruction is the name of a file; images come first, then the instruction")
+        }
+        false => None,
+    }
+}
+
+/// Endings of picture files that can be read.
+pub const PICTURES: [&str; 5] = ["png", "jpg", "jpeg", "webp", "bmp"];
+
 /// How a program ends: 0, or 1 with the error and what to try on stderr.
 pub fn end(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    eprintln!("error: {error:#}");
+    say(format_args!("error: {error:#}"));
     let hint = error.chain().find_map(|cause| cause.downcast_ref::<crate::Error>()?.hint());
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        say(format_args!("hint: {hint}"));
     }
     ExitCode::FAILURE
 }

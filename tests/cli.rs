@@ -130,6 +130,52 @@ fn an_image_that_cannot_be_read_ends_the_run_after_the_steps_before_it() {
     assert_eq!(draft.status.code(), Some(2));
 }
 
+/// A full disk, and a pipe whose reader is gone.
+fn unwritable() -> [Stdio; 2] {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let (_, pipe) = std::io::pipe().unwrap();
+    [full.into(), pipe.into()]
+}
+
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing_and_a_result_that_cannot_is_an_error() {
+    let run = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
+        command.args([&table(), "wave"]).env_remove("OPENVLA_MODEL");
+        command
+    };
+    for log in unwritable() {
+        let output = run().stderr(log).output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(stdout(&output).lines().count(), 8);
+    }
+    for log in unwritable() {
+        let missing = run().arg("nowhere.png").stderr(log).output().unwrap();
+        assert_eq!(missing.status.code(), Some(1), "the error is lost, its code is not");
+    }
+    for results in unwritable() {
+        let output = run().stdout(results).stderr(Stdio::piped()).output().unwrap();
+        assert_fails(&output, &["os error"]);
+    }
+}
+
+#[test]
+fn probable_mistakes_with_the_instruction_are_warned_of() {
+    for empty in ["", " \n"] {
+        let output = openvla_run(&[&table(), empty, "--json"]);
+        assert!(output.status.success(), "as the reference has it");
+        assert!(stderr(&output).contains("warning: the instruction is empty"), "{empty:?}");
+    }
+    let swapped = openvla_run(&["put eggplant into pot", &table()]);
+    assert_fails(&swapped, &["put eggplant into pot", "images come first, then the instruction"]);
+    let misspelled = openvla_run(&["put eggplant into pot", "nowhere.JPG"]);
+    assert_fails(&misspelled, &["images come first, then the instruction"]);
+    let forgotten = openvla_run(&[&table(), &table()]);
+    assert!(stderr(&forgotten).contains("images come first"), "{}", stderr(&forgotten));
+    let sound = openvla_run(&[&table(), "put the cup on a mat."]);
+    assert!(!stderr(&sound).contains("warning: "), "{}", stderr(&sound));
+}
+
 #[test]
 fn the_model_comes_from_the_flag_or_else_the_environment() {
     let example = root().join("example/example.gguf");
@@ -141,6 +187,10 @@ fn the_model_comes_from_the_flag_or_else_the_environment() {
         command.output().unwrap()
     };
     assert_fails(&with(None, missing), &[missing, "No such file"]);
+    let said = stderr(&with(Some(Path::new(missing)), ""));
+    assert_eq!(said.matches("No such file").count(), 1, "once is enough: {said}");
+    let unset = with(None, "");
+    assert!(unset.status.success() && stderr(&unset).contains("built-in"), "{}", stderr(&unset));
     let output = with(Some(&example), missing);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(!stderr(&output).contains("built-in"));

@@ -57,6 +57,20 @@ fn unsafe_code_is_in_kernels_and_each_block_says_why_it_is_sound() {
     }
 }
 
+/// `eprintln!` panics where stderr cannot be written to; `openvla::cli::say` does not.
+#[test]
+fn programs_survive_a_log_that_cannot_be_written() {
+    for (path, text) in sources() {
+        let inside = path.strip_prefix(root()).unwrap();
+        let program = text.split("#[cfg(test)]").next().unwrap();
+        if inside.iter().any(|part| part == "src") {
+            let prints = ["eprint!(", "eprintln!("].map(|print| program.matches(print).count());
+            let skips = program.matches("eprintln!(\"SKIPPED").count(); // a module of tests
+            assert_eq!(prints.iter().sum::<usize>(), skips, "{}", inside.display());
+        }
+    }
+}
+
 /// Shapes, backends and devices are values: model code reads the same whatever it runs on.
 #[test]
 fn model_code_does_not_know_the_device() {

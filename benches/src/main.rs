@@ -53,7 +53,7 @@ enum Command {
         /// Results that `-o json` printed
         results: Vec<PathBuf>,
         /// File to write
-        #[arg(short, long, value_name = "FILE.svg")]
+        #[arg(short, long, value_name = "FILE.svg", value_parser = cli::output_file())]
         output: PathBuf,
     },
     /// Prints results side by side: the README's table
@@ -72,14 +72,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    cli::end(run(Args::parse_from(cli::arguments())))
+    cli::end(run(cli::start()))
 }
 
 fn run(args: Args) -> Result<()> {
     let text = match args.command {
         Some(Command::Plot { results, output }) => {
             write(&output, &plot::svg(&Results::read_all(&results)?)?)?;
-            eprintln!("wrote {}", output.display());
+            cli::say(format_args!("wrote {}", output.display()));
             return Ok(());
         }
         Some(Command::Table { results }) => report::table(&Results::read_all(&results)?)?,

@@ -31,9 +31,9 @@ impl ModelFile {
         if let Some(path) = openvla::cli::named(named) {
             return Ok(Self { path, _folder: None });
         }
-        eprintln!(
+        openvla::cli::say(
             "measuring the built-in example, whose random weights are few; \
-             -m openvla-7b.gguf names yours"
+             -m openvla-7b.gguf names yours",
         );
         let folder = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let path = folder.path().join("example.gguf");

@@ -4,11 +4,10 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use openvla_convert::interrupt::{self, Interrupted};
 
 fn main() -> ExitCode {
-    let args = cli::Args::parse_from(openvla::cli::arguments());
+    let args: cli::Args = openvla::cli::start();
     let result = interrupt::listen().and_then(|()| cli::run(args));
     let interrupted = result.as_ref().is_err_and(|error| error.is::<Interrupted>());
     let code = openvla::cli::end(result);

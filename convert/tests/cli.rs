@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::{assert_fails, checkpoint, example, openvla_convert, stderr, stdout};
 use openvla_example::{COMMITTED, Size, Spec};
@@ -170,6 +170,54 @@ fn a_checkpoint_that_is_refused_is_not_sent_back_to_where_it_came_from() {
     assert!(!said.contains("the model file") && !said.contains("write the file again"), "{said}");
 }
 
+#[test]
+fn a_log_that_cannot_be_written_does_not_keep_the_file_from_being_written() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let (_, no_reader) = std::io::pipe().unwrap();
+    for log in [Stdio::from(full), Stdio::from(no_reader)] {
+        let dir = tempfile::tempdir().unwrap();
+        let status = Command::new(env!("CARGO_BIN_EXE_openvla-convert"))
+            .args(["--no-proof", "-t", "1", &checkpoint(), "-o", "model.gguf"])
+            .current_dir(dir.path())
+            .stderr(log)
+            .status()
+            .unwrap();
+        assert_eq!(status.code(), Some(0));
+        assert!(dir.path().join("model.gguf").exists());
+    }
+}
+
+/// The shell's limit is in blocks of 512 or 1024 bytes; the file is larger than 100 of either.
+#[test]
+fn a_limit_on_the_size_of_files_is_an_error_and_nothing_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -f 100; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_openvla-convert")])
+        .args(["--no-proof", "-t", "1", &checkpoint(), "-o", "model.gguf"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_fails(&output, &["cannot write model.gguf", "File too large"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn stdout_is_no_place_for_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = &checkpoint();
+    for args in [
+        &[checkpoint, "-o", "-"][..],
+        &["random", "-o", "-"],
+        &["export-llama", "model.gguf", "-o", "-"],
+        &["imatrix", "model.gguf", "--images", ".", "--instructions", "x", "-o", "-"],
+    ] {
+        let output = openvla_convert(args, dir.path());
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(stderr(&output).contains("a file is needed, not stdout"), "{args:?}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no file named -");
+}
+
 /// In the middle of its work it takes back what it wrote.
 #[test]
 fn an_interrupt_leaves_nothing_behind() {
@@ -181,7 +229,7 @@ fn an_interrupt_leaves_nothing_behind() {
         let mut child = Command::new(env!("CARGO_BIN_EXE_openvla-convert"))
             .args(["--q4".as_ref(), "-t".as_ref(), "1".as_ref(), wide.path()])
             .current_dir(dir.path())
-            .stderr(std::process::Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         while files() == 0 {

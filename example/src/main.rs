@@ -1,6 +1,8 @@
 //! Writes a checkpoint and `table.png`: without arguments, the committed ones of this folder.
 
+use std::fmt::Display;
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(format_args!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -50,6 +52,11 @@ fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
     let picture = folder.join("table.png");
     fs::write(&picture, table_png()?)
         .with_context(|| format!("cannot write {}", picture.display()))?;
-    eprintln!("wrote {} and {}", checkpoint.display(), picture.display());
+    say(format_args!("wrote {} and {}", checkpoint.display(), picture.display()));
     Ok(())
+}
+
+/// Unlike `eprintln!`, it does not panic where stderr cannot be written to.
+fn say(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

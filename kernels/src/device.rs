@@ -1,6 +1,7 @@
 //! What computers have to compute with: ggml's registry, and what ggml says while it looks.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::io::Write;
 use std::ptr::NonNull;
 use std::sync::{Mutex, Once, PoisonError};
 
@@ -155,7 +156,8 @@ unsafe extern "C" fn end(said: *const c_char) {
     // SAFETY: ggml passes a C string.
     let said = unsafe { text(said) };
     let before = Device::complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default();
-    eprintln!("error: the device failed: {said}{before}");
+    // `eprintln!` would panic where stderr cannot be written to, which has no way out of here.
+    let _ = writeln!(std::io::stderr(), "error: the device failed: {said}{before}");
     // SAFETY: ends the process at once; a failed device's own clean-up might never end.
     unsafe { libc::_exit(1) }
 }

@@ -23,7 +23,7 @@ impl Mapped {
     /// # Errors
     /// [`Error::Read`] if it cannot be opened, is a folder, or cannot be mapped.
     pub fn open(path: &Path) -> Result<Self> {
-        let read = |source| Error::Read { path: path.to_owned(), source };
+        let read = |why| Error::Read { path: path.to_owned(), why };
         let file = File::open(path).map_err(read)?;
         let metadata = file.metadata().map_err(read)?;
         if !metadata.is_file() {

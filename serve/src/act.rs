@@ -13,10 +13,12 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use crate::compat;
 use crate::error::{Code, Error};
+use crate::field::Field;
+use crate::json::standard;
+use crate::message::{Form, Message};
 use crate::numpy::{self, Layout, Ndarray};
 use crate::observation::{Answer, Observation};
 use crate::routes::App;
@@ -28,14 +30,15 @@ struct Double<'a> {
     encoded: Cow<'a, str>,
 }
 
-#[derive(Deserialize)]
-struct Payload<'a> {
-    #[serde(borrow)]
-    image: numpy::Json<'a>,
-    instruction: String,
-    unnorm_key: Option<String>,
-    encoded: Option<IgnoredAny>,
-}
+static FORM: Form = Form {
+    image: &["image"],
+    cameras: false,
+    instruction: &["instruction"],
+    options: &["unnorm_key", "encoded"],
+    hint: "`image` is an array of json_numpy, {\"__numpy__\": base64, \"dtype\": \"|u1\", \"shape\": \
+           [height, width, 3]}, and `instruction` is text; a Python client calls json_numpy.patch() \
+           before it sends arrays, and a PNG or JPEG goes to /v1/act",
+};
 
 /// Whether the body is JSON within JSON, and so is the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,36 +69,26 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 fn decode(body: &[u8], max_pixels: usize) -> Result<(Observation, Encoding), Error> {
+    let body = &*standard(body)?;
     // Fails at the first other key, so it costs nothing where it is not the form.
     if let Ok(Double { encoded }) = serde_json::from_slice(body) {
-        return Ok((observation(encoded.as_bytes(), max_pixels)?, Encoding::Double));
+        let encoded = standard(encoded.as_bytes())?;
+        return Ok((observation(&encoded, max_pixels)?, Encoding::Double));
     }
     Ok((observation(body, max_pixels)?, Encoding::Plain))
 }
 
 fn observation(json: &[u8], max_pixels: usize) -> Result<Observation, Error> {
-    let payload: Payload<'_> = object(json)?;
-    if payload.encoded.is_some() {
-        return Err(Error::bad_request("`encoded` must be the only key where it is given"));
+    let mut message = Message::from_json(&FORM, json)?;
+    if message.option("encoded", |_, _| Ok(()))?.is_some() {
+        let wrong = "`encoded` is JSON as text, and the only key where it is given";
+        return Err(Error::bad_request(wrong));
     }
-    let image = payload.image.0.image(Layout::ChannelsLast, max_pixels)?;
-    Observation::new(image, payload.instruction, payload.unnorm_key)
-}
-
-/// A JSON object of this kind.
-///
-/// # Errors
-/// [`Code::BadJson`], [`Code::BadRequest`].
-pub fn object<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Error> {
-    match serde_json::from_slice(json) {
-        // serde would take a list of the fields' values, too.
-        Ok(_) if json.trim_ascii_start().first() != Some(&b'{') => {
-            Err(Error::bad_request("the body is no object"))
-        }
-        Ok(object) => Ok(object),
-        Err(why) if why.is_data() => Err(Error::bad_request(why.to_string())),
-        Err(why) => Err(Error::new(Code::BadJson, format!("the body is not JSON: {why}"))),
-    }
+    let (name, image) = message.image()?;
+    let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
+    let instruction = message.instruction()?;
+    let unnorm_key = message.option("unnorm_key", Field::text)?;
+    Observation::new(image.image(Layout::ChannelsLast, max_pixels)?, instruction, unnorm_key)
 }
 
 fn encode(answer: &Answer, encoding: Encoding) -> Response {
@@ -182,19 +175,49 @@ mod tests {
     }
 
     #[test]
+    fn what_nothing_reads_may_be_what_python_writes() {
+        let body =
+            format!(r#"{{"image": {IMAGE}, "instruction": "x", "state": [NaN, -Infinity]}}"#);
+        let (a, _) = decode(body.as_bytes(), 100).unwrap();
+        assert_eq!((a.image.as_raw().as_slice(), a.unnorm_key), (&[0, 1, 2][..], None));
+        let double = serde_json::json!({ "encoded": body }).to_string();
+        assert!(decode(double.as_bytes(), 100).is_ok());
+        let wide: Vec<u8> = body.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert!(decode(&[b"\xff\xfe", &wide[..]].concat(), 100).is_ok());
+        let text = r#"{"__numpy__": "eAAAAA==", "dtype": "<U1", "shape": []}"#;
+        let body = format!(r#"{{"image": {IMAGE}, "instruction": {text}, "unnorm_key": {text}}}"#);
+        let (a, _) = decode(body.as_bytes(), 100).unwrap();
+        assert_eq!((a.instruction.as_str(), a.unnorm_key.as_deref()), ("x", Some("x")));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let code = |body: &str| decode(body.as_bytes(), 100).map(|_| ()).unwrap_err();
         assert_eq!(code("").code, Code::BadJson);
         assert_eq!(code("{\"image\":").code, Code::BadJson);
-        assert!(code(r#"{"instruction": "x"}"#).message.contains("missing field `image`"));
-        assert!(code(r#"{"encoded": "{}", "x": 1}"#).message.contains("missing field `image`"));
+        let keys = code(r#"{"full_image": 1, "instruction": "x"}"#);
+        assert!(keys.message.contains("no `image`; what is not read: `full_image`"), "{keys}");
         let both = format!(r#"{{"encoded": 1, "image": {IMAGE}, "instruction": "x"}}"#);
         assert!(code(&both).message.contains("the only key"));
-        let list = code(r#"{"image": [[[0, 1, 2]]], "instruction": "x"}"#);
-        assert!(list.message.contains("invalid type: sequence"), "{list}");
+        assert!(code(r#"{"encoded": "{}", "x": 1}"#).message.contains("the only key"));
+        for (image, found) in [
+            ("[[[0, 1, 2]]]", "a list"),
+            (r#""AAEC""#, "text"),
+            ("NaN", "a number, or NaN"),
+            ("{}", "a map"),
+            (r#"{"__numpy__": "AAEC", "dtype": "|u1"}"#, "an array without `shape`"),
+        ] {
+            let error = code(&format!(r#"{{"image": {image}, "instruction": "x"}}"#));
+            assert!(error.message.starts_with(&format!("`image` is {found}; ")), "{error}");
+            assert!(error.hint.unwrap().contains("json_numpy.patch()"));
+        }
+        for instruction in ["NaN", "null", "[\"x\"]", "3"] {
+            let error = code(&format!(r#"{{"image": {IMAGE}, "instruction": {instruction}}}"#));
+            assert!(error.message.contains("`instruction`"), "{error}");
+        }
         let values = format!(r#"[{IMAGE}, "x", null, null]"#);
-        assert!(code(&values).message.contains("no object"));
+        assert!(code(&values).message.contains("a map with `image` and `instruction`"));
         let text = format!(r#"{{"image": {}, "instruction": "x"}}"#, IMAGE.replace("AAEC", "?"));
-        assert!(code(&text).message.contains("no base64"));
+        assert!(code(&text).message.contains("not base64"));
     }
 }

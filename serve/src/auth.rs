@@ -1,9 +1,11 @@
 //! Who may ask.
 
+use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use axum::http::{HeaderMap, header};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, header};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -57,18 +59,38 @@ impl Token {
 }
 
 /// Refuses web pages: where there is no token, any page that a browser on this machine shows could
-/// ask otherwise. Robots send no `Origin`.
+/// ask otherwise. Robots send no `Origin`, or that of this server, which has no pages.
 ///
 /// # Errors
 /// [`Code::ForbiddenOrigin`].
 pub fn check_origin(headers: &HeaderMap) -> Result<(), Error> {
     match headers.get(header::ORIGIN) {
         None => Ok(()),
+        Some(origin) if is_own(origin, headers.get(header::HOST)) => Ok(()),
         Some(origin) => {
             let message = format!("{origin:?} is a web page, and this server has no token");
-            Err(Error::new(Code::ForbiddenOrigin, message).hint("start it with --token-file"))
+            let hint = "start it with --token-file; websocket-client sends no origin with \
+                        suppress_origin=True";
+            Err(Error::new(Code::ForbiddenOrigin, message).hint(hint))
         }
     }
+}
+
+/// Whether the origin is the server that was asked, as Python's websocket-client has it.
+///
+/// The server must have been asked by its address: a page's owner can give the page's name our address
+/// once the page is loaded, and the two are then the same.
+fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
+    let authority = |text: &str| text.parse::<Authority>().ok();
+    let origin = origin.to_str().ok().and_then(|origin| authority(origin.strip_prefix("http://")?));
+    let host = host.and_then(|host| authority(host.to_str().ok()?));
+    let (Some(origin), Some(host)) = (origin, host) else { return false };
+    let port = |authority: &Authority| authority.port_u16().unwrap_or(80);
+    let name = host.host();
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    origin.host().eq_ignore_ascii_case(name)
+        && port(&origin) == port(&host)
+        && (address.is_ok() || name.eq_ignore_ascii_case("localhost"))
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -124,5 +146,35 @@ mod tests {
         assert!(check_origin(&headers).is_ok());
         headers.insert(header::ORIGIN, "https://example.org".parse().unwrap());
         assert_eq!(check_origin(&headers).unwrap_err().code, Code::ForbiddenOrigin);
+    }
+
+    #[test]
+    fn the_server_itself_is_no_web_page_and_a_page_of_its_name_is() {
+        let check = |origin: &str, host: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ORIGIN, origin.parse().unwrap());
+            host.map(|host| headers.insert(header::HOST, host.parse().unwrap()));
+            check_origin(&headers).is_ok()
+        };
+        for (origin, host) in [
+            ("http://127.0.0.1:8000", "127.0.0.1:8000"),
+            ("http://LocalHost:8000", "localhost:8000"),
+            ("http://[::1]:8000", "[::1]:8000"),
+            ("http://192.168.1.7", "192.168.1.7:80"),
+        ] {
+            assert!(check(origin, Some(host)), "{origin} at {host}");
+        }
+        for (origin, host) in [
+            ("http://127.0.0.1:3000", Some("127.0.0.1:8000")),
+            ("http://localhost:8000", Some("127.0.0.1:8000")),
+            ("https://127.0.0.1:8000", Some("127.0.0.1:8000")),
+            ("http://example.org:8000", Some("example.org:8000")),
+            ("http://127.0.0.1.example.org", Some("127.0.0.1.example.org")),
+            ("http://127.0.0.1", Some("127.0.0.1:8000")),
+            ("null", Some("127.0.0.1:8000")),
+            ("http://127.0.0.1:8000", None),
+        ] {
+            assert!(!check(origin, host), "{origin} at {host:?}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Outcome};
+use crate::json::standard;
 
 /// Bodies up to this size are repeated in the answer, as FastAPI does with all.
 const MAX_ECHO: usize = 1 << 16;
@@ -49,6 +50,8 @@ pub fn detail(status: StatusCode, what: &(impl Serialize + ?Sized), code: Code) 
 
 /// What is wrong with a body before anyone looks into it.
 fn complaint(body: &[u8]) -> Option<Complaint> {
+    // What has no encoding is no JSON either, and is found to be none below.
+    let body = &*standard(body).unwrap_or(body.into());
     let (mut loc, mut ctx) = (vec![json!("body")], None);
     let (r#type, msg, input) = if body.is_empty() {
         ("missing", "Field required", Value::Null)

@@ -15,6 +15,8 @@
 //! | `act`, `compat` | the reference's form, and its errors |
 //! | `openpi` | openpi's websocket |
 //! | `plain` | a picture file in, a JSON object out |
+//! | `json` | JSON as Python writes it |
+//! | `message`, `field` | the fields of a message, and what is wrong with them |
 //! | `numpy` | numpy's arrays in JSON and msgpack |
 //! | `observation` | what all forms decode to and encode from |
 //! | `engine` | where a request waits for its answer |
@@ -37,6 +39,9 @@ pub mod auth;
 pub mod compat;
 pub mod engine;
 pub mod error;
+pub mod field;
+pub mod json;
+pub mod message;
 pub mod metrics;
 pub mod numpy;
 pub mod observation;

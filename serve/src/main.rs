@@ -4,7 +4,6 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::Parser;
 use openvla::cli;
 use openvla_serve::options::Options;
 use openvla_serve::server::serve;
@@ -13,7 +12,7 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
-    let options = Options::parse_from(cli::arguments());
+    let options: Options = cli::start();
     log(&options);
     cli::end(run(options))
 }
@@ -23,7 +22,9 @@ fn log(options: &Options) {
         .with_max_level(options.log)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
+        .with_target(false)
+        // It would panic where stderr cannot be written to; the server goes on without its log.
+        .log_internal_errors(false);
     match options.log_json {
         true => log.json().flatten_event(true).init(),
         false => log.init(),

@@ -10,9 +10,8 @@ use std::borrow::Cow;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use openvla::image::RgbImage;
-use serde::de::Error as _;
 use serde::ser::SerializeMap;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Serialize, Serializer};
 use serde_bytes::Bytes;
 
 use crate::error::Error;
@@ -37,6 +36,17 @@ pub enum Layout {
     ChannelsAnywhere,
 }
 
+/// An element of an array.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Element {
+    /// Text.
+    Text(String),
+    /// A whole number.
+    Integer(i128),
+    /// Another number.
+    Float(f64),
+}
+
 impl Ndarray<'static> {
     /// Doubles of a shape.
     pub fn of_f64(numbers: &[f64], shape: Vec<usize>) -> Self {
@@ -46,6 +56,38 @@ impl Ndarray<'static> {
 }
 
 impl Ndarray<'_> {
+    /// The element of an array that has one, as `.item()` in Python, if it is text or a number.
+    pub fn element(&self) -> Option<Element> {
+        let dtype = self.dtype.trim_start_matches(['<', '|', '=']);
+        let (kind, size) = dtype.trim_start_matches('>').split_at_checked(1)?;
+        let size: usize = size.parse().ok()?;
+        let bytes = if kind == "U" { size.checked_mul(4)? } else { size };
+        if self.shape.iter().any(|n| *n != 1) || bytes != self.data.len() {
+            return None;
+        }
+        let append = |number: u64, byte: &u8| (number << 8) | u64::from(*byte);
+        let number = |bytes: &[u8]| match dtype.starts_with('>') {
+            true => bytes.iter().fold(0, append),
+            false => bytes.iter().rev().fold(0, append),
+        };
+        match (kind, size) {
+            ("U", _) => {
+                let chars = self.data.chunks_exact(4).map(|c| char::from_u32(number(c) as u32));
+                let text: String = chars.collect::<Option<_>>()?;
+                Some(Element::Text(text.trim_end_matches('\0').into())) // padding
+            }
+            ("u", 1 | 2 | 4 | 8) => Some(Element::Integer(number(&self.data).into())),
+            ("i", 1 | 2 | 4 | 8) => {
+                let unused = 64 - 8 * size;
+                let signed = (number(&self.data) << unused) as i64 >> unused;
+                Some(Element::Integer(signed.into()))
+            }
+            ("f", 4) => Some(Element::Float(f32::from_bits(number(&self.data) as u32).into())),
+            ("f", 8) => Some(Element::Float(f64::from_bits(number(&self.data)))),
+            _ => None,
+        }
+    }
+
     /// The picture that it is: bytes; grey is replicated, alpha dropped, as Pillow does.
     ///
     /// # Errors
@@ -103,24 +145,6 @@ pub fn check_pixels(width: usize, height: usize, max_pixels: usize) -> Result<()
 #[derive(Debug)]
 pub struct Json<'a>(pub Ndarray<'a>);
 
-impl<'de: 'a, 'a> Deserialize<'de> for Json<'a> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(rename = "an array of json_numpy")]
-        struct Fields<'a> {
-            #[serde(borrow, rename = "__numpy__")]
-            data: Cow<'a, str>,
-            #[serde(borrow)]
-            dtype: Cow<'a, str>,
-            shape: Vec<usize>,
-        }
-        let Fields { data, dtype, shape } = Fields::deserialize(from)?;
-        let wrong = |error| D::Error::custom(format!("`__numpy__` is no base64: {error}"));
-        let data = Cow::Owned(STANDARD.decode(data.as_bytes()).map_err(wrong)?);
-        Ok(Self(Ndarray { dtype, shape, data }))
-    }
-}
-
 impl Serialize for Json<'_> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let mut map = to.serialize_map(Some(3))?;
@@ -134,24 +158,6 @@ impl Serialize for Json<'_> {
 /// An array as openpi's msgpack has it.
 #[derive(Debug)]
 pub struct Msgpack<'a>(pub Ndarray<'a>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Msgpack<'a> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(rename = "an array of msgpack_numpy")]
-        struct Fields<'a> {
-            #[serde(rename = "__ndarray__")]
-            _is_array: bool,
-            #[serde(borrow)]
-            data: Cow<'a, [u8]>,
-            #[serde(borrow)]
-            dtype: Cow<'a, str>,
-            shape: Vec<usize>,
-        }
-        let Fields { data, dtype, shape, .. } = Fields::deserialize(from)?;
-        Ok(Self(Ndarray { dtype, shape, data }))
-    }
-}
 
 impl Serialize for Msgpack<'_> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
@@ -167,6 +173,7 @@ impl Serialize for Msgpack<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::field::Field;
 
     fn bytes(shape: &[usize], n: usize) -> Ndarray<'static> {
         let data = (0..n).map(|i| i as u8).collect::<Vec<u8>>();
@@ -216,13 +223,46 @@ mod tests {
     }
 
     #[test]
+    fn an_array_of_one_is_its_element() {
+        let element = |dtype: &str, shape: &[usize], data: &[u8]| {
+            Ndarray { dtype: dtype.into(), shape: shape.into(), data: data.into() }.element()
+        };
+        let text = |text: &str| Some(Element::Text(text.into()));
+        assert_eq!(element("<U3", &[], b"a\0\0\0\x93\x62\0\0\0\0\0\0"), text("a抓"));
+        assert_eq!(element(">U1", &[1], b"\0\0\0a"), text("a"));
+        assert_eq!(element("<U0", &[], b""), text(""));
+        let integer = |number| Some(Element::Integer(number));
+        assert_eq!(element("<i8", &[], &(-3_i64).to_le_bytes()), integer(-3));
+        assert_eq!(element(">i2", &[], &(-3_i16).to_be_bytes()), integer(-3));
+        assert_eq!(element("|i1", &[1, 1], &[0x80]), integer(-128));
+        assert_eq!(element("<u8", &[], &u64::MAX.to_le_bytes()), integer(u64::MAX.into()));
+        let half = Some(Element::Float(0.5));
+        assert_eq!(element("<f4", &[], &0.5_f32.to_le_bytes()), half);
+        assert_eq!(element(">f8", &[], &0.5_f64.to_be_bytes()), half);
+        for (dtype, shape, data) in [
+            ("<i8", &[2][..], &[0; 16][..]),
+            ("<i8", &[], &[0; 4]),
+            ("<i16", &[], &[0; 16]),
+            ("<U1", &[], b"\0\0\x11\0"),
+            ("<U4611686018427387904", &[], b""),
+            ("é1", &[], b"x"),
+            ("", &[], b""),
+            ("|O", &[], b"x"),
+        ] {
+            assert_eq!(element(dtype, shape, data), None, "{dtype}");
+        }
+    }
+
+    #[test]
     fn both_forms_come_back_as_they_went() {
         let array = Ndarray::of_f64(&[1.5, -2.0], vec![1, 2]);
         let text = serde_json::to_string(&Json(array.clone())).unwrap();
         assert_eq!(text, r#"{"__numpy__":"AAAAAAAA+D8AAAAAAAAAwA==","dtype":"<f8","shape":[1,2]}"#);
-        assert_eq!(serde_json::from_str::<Json<'_>>(&text).unwrap().0, array);
+        let read: Field<'_> = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.array("x").unwrap(), array);
         let packed = rmp_serde::to_vec(&Msgpack(array.clone())).unwrap();
         assert_eq!(packed[..14], *b"\x84\xc4\x0b__ndarray__", "the keys are bytes");
-        assert_eq!(rmp_serde::from_slice::<Msgpack<'_>>(&packed).unwrap().0, array);
+        let read: Field<'_> = rmp_serde::from_slice(&packed).unwrap();
+        assert_eq!(read.array("x").unwrap(), array);
     }
 }

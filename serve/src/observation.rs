@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderMap;
 use openvla::image::RgbImage;
 use openvla::{Timing, Unconstrained};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::error::{Code, Error};
 use crate::queue::{Client, Order};
@@ -49,8 +49,7 @@ impl Observation {
 }
 
 /// What a request may say about itself: headers of HTTP, fields of a websocket message.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone)]
 pub struct Note {
     /// `X-Client-Id`: the robot's name. Without it, whoever is at the end of the connection.
     pub client_id: Option<String>,

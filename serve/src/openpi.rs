@@ -15,11 +15,13 @@ use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{Extension, State};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{interval_at, timeout};
 
 use crate::error::{Code, Error};
+use crate::field::Field;
+use crate::message::{self, Form};
 use crate::numpy::{Layout, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Note, Observation};
 use crate::routes::App;
@@ -47,19 +49,14 @@ struct Metadata<'a> {
 }
 
 /// What a client sends. Other keys, such as `observation/state`, are not looked at.
-#[derive(Deserialize)]
-struct Step<'a> {
-    #[serde(borrow, rename = "observation/image")]
-    #[serde(alias = "image", alias = "full_image", alias = "observation/exterior_image_1_left")]
-    image: Msgpack<'a>,
-    #[serde(alias = "instruction")]
-    prompt: String,
-    unnorm_key: Option<String>,
-    client_id: Option<String>,
-    seq: Option<u64>,
-    timestamp: Option<f64>,
-    deadline_ms: Option<u64>,
-}
+static FORM: Form = Form {
+    image: &["observation/image", "image", "full_image", "observation/exterior_image_1_left"],
+    cameras: true,
+    instruction: &["prompt", "instruction"],
+    options: &["unnorm_key", "client_id", "seq", "timestamp", "deadline_ms"],
+    hint: "a map with `observation/image` or `image`, an array of uint8 as \
+           openpi_client.msgpack_numpy packs it, and `prompt`, which is text",
+};
 
 /// What it gets. Only `actions` is an array, since openpi's broker cuts arrays into steps.
 #[derive(Serialize)]
@@ -282,16 +279,17 @@ impl Talk {
 }
 
 fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Note), Error> {
-    let step: Step<'_> = rmp_serde::from_slice(frame).map_err(|why| {
-        let hint = "a map with `observation/image` or `image`, an array of uint8, and `prompt`";
-        Error::bad_request(format!("the frame cannot be read: {why}")).hint(hint)
-    })?;
-    let image = step.image.0.image(Layout::ChannelsAnywhere, app.settings.max_pixels)?;
+    let mut step = message::Message::from_msgpack(&FORM, frame)?;
+    let (name, image) = step.image()?;
+    let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
+    let instruction = step.instruction()?;
     let note = Note {
-        client_id: step.client_id,
-        seq: step.seq,
-        timestamp: step.timestamp,
-        deadline_ms: step.deadline_ms,
+        client_id: step.option("client_id", Field::text)?,
+        seq: step.option("seq", Field::integer)?,
+        timestamp: step.option("timestamp", Field::float)?,
+        deadline_ms: step.option("deadline_ms", Field::integer)?,
     };
-    Ok((Observation::new(image, step.prompt, step.unnorm_key)?, note))
+    let unnorm_key = step.option("unnorm_key", Field::text)?;
+    let image = image.image(Layout::ChannelsAnywhere, app.settings.max_pixels)?;
+    Ok((Observation::new(image, instruction, unnorm_key)?, note))
 }

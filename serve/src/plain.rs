@@ -4,7 +4,6 @@
 //!      multipart/form-data with the same fields, `image` being the file itself
 //! out  [`crate::observation::Answer`]
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::Json;
@@ -12,22 +11,22 @@ use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
 
-use crate::act::object;
 use crate::error::{Code, Error};
+use crate::field::Field;
+use crate::json::standard;
+use crate::message::{Form, Message};
 use crate::observation::{Answer, Observation};
 use crate::routes::App;
 
-#[derive(Deserialize)]
-struct Payload<'a> {
-    #[serde(borrow)]
-    image: Cow<'a, str>,
-    instruction: String,
-    unnorm_key: Option<String>,
-}
+static FORM: Form = Form {
+    image: &["image"],
+    cameras: false,
+    instruction: &["instruction"],
+    options: &["unnorm_key"],
+    hint: "`image` is a PNG or JPEG file in base64, as base64.b64encode(bytes).decode() writes it, and \
+           `instruction` is text; arrays of json_numpy go to /act",
+};
 
 /// `POST /v1/act`.
 pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
@@ -61,10 +60,12 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
 }
 
 fn from_json(app: &App, body: &[u8]) -> Result<Observation, Error> {
-    let payload: Payload<'_> = object(body)?;
-    let file = STANDARD.decode(payload.image.as_bytes());
-    let file = file.map_err(|why| Error::bad_request(format!("`image` is no base64: {why}")))?;
-    app.picture(&file, payload.instruction, payload.unnorm_key)
+    let json = standard(body)?;
+    let mut message = Message::from_json(&FORM, &json)?;
+    let (name, image) = message.image()?;
+    let file = image.file(&name).map_err(|error| error.hint(FORM.hint))?;
+    let instruction = message.instruction()?;
+    app.picture(&file, instruction, message.option("unnorm_key", Field::text)?)
 }
 
 /// The parts of a form.

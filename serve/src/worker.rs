@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
+use openvla::cli::NO_INSTRUCTION;
 use openvla::image::{Rgb, RgbImage};
 use openvla::{Dataset, OpenVla, Session};
 
@@ -233,12 +234,20 @@ impl Worker<'_> {
             ranges,
             all_actions,
             unconstrained,
-            warning: (!all_actions).then_some(UNSURE),
+            warning: warning(&observation.instruction, all_actions),
             safety,
             draft: motion.draft,
             timing_ms,
             seq: order.seq,
         })
+    }
+}
+
+/// What a person should know about a motion.
+fn warning(instruction: &str, all_actions: bool) -> Option<&'static str> {
+    match instruction.trim().is_empty() {
+        true => Some(NO_INSTRUCTION),
+        false => (!all_actions).then_some(UNSURE),
     }
 }
 

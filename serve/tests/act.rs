@@ -5,7 +5,8 @@ mod common;
 use std::path::Path;
 
 use common::{ACTION, Server, numpy_body};
-use openvla_serve::numpy::{Json, Ndarray};
+use openvla_serve::field::Field;
+use openvla_serve::numpy::Ndarray;
 use serde_json::{Value, json};
 
 /// As the reference's server answered `ACTION`.
@@ -22,6 +23,9 @@ fn captures() -> Vec<(String, Option<String>, u16, String)> {
             422,
             r#"{"detail":[{"type":"json_invalid","loc":["body",0],"msg":"JSON decode error","input":{},"ctx":{"error":"Expecting value"}}]}"#.into(),
         ),
+        // Python reads NaN, and only then finds that there is no image.
+        ("nan", Some(r#"{"instruction": "x", "state": NaN}"#.into()), 200, "\"error\"".into()),
+        ("byte-order mark", Some("\u{feff}{}".into()), 200, "\"error\"".into()),
         ("get", None, 405, r#"{"detail":"Method Not Allowed"}"#.into()),
     ];
     let mut all: Vec<_> = own
@@ -109,8 +113,10 @@ fn what_the_body_has_no_room_for_is_in_the_headers() {
         ("3", "5")
     );
     assert!(got.headers["server-timing"].starts_with("queue;dur="));
-    let array: Json<'_> = serde_json::from_slice(&got.body).unwrap();
+    let empty = server.post("/act", &[], numpy_body(" \n").as_bytes());
+    assert!(empty.headers["x-openvla-warning"].contains("the instruction is empty"));
+    let array: Field<'_> = serde_json::from_slice(&got.body).unwrap();
     let mut clamped = ACTION;
     clamped[5] = 0.1;
-    assert_eq!(array.0, Ndarray::of_f64(&clamped, vec![7]));
+    assert_eq!(array.array("answer").unwrap(), Ndarray::of_f64(&clamped, vec![7]));
 }

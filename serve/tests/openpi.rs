@@ -5,6 +5,7 @@ mod common;
 use std::net::TcpStream;
 
 use common::{ACTION, Server};
+use openvla_serve::field::Field;
 use openvla_serve::numpy::{Msgpack, Ndarray};
 use serde::{Deserialize, Serialize};
 use tungstenite::client::IntoClientRequest;
@@ -40,7 +41,7 @@ impl Serialize for Picture {
 #[derive(Deserialize)]
 struct Reply<'a> {
     #[serde(borrow)]
-    actions: Msgpack<'a>,
+    actions: Field<'a>,
     seq: Option<u64>,
     warning: Option<String>,
     server_timing: Timing,
@@ -103,7 +104,7 @@ fn it_says_what_it_serves_and_answers_step_by_step() {
         socket.send(Message::Binary(frame("be unsure", Some(i)).into())).unwrap();
         let bytes = binary(&mut socket);
         let reply: Reply<'_> = rmp_serde::from_slice(&bytes).unwrap();
-        assert_eq!(reply.actions.0, Ndarray::of_f64(&ACTION, vec![1, 7]));
+        assert_eq!(reply.actions.array("actions").unwrap(), Ndarray::of_f64(&ACTION, vec![1, 7]));
         assert_eq!((reply.seq, reply.warning.is_some()), (Some(i), true));
         assert!(reply.server_timing.infer_ms >= 0.0 && reply.server_timing.queue_ms > 0.0);
         assert_eq!(reply.server_timing.prev_total_ms.is_some(), i > 0);
@@ -200,6 +201,55 @@ fn at_the_end_it_finishes_the_step_and_says_goodbye() {
     assert!(matches!(read(&mut busy), Message::Close(Some(_))));
     drop((busy, idle));
     server.ended().unwrap();
+}
+
+/// As Python's websocket-client has it unless told otherwise.
+#[test]
+fn a_client_may_name_the_server_as_its_origin() {
+    let server = Server::start(&[]);
+    let url = format!("ws://{}", server.address);
+    let connect = |origin: String| {
+        let mut request = url.clone().into_client_request().unwrap();
+        request.headers_mut().insert("origin", origin.parse().unwrap());
+        client(request, server.connect()).ok()
+    };
+    let (mut socket, _) = connect(format!("http://{}", server.address)).unwrap();
+    binary(&mut socket);
+    assert!(connect("http://example.org".into()).is_none());
+}
+
+/// As ALOHA's robots send theirs, with a prompt and a count of numpy's own types.
+#[test]
+fn an_observation_of_numpys_types_and_one_camera_is_taken() {
+    #[derive(Serialize)]
+    struct Images {
+        cam_high: Picture,
+    }
+    #[derive(Serialize)]
+    struct Scalar {
+        #[serde(rename = "__npgeneric__")]
+        is_scalar: bool,
+        data: u64,
+        dtype: &'static str,
+    }
+    #[derive(Serialize)]
+    struct Aloha {
+        images: Images,
+        prompt: Msgpack<'static>,
+        seq: Scalar,
+    }
+    let server = Server::start(&[]);
+    let (mut socket, _) = connect(&server);
+    let text: Vec<u8> = "wave".chars().flat_map(|c| (c as u32).to_le_bytes()).collect();
+    let prompt = Msgpack(Ndarray { dtype: "<U4".into(), shape: vec![], data: text.into() });
+    let images = Images { cam_high: Picture(vec![3, 6, 5]) };
+    let seq = Scalar { is_scalar: true, data: 9, dtype: "<i8" };
+    let frame = rmp_serde::to_vec_named(&Aloha { images, prompt, seq }).unwrap();
+    socket.send(Message::Binary(frame.into())).unwrap();
+    let bytes = binary(&mut socket);
+    assert_eq!(rmp_serde::from_slice::<Reply<'_>>(&bytes).unwrap().seq, Some(9));
+    let seen = server.seen();
+    assert_eq!((seen.image.dimensions(), seen.instruction.as_str()), ((5, 6), "wave"));
 }
 
 #[test]

@@ -44,6 +44,31 @@ fn a_picture_in_json_gets_an_object() {
 }
 
 #[test]
+fn the_picture_may_be_written_as_browsers_and_shells_do() {
+    let server = Server::start(&[]);
+    let plain = STANDARD.encode(png(40, 40));
+    let lines: Vec<&str> =
+        plain.as_bytes().chunks(76).map(|line| std::str::from_utf8(line).unwrap()).collect();
+    for image in [
+        format!("data:image/png;base64,{plain}"),
+        lines.join("\n") + "\n",
+        plain.replace('+', "-").replace('/', "_"),
+    ] {
+        let body = json!({ "image": image, "instruction": "x" }).to_string();
+        let body = body.replace('}', r#", "state": [NaN, Infinity]}"#);
+        let got = server.post("/v1/act", &JSON, format!("\u{feff}{body}").as_bytes());
+        assert_eq!(got.status, 200, "{}", got.text());
+        assert_eq!(server.seen().image.dimensions(), (40, 40));
+    }
+    for image in [json!([[[0, 1, 2]]]), json!({ "__numpy__": "AAEC" }), json!("b'iVBO'")] {
+        let body = json!({ "image": image, "instruction": "x" }).to_string();
+        let error = server.post("/v1/act", &JSON, body.as_bytes()).assert_error(400, "bad_request");
+        assert!(error["message"].as_str().unwrap().starts_with("`image` is "), "{error}");
+        assert!(error["hint"].as_str().unwrap().contains("base64.b64encode"), "{error}");
+    }
+}
+
+#[test]
 fn a_form_with_a_file_is_the_same() {
     let server = Server::start(&[]);
     let headers = [("content-type", "multipart/form-data; boundary=cut")];

@@ -34,14 +34,15 @@ fn table() -> String {
 struct Server {
     child: Child,
     url: String,
-    log: BufReader<std::process::ChildStderr>,
+    /// Where somebody reads it.
+    log: Option<BufReader<std::process::ChildStderr>>,
 }
 
 impl Server {
     fn start(args: &[&str]) -> Self {
         let fixed = ["--port", "0", "--log-json", "--threads", "1"];
         let mut child = command(SERVE, &[&fixed, args].concat()).spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
+        let log = child.stderr.take().map(BufReader::new);
         let mut server = Self { child, url: String::new(), log };
         while !server.reads_ready() {}
         server
@@ -50,7 +51,8 @@ impl Server {
     /// Reads a line of the log.
     fn reads_ready(&mut self) -> bool {
         let mut line = String::new();
-        assert!(self.log.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
+        let log = self.log.as_mut().unwrap();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
         let event: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
         if let Some(address) = event["address"].as_str() {
             self.url = format!("http://{address}");
@@ -65,7 +67,7 @@ impl Server {
 
     fn ended(mut self) -> (bool, String) {
         let mut rest = String::new();
-        self.log.read_to_string(&mut rest).unwrap();
+        self.log.take().unwrap().read_to_string(&mut rest).unwrap();
         (self.child.wait().unwrap().success(), rest)
     }
 }
@@ -143,6 +145,35 @@ fn nothing_accepted_is_lost_when_it_is_asked_to_stop() {
     assert_eq!(lost.load(Ordering::Relaxed), 0, "of {}", answered.load(Ordering::Relaxed));
 }
 
+/// As where the log collector at the other end of a pipe has crashed.
+#[test]
+fn without_anybody_who_reads_its_log_it_serves_and_drains() {
+    let mut child = command(SERVE, &["--port", "0", "--threads", "1", "--log", "debug"]);
+    let mut child = child.spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("listening") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it listened");
+    }
+    let address = line.split("address=").nth(1).unwrap().trim().to_owned();
+    drop(log);
+    let mut server = Server { child, url: format!("http://{address}"), log: None };
+    let begun = Instant::now();
+    while !ureq::get(format!("{}/readyz", server.url)).call().is_ok_and(|a| a.status() == 200) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it never was ready");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let url = format!("{}/v1/act", server.url);
+    let asks = || ureq::post(&url).content_type("application/json").send(body()).unwrap().status();
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..8).map(|_| scope.spawn(asks)).collect();
+        assert!(asked.into_iter().all(|asked| asked.join().unwrap() == 200));
+    });
+    server.terminate();
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
 #[test]
 fn clients_that_die_leave_nothing_behind() {
     let server = Server::start(&[]);
@@ -204,4 +235,11 @@ fn the_client_shows_what_became_of_every_picture() {
     drop(server);
     let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
     assert!(!output.status.success() && said.contains("no_answer"), "{said}");
+    for format in [&[][..], &["--json"]] {
+        let args = ["camera", "--url", "http://127.0.0.1:9", "-n", "1", &table(), " "];
+        let (output, said) = run(CLIENT, &[&args, format].concat());
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("the instruction is empty") && said.contains("no motion"), "{said}");
+        assert!(!String::from_utf8(output.stdout).unwrap().contains("NaN"));
+    }
 }

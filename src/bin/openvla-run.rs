@@ -32,7 +32,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse_from(cli::arguments());
+    let args: Args = cli::start();
     if args.images.iter().filter(|path| *path == STDIN).count() > 1 {
         let why = "\"-\" can be given once: stdin holds one image";
         Args::command().error(ErrorKind::ArgumentConflict, why).exit();
@@ -42,7 +42,10 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     if args.model.path().is_none() {
-        eprintln!("{}", cli::BUILT_IN);
+        cli::say(cli::BUILT_IN);
+    }
+    if let Some(doubt) = cli::doubt(&args.instruction) {
+        cli::say(format_args!("warning: {doubt}"));
     }
     let mut policy = args.model.open()?;
     let mut session = Session::default();
@@ -57,9 +60,9 @@ fn run(args: &Args) -> Result<()> {
             continue;
         }
         if !action.unconstrained.all_actions {
-            eprintln!(
+            cli::say(
                 "warning: among all tokens the model would have chosen one that is no motion; \
-                 is this what it was trained for?"
+                 is this what it was trained for?",
             );
         }
         let (_, dataset) = policy.config().statistics.select(Some(&action.unnorm_key))?;
@@ -72,11 +75,11 @@ fn run(args: &Args) -> Result<()> {
 /// What a device had to hold.
 fn report(Usage { device, weights, states, graphs, .. }: &Usage) {
     let [weights, states, graphs] = [weights, states, graphs].map(|bytes| *bytes as f64 / 1e6);
-    eprintln!(
+    cli::say(format_args!(
         "{device}: {:.1} MB (weights {weights:.1}, cache and states {states:.1}, between operations \
          {graphs:.1})",
         weights + states + graphs
-    );
+    ));
 }
 
 /// What stands for standard input in place of a path.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use openvla::cli::{Threads, write};
+use openvla::cli::{self, Threads, write};
 use openvla::image::ImageFormat;
 use openvla::{Draft, OpenVla, Options};
 #[cfg(feature = "compare")]
@@ -101,7 +101,7 @@ struct Compare {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Also writes STEM.json and STEM.svg
-    #[arg(short, long, value_name = "STEM")]
+    #[arg(short, long, value_name = "STEM", value_parser = cli::output_file())]
     out: Option<PathBuf>,
 }
 
@@ -119,17 +119,18 @@ struct Play {
     #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u32).range(16..=1024))]
     size: u32,
     /// Also writes what the camera sees first
-    #[arg(long, value_name = "FILE.png")]
+    #[arg(long, value_name = "FILE.png", value_parser = cli::output_file())]
     picture: Option<PathBuf>,
     /// Where the film goes
     #[arg(short, long, default_value = "episode.gif", value_name = "FILE.gif")]
+    #[arg(value_parser = cli::output_file())]
     out: PathBuf,
 }
 
 #[derive(Args)]
 struct Record {
     /// A folder that is new or empty
-    #[arg(short, long, value_name = "FOLDER")]
+    #[arg(short, long, value_name = "FOLDER", value_parser = cli::output_file())]
     out: PathBuf,
     /// How many episodes
     #[arg(short = 'n', long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -188,7 +189,8 @@ fn between(text: &str, least: f64, most: f64) -> Result<f64, String> {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let Cli { command } = cli::start();
+    let done = match command {
         Command::Eval(args) => eval(&args),
         #[cfg(feature = "compare")]
         Command::Compare(args) => compare(&args),
@@ -204,7 +206,7 @@ fn main() -> ExitCode {
     let is_end = |error: &std::io::Error| error.kind() == ErrorKind::BrokenPipe;
     match done {
         Err(error) if error.downcast_ref().is_some_and(is_end) => ExitCode::SUCCESS,
-        done => openvla::cli::end(done),
+        done => cli::end(done),
     }
 }
 

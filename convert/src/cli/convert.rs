@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use openvla::cli::{output_file, say};
 use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
@@ -44,7 +45,7 @@ pub struct Convert {
     dry_run: bool,
     /// File to write, whatever is there [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here,
     /// unless a file of another checkpoint has it]
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = output_file())]
     output: Option<PathBuf>,
 }
 
@@ -60,26 +61,26 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     let conversion = Conversion::new(&checkpoint, &args.options(encoding, n_threads)?)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
-    eprintln!("{name} to {}; {unused} tensors left out as unused", out.display());
+    say(format_args!("{name} to {}; {unused} tensors left out as unused", out.display()));
     if !args.example {
-        eprintln!("statistics: {}", conversion.statistics);
+        say(format_args!("statistics: {}", conversion.statistics));
     }
     for warning in &conversion.warnings {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     let summary = conversion.summary();
     if args.dry_run {
         write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
         return Ok(());
     }
-    eprint!("{summary}");
+    say(summary.trim_end());
     if args.output.is_none() {
         check_replaceable(&out, &conversion.config.general.source.fingerprint)?;
     }
     let progress = super::progress(0)?;
     conversion.write(&out, &progress)?;
     progress.finish_and_clear();
-    eprintln!("wrote {}", out.display());
+    say(format_args!("wrote {}", out.display()));
     Ok(())
 }
 
@@ -102,7 +103,7 @@ impl Convert {
 fn folder(source: &Path, content: Content) -> Result<PathBuf> {
     let dir = hub::locate(source, content)?;
     if let Some(Origin { repository, revision }) = origin(&dir)? {
-        eprintln!("{repository} is at {revision}");
+        say(format_args!("{repository} is at {revision}"));
     }
     Ok(dir)
 }

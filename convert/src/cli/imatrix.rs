@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::Options;
-use openvla::cli::Threads;
+use openvla::cli::{Threads, output_file, say};
 use openvla_convert::calibrate::Calibration;
 
 /// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more precise
@@ -28,7 +28,7 @@ pub struct Imatrix {
     #[command(flatten)]
     threads: Threads,
     /// File to write
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = output_file())]
     output: PathBuf,
 }
 
@@ -44,6 +44,6 @@ pub fn run(args: &Imatrix) -> Result<()> {
     let n_matrix = calibration.write(&args.output, &progress)?;
     progress.finish_and_clear();
     let out = args.output.display();
-    eprintln!("wrote {out}: {n_matrix} matrices, seen on {n} prompts");
+    say(format_args!("wrote {out}: {n_matrix} matrices, seen on {n} prompts"));
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use openvla::cli::Threads;
+use openvla::cli::{Threads, output_file, say};
 use openvla_convert::Conversion;
 use openvla_example::{COMMITTED, Size, Spec};
 
@@ -24,17 +24,17 @@ pub struct Random {
     #[command(flatten)]
     threads: Threads,
     /// File to write
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = output_file())]
     output: PathBuf,
 }
 
 pub fn run(args: &Random) -> Result<()> {
     let spec = Spec { size: args.size, seed: args.seed, ..COMMITTED };
     let conversion = Conversion::random(&spec, args.kind.encoding()?, args.threads.count())?;
-    eprint!("{}", conversion.summary());
+    say(conversion.summary().trim_end());
     let progress = super::progress(0)?;
     conversion.write(&args.output, &progress)?;
     progress.finish_and_clear();
-    eprintln!("wrote {}", args.output.display());
+    say(format_args!("wrote {}", args.output.display()));
     Ok(())
 }

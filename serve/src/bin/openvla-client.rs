@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, Parser, Subcommand};
+use openvla::cli::{self, PICTURES};
 use openvla::image::ImageFormat;
 use openvla_tabletop::{Action, Pace, Policy, STEPS, Scene, Suite, World, picture, run};
 use serde_json::{Value, json};
@@ -97,7 +98,8 @@ fn hz(text: &str) -> Result<f64, String> {
 }
 
 fn main() -> ExitCode {
-    openvla::cli::end(match Cli::parse().command {
+    let Cli { command } = cli::start();
+    cli::end(match command {
         Command::Camera(args) => camera(&args),
         Command::Tabletop(args) => tabletop(&args),
     })
@@ -167,6 +169,9 @@ struct Frame {
 const MOST: usize = 3;
 
 fn camera(args: &Camera) -> Result<()> {
+    if let Some(doubt) = cli::doubt(&args.instruction) {
+        cli::say(format_args!("warning: {doubt}"));
+    }
     let pictures = pictures(&args.pictures)?;
     let link = Link::new(&args.server)?;
     let (send, frames) = channel();
@@ -253,26 +258,27 @@ impl Tally {
         self.milliseconds.sort_by(f64::total_cmp);
         let n = self.milliseconds.len();
         let quantile = |q: f64| self.milliseconds.get(((n as f64 - 1.0) * q).round() as usize);
-        let [p50, p90, p99] = [0.5, 0.9, 0.99].map(|q| quantile(q).copied().unwrap_or(f64::NAN));
+        let quantiles = [0.5, 0.9, 0.99].map(|q| quantile(q).copied());
         let asked = args.steps as f64 / args.hz; // the last picture's time counts, too
         let rate = n as f64 / took.as_secs_f64().max(asked);
         let mut out = std::io::stdout().lock();
         if args.json {
-            let ms = [p50, p90, p99];
             let line = json!({ "pictures": args.steps, "outcomes": self.outcomes, "hz": rate,
-                               "ms_p50_p90_p99": ms });
-            return Ok(writeln!(out, "{line}")?);
+                               "ms_p50_p90_p99": quantiles });
+            writeln!(out, "{line}")?;
+        } else {
+            let outcomes: Vec<String> =
+                self.outcomes.iter().map(|(outcome, n)| format!("{n} {outcome}")).collect();
+            let times = match quantiles {
+                [Some(p50), Some(p90), Some(p99)] => format!(
+                    "; {rate:.2} motions a second; half within {p50:.1} ms, 90 % {p90:.1}, 99 % \
+                     {p99:.1}"
+                ),
+                _ => String::new(),
+            };
+            let (steps, hz, outcomes) = (args.steps, args.hz, outcomes.join(", "));
+            writeln!(out, "{steps} pictures at {hz} Hz: {outcomes}{times}")?;
         }
-        let outcomes: Vec<String> =
-            self.outcomes.iter().map(|(outcome, n)| format!("{n} {outcome}")).collect();
-        writeln!(
-            out,
-            "{} pictures at {} Hz: {}; {rate:.2} motions a second; half within {p50:.1} ms, 90 % \
-             {p90:.1}, 99 % {p99:.1}",
-            args.steps,
-            args.hz,
-            outcomes.join(", "),
-        )?;
         ensure!(n > 0, "no motion came");
         Ok(())
     }
@@ -291,11 +297,10 @@ fn pictures(paths: &[PathBuf]) -> Result<Vec<String>> {
             files.push(path.clone());
         }
     }
-    let known = ["png", "jpg", "jpeg", "webp", "bmp"];
     let kind = |file: &Path| file.extension().map(|kind| kind.to_string_lossy().to_lowercase());
-    files.retain(|file| kind(file).is_some_and(|kind| known.contains(&kind.as_str())));
+    files.retain(|file| kind(file).is_some_and(|kind| PICTURES.contains(&kind.as_str())));
     files.sort();
-    ensure!(!files.is_empty(), "there are no pictures; {} are known", known.join(", "));
+    ensure!(!files.is_empty(), "there are no pictures; {} are known", PICTURES.join(", "));
     let read = |file: &PathBuf| {
         let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()));
         bytes.map(|bytes| STANDARD.encode(bytes))

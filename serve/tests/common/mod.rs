@@ -93,8 +93,8 @@ impl Policy for Stub {
             ("panic", _) => panic!("as it was told"),
             ("nan", _) => action[2] = f64::NAN,
             ("break", _) => {
-                let source = std::io::Error::other("the device is gone");
-                return Err(openvla::Error::Read { path: "/dev/null".into(), source });
+                let why = std::io::Error::other("the device is gone");
+                return Err(openvla::Error::Read { path: "/dev/null".into(), why });
             }
             ("move", x) => action = vec![x.parse().unwrap(); 7],
             _ => {}

@@ -4,8 +4,9 @@
 //! that the others are about to arrive, and then sleeps. libgomp's default is 300,000 turns, some
 //! milliseconds. On a machine with other work to do that is the worst choice: the thread that is waited
 //! for has lost its core to another program, or to the very thread that spins, and a graph of a thousand
-//! nodes takes a thousand such waits. [`SPINS`] is about what it costs to sleep and to be woken, so that a
-//! wait takes at most twice the time of the better choice, whichever that is. See `benches/SPEED.md`.
+//! nodes takes a thousand such waits. [`SPINS`] is some microseconds, less than it costs to sleep and to be
+//! woken, so a wait in vain costs little. It is enough where threads arrive together, as they do where
+//! each has a core. See `benches/SPEED.md`.
 //!
 //! libgomp reads the environment once, in its constructor. It is linked statically (the feature
 //! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, so a
@@ -13,9 +14,8 @@
 
 use std::ffi::CStr;
 
-/// Turns at a barrier before a thread sleeps. libgomp takes as many by itself where it knows that there
-/// are more threads than cores.
-const SPINS: &CStr = c"1000";
+/// Turns at a barrier before a thread sleeps.
+const SPINS: &CStr = c"100";
 
 /// Runs before libgomp's constructor, which has no priority: a smaller number is earlier, and those up to
 /// 100 are the implementation's.

@@ -198,8 +198,18 @@ impl Talk {
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
-                let (observation, note) = app.decode(move || at_frame(&at, &frame)).await?;
-                let order = note.order(arrived, connection.number, app.settings.deadline())?;
+                let order =
+                    |note: Note| note.order(arrived, connection.number, app.settings.deadline());
+                let cost = frame.len() as u64;
+                // Whose turn it is must be known before the frame is decoded; what is wrong with it
+                // is said then.
+                let read =
+                    move || Ok((rmp_serde::from_slice::<Note>(&frame).unwrap_or_default(), frame));
+                let (note, frame) = app.decode(&order(Note::default())?, cost, read).await?;
+                let turn = order(note)?;
+                let decoded = app.decode(&turn, cost, move || at_frame(&at, &frame));
+                let (observation, note) = decoded.await?;
+                let order = order(note)?;
                 app.engine.act(observation, order).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))

@@ -1,4 +1,4 @@
-//! Turns at decoding: whose body is decoded next. [`Line`] is pure; the clock is an argument.
+//! Turns at decoding: whose body is decoded next. `Line` is pure; the clock is an argument.
 //!
 //! - A client has one turn at a time, however many bodies it sends.
 //! - Clients share the cores evenly by what their pictures cost, not by how many they send: a small

@@ -236,9 +236,9 @@ fn a_webp_whose_bitstream_is_of_another_size_is_refused_before_it_is_decoded() {
     for (file, word) in [
         (animation(&[alpha.clone(), lossy(20, 20)]), other),
         (animation(&[lossy(20, 20)]), other),
-        (animation(&[lossless.clone()]), other),
+        (animation(std::slice::from_ref(&lossless)), other),
         (animation(&[alpha.clone(), chunk(b"none", &lossy(20, 20)[8..])]), "without pixels"),
-        (animation(&[alpha.clone()]), "without pixels"),
+        (animation(std::slice::from_ref(&alpha)), "without pixels"),
         (animation(&[chunk(b"VP8 ", &[0; 9])]), "cut off"),
         (webp_of(&[canvas(0x10), alpha, lossy(20, 20)]), other),
         (webp_of(&[canvas(0), lossless]), other),

@@ -21,7 +21,7 @@ pub(super) fn header(bytes: &[u8]) -> Result<Header> {
     let mut canvas = None;
     for (name, content) in chunks(bytes.get(12..).unwrap_or_default()) {
         match (&name, canvas) {
-            (b"VP8X", None) => canvas = content.get(4..10).map(|sides| size24(sides)),
+            (b"VP8X", None) => canvas = content.get(4..10).map(size24),
             (b"ANMF", Some(_)) => frame(content)?,
             (b"VP8 " | b"VP8L", Some(canvas)) => check(&name, content, canvas)?,
             (b"VP8 " | b"VP8L", None) => {

@@ -200,14 +200,14 @@ impl Talk {
             let answer = async {
                 let order =
                     |note: Note| note.order(arrived, connection.number, app.settings.deadline());
-                let cost = frame.len() as u64;
+                let n = frame.len();
                 // Whose turn it is must be known before the frame is decoded; what is wrong with it
                 // is said then.
                 let read =
                     move || Ok((rmp_serde::from_slice::<Note>(&frame).unwrap_or_default(), frame));
-                let (note, frame) = app.decode(&order(Note::default())?, cost, read).await?;
+                let (note, frame) = app.read(&order(Note::default())?, n, read).await?;
                 let turn = order(note)?;
-                let decoded = app.decode(&turn, cost, move || at_frame(&at, &frame));
+                let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, note) = decoded.await?;
                 let order = order(note)?;
                 app.engine.act(observation, order).await

@@ -43,14 +43,14 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     let draft = match kind.as_str() {
         "application/json" => {
             let body = app.body(request).await?;
-            let cost = body.len() as u64;
-            app.decode(&order, cost, move || Draft::new(from_json(&body)?)).await?
+            let n = body.len();
+            app.read(&order, n, move || Draft::new(from_json(&body)?)).await?
         }
         "multipart/form-data" => {
             let body = app.body(request).await?;
-            let cost = body.len() as u64;
+            let n = body.len();
             let fields = fields(&headers, body).await?;
-            app.decode(&order, cost, move || Draft::new(fields)).await?
+            app.read(&order, n, move || Draft::new(fields)).await?
         }
         other => {
             let message = format!("the body is `{other}`");
@@ -59,7 +59,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
         }
     };
     let max_pixels = app.settings.max_pixels;
-    let observation = app.decode(&order, draft.cost, move || draft.decode(max_pixels)).await?;
+    let observation = app.decode(&order, draft.samples, move || draft.decode(max_pixels)).await?;
     app.engine.act(observation, order).await
 }
 
@@ -109,8 +109,8 @@ async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
 /// An observation whose picture has been looked at, but not decoded.
 struct Draft {
     file: Bytes,
-    /// About how many nanoseconds decoding takes.
-    cost: u64,
+    /// What decoding costs.
+    samples: u64,
     instruction: String,
     unnorm_key: Option<String>,
 }
@@ -120,8 +120,8 @@ impl Draft {
         let missing = |name| Error::bad_request(format!("the form has no field `{name}`"));
         let file = fields.image.ok_or_else(|| missing("image"))?;
         let instruction = fields.instruction.ok_or_else(|| missing("instruction"))?;
-        let cost = Header::read(&file).map_err(refused)?.samples;
-        Ok(Self { file, cost, instruction, unnorm_key: fields.unnorm_key })
+        let samples = Header::read(&file).map_err(refused)?.samples;
+        Ok(Self { file, samples, instruction, unnorm_key: fields.unnorm_key })
     }
 
     fn decode(self, max_pixels: usize) -> Result<Observation, Error> {

@@ -37,8 +37,10 @@ pub struct App {
     /// Whether the server is about to end.
     pub draining: watch::Receiver<bool>,
     token: Option<Token>,
-    /// Whose body is decoded, one for each core, since a picture may be large.
-    turns: Turns,
+    /// Whose body is read, one for each core, since it may be large.
+    bodies: Turns,
+    /// Whose picture file is decoded, one for each core. Bodies are read meanwhile.
+    pictures: Turns,
 }
 
 /// When a request's headers were read.
@@ -54,8 +56,8 @@ impl App {
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
-        let turns = Turns::new(cores, settings.memory());
-        Arc::new(Self { engine, settings, draining, token, turns })
+        let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
+        Arc::new(Self { engine, settings, draining, token, bodies, pictures })
     }
 
     /// The order of a request, of its headers.
@@ -102,19 +104,42 @@ impl App {
         }
     }
 
-    /// Decodes beside the connections' threads, when it is the client's turn. `cost` is about how
-    /// many nanoseconds it takes.
+    /// Reads a body of `n` bytes beside the connections' threads, when it is the client's turn.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Code::DeadlineExceeded`].
+    pub async fn read<T: Send + 'static>(
+        &self,
+        order: &Order,
+        n: usize,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.take_turn(&self.bodies, order, n as u64, work).await
+    }
+
+    /// Decodes a picture file of so many samples beside the connections' threads, when it is the
+    /// client's turn.
     ///
     /// # Errors
     /// Those of `work`, and [`Code::DeadlineExceeded`].
     pub async fn decode<T: Send + 'static>(
         &self,
         order: &Order,
+        samples: u64,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.take_turn(&self.pictures, order, samples, work).await
+    }
+
+    async fn take_turn<T: Send + 'static>(
+        &self,
+        turns: &Turns,
+        order: &Order,
         cost: u64,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let decoded = async {
-            let turn = self.turns.turn(&order.client, cost).await;
+            let turn = turns.turn(&order.client, cost).await;
             let work = move || {
                 let _turn = turn; // kept until the work ends, even if nobody waits for it any more
                 work()
@@ -124,7 +149,8 @@ impl App {
         let decoded = timeout_at(order.deadline.into(), decoded).await;
         let decoded = decoded.unwrap_or_else(|_| Err(late(order)));
         if decoded.as_ref().is_err_and(|error| error.code == Code::BadImage) {
-            self.turns.refuse(&order.client);
+            self.bodies.refuse(&order.client);
+            self.pictures.refuse(&order.client);
         }
         decoded
     }

@@ -117,7 +117,7 @@ impl Turns {
         Self(Arc::new(Mutex::new(Line::new(places, memory))))
     }
 
-    /// Waits for a client's turn at work that costs about so many nanoseconds.
+    /// Waits for a client's turn at work of this cost, of which only proportions count.
     pub async fn turn(&self, client: &Client, cost: u64) -> Turn {
         let (go, gone) = oneshot::channel();
         let push = |line: &mut Line<_>| line.push(client.clone(), cost, go, Instant::now());

@@ -1,3 +1,5 @@
+//! Pictures that the tests write themselves, and what Pillow 10.4 makes of them.
+
 use super::*;
 use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageBuffer, RgbaImage};
 use image::{Luma, LumaA, Rgb, Rgba};

@@ -34,6 +34,12 @@ pub enum Error {
         /// What was found and what was wanted.
         why: String,
     },
+    /// A decoder panicked on an image, which is its fault as much as the image's.
+    #[error("the image cannot be used: its decoder failed: {why}")]
+    Decoder {
+        /// What the decoder said.
+        why: String,
+    },
     /// The instruction does not fit the model's context.
     #[error(
         "the instruction is too long: {rows} rows (image, prompt and motion), the model has {limit}"
@@ -116,7 +122,7 @@ impl Error {
             Self::DeviceMemory { fits: None, .. } => {
                 Some("not even the vision towers fit; --device cpu needs no GPU".into())
             }
-            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } => None,
+            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } | Self::Decoder { .. } => None,
         }
     }
 }

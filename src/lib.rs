@@ -66,7 +66,7 @@ pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig, Proof,
     ProofCase, Source, TowerConfig,
 };
-pub use decode::decode;
+pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use error::{Error, Result};
 pub use image;
 pub use network::Network;

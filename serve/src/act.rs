@@ -55,10 +55,11 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
         Err(error) => return error.into_response(),
     };
     let max_pixels = app.settings.max_pixels;
-    let bytes = body.clone();
+    let (bytes, n) = (body.clone(), body.len());
     let answer = async {
         let order = order?;
-        let (observation, encoding) = app.decode(move || decode(&bytes, max_pixels)).await?;
+        let (observation, encoding) =
+            app.read(&order, n, move || decode(&bytes, max_pixels)).await?;
         Ok((app.engine.act(observation, order).await?, encoding))
     };
     match answer.await {

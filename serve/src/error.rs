@@ -125,7 +125,7 @@ impl Error {
 impl From<openvla::Error> for Error {
     fn from(error: openvla::Error) -> Self {
         let code = match &error {
-            openvla::Error::Image { .. } => Code::BadImage,
+            openvla::Error::Image { .. } | openvla::Error::Decoder { .. } => Code::BadImage,
             openvla::Error::InstructionTooLong { .. } => Code::InstructionTooLong,
             openvla::Error::UnknownStatistics { .. } => Code::UnknownUnnormKey,
             openvla::Error::AmbiguousStatistics { .. } => Code::UnnormKeyNeeded,

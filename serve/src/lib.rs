@@ -21,6 +21,7 @@
 //! | `observation` | what all forms decode to and encode from |
 //! | `engine` | where a request waits for its answer |
 //! | `queue`, `recent` | who is next, what is too late, what is forgotten; pure |
+//! | `turns` | whose body is decoded next |
 //! | `worker` | the thread that owns the model |
 //! | `safety` | what a motion must be before it leaves |
 //! | `error` | what is answered in place of a motion |
@@ -53,4 +54,5 @@ pub mod recent;
 pub mod routes;
 pub mod safety;
 pub mod server;
+pub mod turns;
 pub mod worker;

@@ -49,7 +49,7 @@ impl Observation {
 }
 
 /// What a request may say about itself: headers of HTTP, fields of a websocket message.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Note {
     /// `X-Client-Id`: the robot's name. Without it, whoever is at the end of the connection.
     pub client_id: Option<String>,

@@ -195,8 +195,21 @@ impl Talk {
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
-                let (observation, note) = app.decode(move || at_frame(&at, &frame)).await?;
-                let order = note.order(arrived, connection.number, app.settings.deadline())?;
+                let order =
+                    |note: Note| note.order(arrived, connection.number, app.settings.deadline());
+                let n = frame.len();
+                // Whose turn it is must be known before the frame is decoded; what is wrong with it
+                // is said then.
+                let read = move || {
+                    let step = message::Message::from_msgpack(&FORM, &frame);
+                    let note = step.and_then(|mut step| note(&mut step)).unwrap_or_default();
+                    Ok((note, frame))
+                };
+                let (note, frame) = app.read(&order(Note::default())?, n, read).await?;
+                let turn = order(note)?;
+                let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
+                let (observation, note) = decoded.await?;
+                let order = order(note)?;
                 app.engine.act(observation, order).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))
@@ -278,17 +291,22 @@ impl Talk {
     }
 }
 
+/// What the message says about itself.
+fn note(step: &mut message::Message<'_>) -> Result<Note, Error> {
+    Ok(Note {
+        client_id: step.option("client_id", Field::text)?,
+        seq: step.option("seq", Field::integer)?,
+        timestamp: step.option("timestamp", Field::float)?,
+        deadline_ms: step.option("deadline_ms", Field::integer)?,
+    })
+}
+
 fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Note), Error> {
     let mut step = message::Message::from_msgpack(&FORM, frame)?;
     let (name, image) = step.image()?;
     let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
     let instruction = step.instruction()?;
-    let note = Note {
-        client_id: step.option("client_id", Field::text)?,
-        seq: step.option("seq", Field::integer)?,
-        timestamp: step.option("timestamp", Field::float)?,
-        deadline_ms: step.option("deadline_ms", Field::integer)?,
-    };
+    let note = note(&mut step)?;
     let unnorm_key = step.option("unnorm_key", Field::text)?;
     let image = image.image(Layout::ChannelsAnywhere, app.settings.max_pixels)?;
     Ok((Observation::new(image, instruction, unnorm_key)?, note))

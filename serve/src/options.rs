@@ -153,7 +153,8 @@ impl Settings {
         Duration::from_secs(self.stall_s)
     }
 
-    fn memory(&self) -> Duration {
+    /// For how long a silent client is remembered.
+    pub fn memory(&self) -> Duration {
         Duration::from_secs(self.session_s.into())
     }
 }

@@ -11,6 +11,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
+use openvla::Header;
 
 use crate::error::{Code, Error};
 use crate::field::Field;
@@ -38,17 +39,17 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     let headers = request.headers().clone();
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or("").trim().to_lowercase();
-    let observation = match kind.as_str() {
+    let draft = match kind.as_str() {
         "application/json" => {
             let body = app.body(request).await?;
-            let at = Arc::clone(app);
-            app.decode(move || from_json(&at, &body)).await?
+            let n = body.len();
+            app.read(&order, n, move || Draft::new(from_json(&body)?)).await?
         }
         "multipart/form-data" => {
             let body = app.body(request).await?;
+            let n = body.len();
             let fields = fields(&headers, body).await?;
-            let at = Arc::clone(app);
-            app.decode(move || from_fields(&at, fields)).await?
+            app.read(&order, n, move || Draft::new(fields)).await?
         }
         other => {
             let message = format!("the body is `{other}`");
@@ -56,16 +57,21 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
             return Err(Error::new(Code::UnsupportedMediaType, message).hint(hint));
         }
     };
+    let max_pixels = app.settings.max_pixels;
+    let observation = app.decode(&order, draft.samples, move || draft.decode(max_pixels)).await?;
     app.engine.act(observation, order).await
 }
 
-fn from_json(app: &App, body: &[u8]) -> Result<Observation, Error> {
+fn from_json(body: &[u8]) -> Result<Fields, Error> {
     let json = standard(body)?;
     let mut message = Message::from_json(&FORM, &json)?;
     let (name, image) = message.image()?;
     let file = image.file(&name).map_err(|error| error.hint(FORM.hint))?;
-    let instruction = message.instruction()?;
-    app.picture(&file, instruction, message.option("unnorm_key", Field::text)?)
+    Ok(Fields {
+        image: Some(file.into()),
+        instruction: Some(message.instruction()?),
+        unnorm_key: message.option("unnorm_key", Field::text)?,
+    })
 }
 
 /// The parts of a form.
@@ -100,9 +106,34 @@ async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
     Ok(fields)
 }
 
-fn from_fields(app: &App, fields: Fields) -> Result<Observation, Error> {
-    let missing = |name| Error::bad_request(format!("the form has no field `{name}`"));
-    let file = fields.image.ok_or_else(|| missing("image"))?;
-    let instruction = fields.instruction.ok_or_else(|| missing("instruction"))?;
-    app.picture(&file, instruction, fields.unnorm_key)
+/// An observation whose picture has been looked at, but not decoded.
+struct Draft {
+    file: Bytes,
+    /// What decoding costs.
+    samples: u64,
+    instruction: String,
+    unnorm_key: Option<String>,
+}
+
+impl Draft {
+    fn new(fields: Fields) -> Result<Self, Error> {
+        let missing = |name| Error::bad_request(format!("the form has no field `{name}`"));
+        let file = fields.image.ok_or_else(|| missing("image"))?;
+        let instruction = fields.instruction.ok_or_else(|| missing("instruction"))?;
+        let samples = Header::read(&file).map_err(refused)?.samples;
+        Ok(Self { file, samples, instruction, unnorm_key: fields.unnorm_key })
+    }
+
+    fn decode(self, max_pixels: usize) -> Result<Observation, Error> {
+        let image = openvla::decode_within(&self.file, max_pixels).map_err(refused)?;
+        Observation::new(image, self.instruction, self.unnorm_key)
+    }
+}
+
+/// A picture that cannot be used. A decoder's panic is for its authors, so it is logged, too.
+fn refused(error: openvla::Error) -> Error {
+    if let openvla::Error::Decoder { why } = &error {
+        tracing::error!(why, "a decoder panicked");
+    }
+    error.into()
 }

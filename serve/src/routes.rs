@@ -11,17 +11,18 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use openvla::cli::Threads;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use crate::auth::{Token, check_origin};
-use crate::engine::Engine;
+use crate::engine::{Engine, late};
 use crate::error::{Code, Error, Outcome};
-use crate::observation::{Note, Observation};
+use crate::observation::Note;
 use crate::options::Settings;
 use crate::queue::{Client, Order};
 use crate::server::Connection;
+use crate::turns::Turns;
 use crate::{act, openpi, plain};
 
 /// The API's description, which is also its documentation.
@@ -36,8 +37,10 @@ pub struct App {
     /// Whether the server is about to end.
     pub draining: watch::Receiver<bool>,
     token: Option<Token>,
-    /// Bodies that may be decoded at a time, since a picture may be large.
-    decoders: Arc<Semaphore>,
+    /// Whose body is read, one for each core, since it may be large.
+    bodies: Turns,
+    /// Whose picture file is decoded, one for each core. Bodies are read meanwhile.
+    pictures: Turns,
 }
 
 /// When a request's headers were read.
@@ -53,8 +56,8 @@ impl App {
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
-        let decoders = Arc::new(Semaphore::new(cores));
-        Arc::new(Self { engine, settings, draining, token, decoders })
+        let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
+        Arc::new(Self { engine, settings, draining, token, bodies, pictures })
     }
 
     /// The order of a request, of its headers.
@@ -101,36 +104,55 @@ impl App {
         }
     }
 
-    /// Decodes beside the connections' threads, a few at a time.
+    /// Reads a body of `n` bytes beside the connections' threads, when it is the client's turn.
     ///
     /// # Errors
-    /// Those of `work`.
-    pub async fn decode<T: Send + 'static>(
+    /// Those of `work`, and [`Code::DeadlineExceeded`].
+    pub async fn read<T: Send + 'static>(
         &self,
+        order: &Order,
+        n: usize,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let place = Arc::clone(&self.decoders).acquire_owned().await;
-        let work = move || {
-            let _place = place; // kept until the work ends, even if nobody waits for it any more
-            work()
-        };
-        spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::bad_image("its decoder failed")))
+        self.take_turn(&self.bodies, order, n as u64, work).await
     }
 
-    /// A picture file's picture.
+    /// Decodes a picture file of so many samples beside the connections' threads, when it is the
+    /// client's turn.
     ///
     /// # Errors
-    /// [`Code::BadImage`]; sizes are checked before pixels are read.
-    pub fn picture(
+    /// Those of `work`, and [`Code::DeadlineExceeded`].
+    pub async fn decode<T: Send + 'static>(
         &self,
-        file: &[u8],
-        instruction: String,
-        unnorm_key: Option<String>,
-    ) -> Result<Observation, Error> {
-        if let Ok(size) = imagesize::blob_size(file) {
-            crate::numpy::check_pixels(size.width, size.height, self.settings.max_pixels)?;
+        order: &Order,
+        samples: u64,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.take_turn(&self.pictures, order, samples, work).await
+    }
+
+    async fn take_turn<T: Send + 'static>(
+        &self,
+        turns: &Turns,
+        order: &Order,
+        cost: u64,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let decoded = async {
+            let turn = turns.turn(&order.client, cost).await;
+            let work = move || {
+                let _turn = turn; // kept until the work ends, even if nobody waits for it any more
+                work()
+            };
+            spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::bad_image("decoding failed")))
+        };
+        let decoded = timeout_at(order.deadline.into(), decoded).await;
+        let decoded = decoded.unwrap_or_else(|_| Err(late(order)));
+        if decoded.as_ref().is_err_and(|error| error.code == Code::BadImage) {
+            self.bodies.refuse(&order.client);
+            self.pictures.refuse(&order.client);
         }
-        Observation::new(openvla::decode(file)?, instruction, unnorm_key)
+        decoded
     }
 
     fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {

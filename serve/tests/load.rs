@@ -229,3 +229,43 @@ fn memory_stays_flat_under_load() {
     eprintln!("{outcomes:?}");
     assert_eq!(outcomes.keys().collect::<Vec<_>>(), ["200 OK"], "{outcomes:?}");
 }
+
+/// Times of a good client's requests alone, and beside hostile ones. Their pictures take as long as any
+/// may, and never come to the model, since their instructions are too long.
+#[test]
+#[ignore = "measures"]
+fn what_hostile_pictures_cost_the_others() {
+    // A progressive JPEG of 4096 x 4096 gray pixels and six scans without any data.
+    let table = [&[0xFF, 0xD8, 0xFF, 0xDB, 0, 67, 0][..], &[1; 64]].concat();
+    let frame = [0xFF, 0xCA, 0, 11, 8, 0x10, 0, 0x10, 0, 1, 1, 0x11, 0];
+    let scans = [0xFF, 0xDA, 0, 8, 1, 1, 0, 0, 0, 0].repeat(6);
+    let costly = [&table[..], &frame, &scans, &[0xFF, 0xD9]].concat();
+    let costly =
+        json!({ "image": STANDARD.encode(costly), "instruction": "x".repeat(9000) }).to_string();
+    let server = Server::example(&["--threads", "1"]);
+    let (url, plain) = (server.url("/v1/act"), plain_body());
+    let ask = |agent: &ureq::Agent, body: &str, status: u16| {
+        let response = agent.post(&url).content_type("application/json").send(body).unwrap();
+        assert_eq!(response.status(), status);
+        let _ = response.into_body().read_to_vec().unwrap();
+    };
+    let times = || {
+        let agent = agent();
+        quantiles((0..50).map(|_| timed(&mut || ask(&agent, &plain, 200))).collect())
+    };
+    eprintln!("alone                   {}", times());
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let agent = agent();
+                while !over.load(Ordering::Relaxed) {
+                    ask(&agent, &costly, 400);
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        eprintln!("beside eight hostile    {}", times());
+        over.store(true, Ordering::Relaxed);
+    });
+}

@@ -60,7 +60,7 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
         let order = order?;
         let (observation, encoding) =
             app.read(&order, n, move || decode(&bytes, max_pixels)).await?;
-        Ok((app.engine.act(observation, order).await?, encoding))
+        Ok((app.act(observation, order).await?, encoding))
     };
     match answer.await {
         Ok((answer, encoding)) => encode(&answer, encoding),

@@ -210,7 +210,7 @@ impl Talk {
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, note) = decoded.await?;
                 let order = order(note)?;
-                app.engine.act(observation, order).await
+                app.act(observation, order).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))
         });

@@ -59,7 +59,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     };
     let max_pixels = app.settings.max_pixels;
     let observation = app.decode(&order, draft.samples, move || draft.decode(max_pixels)).await?;
-    app.engine.act(observation, order).await
+    app.act(observation, order).await
 }
 
 fn from_json(body: &[u8]) -> Result<Fields, Error> {

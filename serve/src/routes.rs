@@ -18,7 +18,7 @@ use tokio::time::{timeout, timeout_at};
 use crate::auth::{Token, check_origin};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error, Outcome};
-use crate::observation::Note;
+use crate::observation::{Answer, Note, Observation};
 use crate::options::Settings;
 use crate::queue::{Client, Order};
 use crate::server::Connection;
@@ -129,6 +129,25 @@ impl App {
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         self.take_turn(&self.pictures, order, samples, work).await
+    }
+
+    /// Makes the picture the square that the model takes, when it is the client's turn, and waits for the
+    /// motion. The model's own thread would do that for all robots, one after the other.
+    ///
+    /// # Errors
+    /// [`Code::DeadlineExceeded`], and those of [`Engine::act`].
+    pub async fn act(&self, observation: Observation, order: Order) -> Result<Answer, Error> {
+        let card = self.engine.card();
+        let Some(preprocess) = card.and_then(|card| card.preprocess.clone()) else {
+            return self.engine.act(observation, order).await;
+        };
+        let samples = observation.image.as_raw().len() as u64;
+        let square = move || {
+            let image = preprocess.square(&observation.image)?;
+            Ok(Observation { image, ..observation })
+        };
+        let observation = self.decode(&order, samples, square).await?;
+        self.engine.act(observation, order).await
     }
 
     async fn take_turn<T: Send + 'static>(

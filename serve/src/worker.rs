@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use openvla::cli::NO_INSTRUCTION;
 use openvla::image::{Rgb, RgbImage};
-use openvla::{Dataset, OpenVla, Session};
+use openvla::{Dataset, OpenVla, Preprocess, Session};
 
 use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
@@ -44,6 +44,8 @@ pub struct Card {
     pub name: String,
     /// Sides of the square that pictures become, in pixels.
     pub image_size: u32,
+    /// How pictures become that square. Without it, the policy is given them as they came.
+    pub preprocess: Option<Preprocess>,
     /// The data sets it was trained on.
     pub datasets: BTreeMap<String, Dataset>,
     /// Bytes that it takes on each device.
@@ -57,6 +59,7 @@ impl Policy for OpenVla {
         Card {
             name: config.general.name.clone(),
             image_size: config.preprocess.size,
+            preprocess: Some(config.preprocess.clone()),
             datasets: config.statistics.datasets().clone(),
             memory: self.usage().iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
         }

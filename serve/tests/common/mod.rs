@@ -72,6 +72,7 @@ impl Policy for Stub {
         Card {
             name: "a stub".into(),
             image_size: 224,
+            preprocess: None,
             datasets: BTreeMap::from(datasets),
             memory: vec![("CPU".into(), 42)],
         }

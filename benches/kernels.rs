@@ -44,6 +44,9 @@ fn main() {
         for [k, m] in sizes {
             let mut group = criterion.benchmark_group(format!("{dtype} {k}x{m}"));
             let file = matrix(dtype, *k, *m);
+            let weight = &file.bytes()[file.tensors()[0].range.clone()];
+            group.throughput(Throughput::Bytes(weight.len() as u64));
+            group.bench_function("all are finite", |b| b.iter(|| dtype.first_not_finite(weight)));
             for kernels in [Kernels::Ggml, Kernels::Fastest] {
                 for n in [1, 7, 281] {
                     group.throughput(match n {

@@ -114,7 +114,7 @@ fn mistakes_with_collecting_are_named() {
         ("--images", "nowhere", &["nowhere", "No such file"]),
         ("--images", "tasks.txt", &["tasks.txt", "Not a directory"]),
         ("--images", "none", &["none holds no images", "*.png"]),
-        ("--images", "cut", &["cut/2.jpeg", "decoding it as Png failed"]),
+        ("--images", "cut", &["cut/2.jpeg", "it is a PNG without a header"]),
         ("--images", "void", &["void/2.jpeg", "image"]),
         ("--images", "folder", &["folder/inner.png", "not a regular file"]),
         ("--instructions", "nowhere", &["instructions in nowhere", "No such file"]),

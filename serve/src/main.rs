@@ -1,7 +1,9 @@
 //! `openvla-serve`: a model for robots, over the network.
 
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
+use std::net::IpAddr;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use openvla::cli;
@@ -10,6 +12,7 @@ use openvla_serve::server::serve;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::sleep;
 
 fn main() -> ExitCode {
     let options: Options = cli::start();
@@ -40,7 +43,7 @@ fn run(options: Options) -> Result<()> {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let served = runtime.block_on(async {
         let at = (settings.host, settings.port);
-        let listener = TcpListener::bind(at).await;
+        let listener = bind(at).await;
         let listener = listener.with_context(|| format!("cannot listen on {}:{}", at.0, at.1))?;
         let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
             .map(|kind| signal(kind).expect("the system has signals"));
@@ -57,4 +60,20 @@ fn run(options: Options) -> Result<()> {
     // A step that hangs must not keep the program.
     runtime.shutdown_background();
     served
+}
+
+/// How long a server that is being restarted may keep its port.
+const RESTART: Duration = Duration::from_secs(3);
+
+/// Listens, as soon as the server before it has let go of the port.
+async fn bind(at: (IpAddr, u16)) -> std::io::Result<TcpListener> {
+    let start = Instant::now();
+    loop {
+        match TcpListener::bind(at).await {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && start.elapsed() < RESTART => {
+                sleep(Duration::from_millis(50)).await;
+            }
+            bound => return bound,
+        }
+    }
 }

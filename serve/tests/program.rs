@@ -99,6 +99,21 @@ fn what_cannot_work_is_said_at_once() {
     assert_eq!(output.status.code(), Some(2), "usage: {said}");
 }
 
+/// As when it is started again before the one before has ended.
+#[test]
+fn a_port_that_is_about_to_be_free_is_waited_for() {
+    let before = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = before.local_addr().unwrap().port().to_string();
+    let mut child = command(SERVE, &["--port", &port, "--threads", "1"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(child.try_wait().unwrap().is_none(), "it waits");
+    drop(before);
+    let said = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(said.into_iter().any(|line| line.contains("listening")));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 /// What was asked is answered, or was never accepted: a client is told one of the two.
 #[test]
 fn nothing_accepted_is_lost_when_it_is_asked_to_stop() {

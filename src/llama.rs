@@ -74,11 +74,19 @@ struct Run {
 struct Pass {
     graph: Graph,
     ids: State,
+    /// By device.
+    inputs: BTreeMap<usize, Inputs>,
+    /// `[n_vocab, n]`, of the last rows.
+    logits: State,
+}
+
+/// Where the rows of a pass stand and what they may look at, on a device that has layers. CUDA's operations take
+/// operands in memory of their own device alone, and these are not copied between devices by ggml: each
+/// writes a cache, whose device they belong to.
+struct Inputs {
     positions: State,
     places: State,
     mask: State,
-    /// `[n_vocab, n]`, of the last rows.
-    logits: State,
 }
 
 /// f16 zero and minus infinity: what a mask is made of.
@@ -177,11 +185,13 @@ impl Llama {
 impl Pass {
     /// Its rows stand from `position` on.
     fn stand(&self, position: usize) {
-        let [n_kv, n_row, ..] = self.mask.shape();
-        let at = position..position + n_row;
-        self.positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
-        self.places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
-        self.mask.write(&at.flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
+        for Inputs { positions, places, mask } in self.inputs.values() {
+            let [n_kv, n_row, ..] = mask.shape();
+            let at = position..position + n_row;
+            positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
+            places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
+            mask.write(&at.flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
+        }
     }
 
     /// Gives the logits of the last rows, `[n_vocab]` each.
@@ -190,6 +200,25 @@ impl Pass {
         self.graph.compute()?;
         let rows = self.logits.read();
         Ok(rows.chunks(self.logits.shape()[0]).map(<[f32]>::to_vec).collect())
+    }
+}
+
+impl Inputs {
+    /// For `n_row` rows that look at `n_kv`, of a cache of `n_ctx`, on the layer's device.
+    fn new(layer: &Layer, n_row: usize, n_kv: usize, n_ctx: usize) -> Result<Self> {
+        let beside = |dtype, dims: &[usize]| State::beside(&layer.k, dtype, shape(dims));
+        Ok(Self {
+            positions: beside(DType::I32, &[n_row])?,
+            places: State::ids_beside(&layer.k, DType::I64, n_row, n_ctx)?,
+            mask: beside(DType::F16, &[n_kv, n_row])?,
+        })
+    }
+
+    /// As operands of a graph, with the rows `x`.
+    fn rows<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Rows<'g> {
+        let [positions, places, mask] =
+            [&self.positions, &self.places, &self.mask].map(|state| g.state(state));
+        Rows { x, positions, places, mask }
     }
 }
 
@@ -277,20 +306,20 @@ impl Model {
         soft: Option<&State>,
     ) -> Result<Pass> {
         let c = &self.config;
-        let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
         let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
-        let positions = state(DType::I32, &[n_row])?;
-        let places = State::ids(backend, DType::I64, n_row, cache[0].k.shape()[1])?;
-        let mask = state(DType::F16, &[n_kv, n_row])?;
-        let logits = state(DType::F32, &[c.n_vocab, n_out])?;
+        let mut inputs = BTreeMap::new();
+        for (layer, cache) in self.layers.iter().zip(cache) {
+            if let Entry::Vacant(place) = inputs.entry(layer.device()) {
+                place.insert(Inputs::new(layer, n_row, n_kv, cache.k.shape()[1])?);
+            }
+        }
+        let logits = State::beside(&self.head, DType::F32, shape(&[c.n_vocab, n_out]))?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
-            let (positions, places) = (g.state(&positions), g.state(&places));
-            let rows = Rows { x, positions, places, mask: g.state(&mask) };
-            g.store(self.build(g, rows, cache, n_out), &logits);
+            g.store(self.build(g, x, &inputs, cache, n_out), &logits);
         })?;
-        Ok(Pass { graph, ids, positions, places, mask, logits })
+        Ok(Pass { graph, ids, inputs, logits })
     }
 
     /// Half precision, as everybody's caches; full for full-precision files, whose point is to
@@ -311,15 +340,24 @@ impl Model {
         bos.concat(soft, 1).concat(rest, 1)
     }
 
-    /// Runs rows through all layers, and the last `n` of them through the head: `[n_vocab, n]`
-    fn build<'g>(&self, g: &'g Builder, rows: Rows<'g>, cache: &Cache, n: usize) -> Tensor<'g> {
+    /// Runs rows `x` through all layers, and the last `n` of them through the head: `[n_vocab, n]`
+    fn build<'g>(
+        &self,
+        g: &'g Builder,
+        x: Tensor<'g>,
+        inputs: &BTreeMap<usize, Inputs>,
+        cache: &Cache,
+        n: usize,
+    ) -> Tensor<'g> {
         let c = &self.config;
-        let n_row = rows.x.shape()[1];
+        let n_row = x.shape()[1];
+        let rows: BTreeMap<_, _> =
+            inputs.iter().map(|(device, inputs)| (*device, inputs.rows(g, x))).collect();
         let mut n_out = vec![n_row; c.n_layer];
         n_out[c.n_layer - 1] = n;
         let layers = self.layers.iter().zip(cache).zip(n_out);
-        let x = layers.fold(rows.x, |x, ((layer, cache), n)| {
-            layer.build(g, &Rows { x, ..rows }, cache, n, c)
+        let x = layers.fold(x, |x, ((layer, cache), n)| {
+            layer.build(g, &Rows { x, ..rows[&layer.device()] }, cache, n, c)
         });
         let last = self.norm.build(g, x);
         let logits = g.weight(&self.head).mul_mat(last); // [n_vocab, n]
@@ -331,6 +369,11 @@ impl Model {
 }
 
 impl Layer {
+    /// The device that its cache is on.
+    fn device(&self) -> usize {
+        self.k.device()
+    }
+
     /// More than the graph nodes that [`Layer::build`] makes.
     pub const MAX_NODES: usize = 48;
 
@@ -387,7 +430,7 @@ impl Layer {
         let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
         let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
         let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
-        k_cache.set_rows(k.reshape(&[n_head_kv * head_dim, n_row]), rows.places);
+        k_cache.set_rows(k.heads_as_rows(), rows.places);
         v_cache.set_rows(v, rows.places);
         let seen = |cache: Tensor<'g>| {
             let rows = cache.slice(1, 0, n_kv).reshape(&[head_dim, n_head_kv, n_kv]);

@@ -1,5 +1,6 @@
 //! What computers have to compute with: ggml's registry, and what ggml says while it looks.
 
+use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
 use std::ptr::NonNull;
@@ -72,9 +73,11 @@ impl Device {
         (free, total)
     }
 
-    /// The last error that ggml logged: why a GPU is missing, or failed.
+    /// The last errors that ggml logged: why a GPU is missing, or failed. A failed call of CUDA's takes three
+    /// lines: what is wrong, where, and in which statement.
     pub fn complaint() -> Option<String> {
-        COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+        (!complaints.is_empty()).then(|| complaints.iter().cloned().collect::<Vec<_>>().join("; "))
     }
 
     pub(crate) fn raw(&self) -> sys::ggml_backend_dev_t {
@@ -89,7 +92,10 @@ unsafe fn text(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-static COMPLAINT: Mutex<Option<String>> = Mutex::new(None);
+static COMPLAINTS: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
+
+/// Lines of a complaint that are kept.
+const MAX_COMPLAINTS: usize = 3;
 
 /// Starts ggml, once. It logs to stderr by itself; a library has no business there, and what
 /// matters comes back with errors.
@@ -101,8 +107,11 @@ pub(crate) fn start() -> Result<()> {
         if level == sys::GGML_LOG_LEVEL_ERROR && !said.is_null() {
             // SAFETY: ggml logs C strings.
             let said = unsafe { text(said) };
-            let mut complaint = COMPLAINT.lock().unwrap_or_else(PoisonError::into_inner);
-            *complaint = Some(said.trim().to_owned());
+            let mut complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+            if complaints.len() == MAX_COMPLAINTS {
+                complaints.pop_front();
+            }
+            complaints.push_back(said.trim().to_owned());
         }
     }
     #[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]

@@ -79,9 +79,7 @@ impl Graph {
             unsafe { sys::ggml_backend_sched_alloc_graph(scheduler.as_ptr(), graph.raw.as_ptr()) };
         drop(idle);
         if !allocated {
-            let device = graph.backend.name(0).to_owned();
-            let bytes = (0..graph.backend.n_device()).map(|device| graph.bytes(device)).sum();
-            return Err(Error::Memory { device, what: "a computation".to_owned(), bytes });
+            return Err(graph.no_room());
         }
         graph.observed.retain(Observed::is_computed);
         graph.count(Counts::add);
@@ -132,6 +130,23 @@ impl Graph {
             let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
             (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect()
         }
+    }
+
+    /// It could not be allocated: names the device that it needs most of.
+    fn no_room(&self) -> Error {
+        let mut sizes = vec![0; self.backend.n_device()];
+        let _idle = self.backend.lock();
+        // SAFETY: scheduler and graph are live, and `sizes` has a number for each device. Nothing is allocated.
+        unsafe {
+            sys::ggml_backend_sched_reserve_size(
+                self.scheduler.as_ptr(),
+                self.raw.as_ptr(),
+                sizes.as_mut_ptr(),
+            );
+        }
+        let largest = (0..sizes.len()).max_by_key(|device| sizes[*device]).unwrap_or(0);
+        let device = self.backend.name(largest).to_owned();
+        Error::Memory { device, what: "a computation".to_owned(), bytes: sizes[largest] }
     }
 
     /// Bytes that lie between its operations on one device.

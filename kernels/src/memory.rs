@@ -67,6 +67,11 @@ impl Weight {
     pub fn shape(&self) -> Shape {
         self.place.shape
     }
+
+    /// The device of its backend that it is on.
+    pub fn device(&self) -> usize {
+        self.place.device
+    }
 }
 
 /// The tensors of a model file on a backend, each to be taken exactly once.
@@ -149,8 +154,8 @@ impl Weights {
         for layout in layouts {
             let (here, others): (Vec<_>, _) = left.into_iter().partition(|t| suits(layout, t));
             if !here.is_empty() {
-                let buffer = layout.copy(file, backend, &here);
-                buffers.push(buffer.ok_or_else(|| no_room(layout.device, &here))?);
+                let copied = layout.copy(file, backend, &here);
+                buffers.extend(copied.ok_or_else(|| no_room(layout.device, &here))?);
                 devices.extend(here.iter().map(|(info, _)| (info.name.as_str(), layout.device)));
             }
             left = others;
@@ -159,8 +164,11 @@ impl Weights {
         if !left.is_empty() {
             let buffer = map(file, backend, &left);
             mapped = buffer.is_some().then(|| file.clone());
-            let buffer = buffer.or_else(|| Layout::plain(backend).copy(file, backend, &left));
-            buffers.push(buffer.ok_or_else(|| no_room(backend.host(), &left))?);
+            let copied = match buffer {
+                Some(buffer) => Some(vec![buffer]),
+                None => Layout::plain(backend).copy(file, backend, &left),
+            };
+            buffers.extend(copied.ok_or_else(|| no_room(backend.host(), &left))?);
         }
         let backend = backend.clone();
         let home = Arc::new(Home {

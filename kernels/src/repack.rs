@@ -3,6 +3,7 @@
 //! instruction works on several of them.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -120,14 +121,16 @@ impl Layout {
         }
     }
 
-    /// Copies tensors that it suits, and that have no data yet, into a buffer of this layout, as
+    /// Copies tensors that it suits, and that have no data yet, into buffers of this layout, as
     /// many at a time as the CPU has threads. `None` if there is no room.
+    ///
+    /// Several buffers where one would be larger than the device's largest: Vulkan's is a gigabyte or two.
     pub fn copy(
         self,
         file: &Gguf,
         backend: &Arc<Backend>,
         tensors: &[Entry<'_>],
-    ) -> Option<Buffer> {
+    ) -> Option<Vec<Buffer>> {
         // SAFETY: a live buffer type.
         let alignment = unsafe { sys::ggml_backend_buft_get_alignment(self.raw.as_ptr()) };
         let padded = |raw: &NonNull<sys::ggml_tensor>| {
@@ -136,23 +139,30 @@ impl Layout {
                 unsafe { sys::ggml_backend_buft_get_alloc_size(self.raw.as_ptr(), raw.as_ptr()) };
             size.next_multiple_of(alignment)
         };
-        let bytes: usize = tensors.iter().map(|(_, raw)| padded(raw)).sum();
-        // SAFETY: a live buffer type; the buffer is nobody else's.
-        let buffer = unsafe {
-            let raw = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), bytes + alignment);
-            Buffer::new(raw, backend, self.device, Use::Weights, bytes)
-        }?;
-        // SAFETY: a live buffer; its base is an address on its device, not to be read here.
-        let base = unsafe { sys::ggml_backend_buffer_get_base(buffer.raw()) };
-        let mut address =
-            base.wrapping_byte_add(base.addr().next_multiple_of(alignment) - base.addr());
-        for (_, raw) in tensors {
-            // SAFETY: the tensor has no data yet, and its bytes from here on lie inside the buffer,
-            // which has room for all of them, padded.
-            let status =
-                unsafe { sys::ggml_backend_tensor_alloc(buffer.raw(), raw.as_ptr(), address) };
-            assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a layout takes what it suits");
-            address = address.wrapping_byte_add(padded(raw));
+        let sizes: Vec<usize> = tensors.iter().map(|(_, raw)| padded(raw)).collect();
+        // SAFETY: a live buffer type.
+        let largest = unsafe { sys::ggml_backend_buft_get_max_size(self.raw.as_ptr()) };
+        let mut buffers = Vec::new();
+        for part in parts(&sizes, largest.saturating_sub(alignment)) {
+            let bytes = sizes[part.clone()].iter().sum();
+            // SAFETY: a live buffer type; the buffer is nobody else's.
+            let buffer = unsafe {
+                let raw = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), bytes + alignment);
+                Buffer::new(raw, backend, self.device, Use::Weights, bytes)
+            }?;
+            // SAFETY: a live buffer; its base is an address on its device, not to be read here.
+            let base = unsafe { sys::ggml_backend_buffer_get_base(buffer.raw()) };
+            let mut address =
+                base.wrapping_byte_add(base.addr().next_multiple_of(alignment) - base.addr());
+            for ((_, raw), size) in tensors[part.clone()].iter().zip(&sizes[part]) {
+                // SAFETY: the tensor has no data yet, and its bytes from here on lie inside the buffer,
+                // which has room for all of the part's, padded.
+                let status =
+                    unsafe { sys::ggml_backend_tensor_alloc(buffer.raw(), raw.as_ptr(), address) };
+                assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a layout takes what it suits");
+                address = address.wrapping_byte_add(*size);
+            }
+            buffers.push(buffer);
         }
         let (next, tensors) = (AtomicUsize::new(0), Unshared(tensors));
         let work = || {
@@ -176,8 +186,23 @@ impl Layout {
                 scope.spawn(work);
             }
         });
-        Some(buffer)
+        Some(buffers)
     }
+}
+
+/// Tensors of these sizes in their order, as few parts as can be of at most `largest` bytes each. One that is
+/// larger by itself is a part of its own, for the device to refuse.
+fn parts(sizes: &[usize], largest: usize) -> Vec<Range<usize>> {
+    let (mut parts, mut start, mut bytes) = (Vec::new(), 0, 0_usize);
+    for (i, size) in sizes.iter().enumerate() {
+        if i > start && bytes + size > largest {
+            parts.push(start..i);
+            (start, bytes) = (i, 0);
+        }
+        bytes += size;
+    }
+    parts.push(start..sizes.len());
+    parts
 }
 
 /// Tensors of which each thread takes other ones.
@@ -185,3 +210,16 @@ struct Unshared<'a>(&'a [Entry<'a>]);
 
 // SAFETY: threads take different tensors by a counter, and setting one touches no other.
 unsafe impl Sync for Unshared<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_whole_tensors_in_order_and_no_larger_than_may_be() {
+        assert_eq!(parts(&[3, 3, 3, 3], 6), [0..2, 2..4]);
+        assert_eq!(parts(&[3, 3, 3, 3], 5), [0..1, 1..2, 2..3, 3..4]);
+        assert_eq!(parts(&[1, 9, 1, 1], 4), [0..1, 1..2, 2..4], "one is too large by itself");
+        assert_eq!(parts(&[7], usize::MAX), [0..1]);
+    }
+}

@@ -44,6 +44,20 @@ impl State {
         Ok(Self { below: Some(below), ..state })
     }
 
+    /// As [`State::ids`], on the device that `weight` is on.
+    ///
+    /// # Errors
+    /// As [`State::zeros`].
+    ///
+    /// # Panics
+    /// As [`State::ids`].
+    pub fn ids_beside(weight: &Weight, dtype: DType, n: usize, below: usize) -> Result<Self> {
+        assert!(!dtype.is_float(), "{dtype} elements are not row numbers");
+        assert!(below > 0, "no row number is below zero");
+        let state = Self::beside(weight, dtype, [n, 1, 1, 1])?;
+        Ok(Self { below: Some(below), ..state })
+    }
+
     /// A zeroed tensor on the device that `weight` is on.
     ///
     /// # Errors

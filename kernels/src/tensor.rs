@@ -218,6 +218,19 @@ impl<'g> Tensor<'g> {
         self.builder.node(unsafe { sys::ggml_reshape_4d(context, raw, a, b, c, d) })
     }
 
+    /// Heads `[head_dim, n_head, n]` side by side: `[head_dim · n_head, n]`. The same as a reshape, but a view,
+    /// in which form ggml's CUDA backend runs it in one kernel with the rotation before and the cache's
+    /// write after.
+    pub fn heads_as_rows(self) -> Tensor<'g> {
+        let [head_dim, n_head, n, one] = self.shape();
+        assert!(self.is_contiguous() && one == 1, "heads_as_rows: {:?} with gaps", self.shape());
+        assert!(self.is_f32(), "heads_as_rows: operand is not f32");
+        let (context, raw) = self.args();
+        let k = head_dim * n_head;
+        // SAFETY: live and contiguous, and the view has as many elements.
+        self.builder.node(unsafe { sys::ggml_view_2d(context, raw, k as i64, n as i64, 4 * k, 0) })
+    }
+
     /// Moves dimension `i` to place `to[i]`. Nothing is copied.
     pub fn permute(self, to: [usize; 4]) -> Tensor<'g> {
         assert!((0..4).all(|axis| to.contains(&axis)), "permute: {to:?} is no permutation");

@@ -220,6 +220,6 @@ mod tests {
         assert_eq!(parts(&[3, 3, 3, 3], 6), [0..2, 2..4]);
         assert_eq!(parts(&[3, 3, 3, 3], 5), [0..1, 1..2, 2..3, 3..4]);
         assert_eq!(parts(&[1, 9, 1, 1], 4), [0..1, 1..2, 2..4], "one is too large by itself");
-        assert_eq!(parts(&[7], usize::MAX), [0..1]);
+        assert_eq!(parts(&[7, 7], usize::MAX).len(), 1);
     }
 }

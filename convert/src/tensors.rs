@@ -49,9 +49,10 @@ impl Tensors {
         let at = |what: &str| format!("{} {what}", path.display());
         let cut_off =
             || at("is cut off or not a safetensors file; delete it and download it again");
-        let found = file.metadata().with_context(cut_off)?;
+        let cannot = || format!("cannot read {}", path.display());
+        let found = file.metadata().with_context(cannot)?;
         ensure!(found.len() >= 8, cut_off());
-        let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
+        let map = |from, n| Mapped::range(&file, from, n).with_context(cannot);
         let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
         ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
         // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
@@ -97,14 +98,14 @@ impl Tensors {
     /// Maps a tensor whose type was checked.
     ///
     /// # Errors
-    /// Names the file if it cannot be mapped.
+    /// Names the file if it cannot be read.
     pub fn matrix(&self, name: &str) -> Result<Matrix> {
         let entry = &self.entries[name];
         let row = *entry.shape.last().with_context(|| format!("{name} has no dimensions"))?;
         let n_row = entry.shape.iter().product::<usize>() / row.max(1);
         let (path, file) = &self.files[entry.file];
         let bytes = Mapped::range(file, entry.offset, entry.length)
-            .with_context(|| format!("cannot map {}", path.display()))?;
+            .with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Matrix { bytes, dtype: entry.dtype, row, n_row })
     }
 }

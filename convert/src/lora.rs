@@ -16,7 +16,7 @@ use crate::source::{StatisticsText, list};
 use crate::tensors::{Matrix, Tensors};
 
 /// Adapters wrap the model twice.
-const PREFIX: &str = "base_model.model.";
+pub const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 

@@ -13,6 +13,7 @@ use openvla_kernels::Mapped;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::aliases::canonical;
 use crate::files;
 
 /// Where a tensor's bytes are.
@@ -38,7 +39,7 @@ pub struct Tensors {
 const MAX_HEADER: u64 = 100_000_000;
 
 impl Tensors {
-    /// Adds a file's tensors.
+    /// Adds a file's tensors, by the names that transformers 4 has for them.
     ///
     /// # Errors
     /// Names the file, and what is missing or damaged.
@@ -69,7 +70,7 @@ impl Tensors {
                 offset: 8 + header + start as u64,
                 length: end - start,
             };
-            let twice = self.entries.insert(tensor.clone(), entry).is_some();
+            let twice = self.entries.insert(canonical(&tensor), entry).is_some();
             ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
         }
         self.files.push((path.to_owned(), file));

@@ -151,6 +151,7 @@ impl Conversion {
         files.adapter = dir.map(source::name).transpose()?;
         let mut adapter = dir.map(|dir| Adapter::open(dir, &tensors)).transpose()?;
         let beside = adapter.as_mut().and_then(|adapter| adapter.statistics.take());
+        warnings.extend(adapter.iter().flat_map(|adapter| adapter.warnings.clone()));
         let statistics = match (&options.statistics, beside) {
             (Some(path), _) => StatisticsText::read(path)?,
             (None, Some(statistics)) => statistics,

@@ -38,6 +38,10 @@ pub struct Tensors {
 /// The largest header that is read: what the format's own library allows.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// How tensors are probably lost, and what to do.
+pub const ZERO_3: &str = "a save under DeepSpeed ZeRO-3 leaves tensors empty: set \
+     stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py";
+
 impl Tensors {
     /// Adds a file's tensors, by the names that transformers 4 has for them.
     ///
@@ -62,7 +66,10 @@ impl Tensors {
         ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
         for (tensor, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
-            ensure!(end > start, at(&format!("holds {tensor} of shape {:?}: nothing", info.shape)));
+            ensure!(
+                end > start,
+                at(&format!("holds {tensor} of shape {:?}: nothing; {ZERO_3}", info.shape))
+            );
             let entry = Entry {
                 file: self.files.len(),
                 dtype: info.dtype,

@@ -1,5 +1,7 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
+mod misnamed;
+
 use std::fmt::Display;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -92,7 +94,7 @@ impl Model {
     /// Opens the model.
     ///
     /// # Errors
-    /// As [`OpenVla::open`].
+    /// As [`OpenVla::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
     pub fn open(&self) -> anyhow::Result<OpenVla> {
         let mut options = self.place.options();
         options.draft = self.draft;
@@ -100,7 +102,10 @@ impl Model {
             options.decoding = Decoding::Reference;
         }
         Ok(match self.path() {
-            Some(path) => OpenVla::open(path, &options)?,
+            Some(path) => {
+                misnamed::check(&path)?;
+                OpenVla::open(path, &options)?
+            }
             None => OpenVla::built_in("the built-in example", EXAMPLE, &options)?,
         })
     }

@@ -16,13 +16,15 @@ use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
-use openvla_kernels::{
-    Backend, Builder, DType, Graph, Shape, State, Tensor, Weight, Weights, shape,
-};
+use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 use crate::config::{Config, LlamaConfig};
 use crate::layers::RmsNorm;
+
+mod layer;
+
+pub(crate) use layer::{Layer, LayerCache, Rows, mask_row};
 
 /// Tensors that rows are looked up in.
 pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
@@ -88,10 +90,6 @@ struct Inputs {
     places: State,
     mask: State,
 }
-
-/// f16 zero and minus infinity: what a mask is made of.
-const SEEN: u16 = 0x0000;
-const HIDDEN: u16 = 0xFC00;
 
 impl Llama {
     /// Rows that ggml's CUDA kernels for a single row take at once, nearly for the price of one.
@@ -206,10 +204,10 @@ impl Pass {
 impl Inputs {
     /// For `n_row` rows that look at `n_kv`, of a cache of `n_ctx`, on the layer's device.
     fn new(layer: &Layer, n_row: usize, n_kv: usize, n_ctx: usize) -> Result<Self> {
-        let beside = |dtype, dims: &[usize]| State::beside(&layer.k, dtype, shape(dims));
+        let beside = |dtype, dims: &[usize]| State::beside(layer.keys(), dtype, shape(dims));
         Ok(Self {
             positions: beside(DType::I32, &[n_row])?,
-            places: State::ids_beside(&layer.k, DType::I64, n_row, n_ctx)?,
+            places: State::ids_beside(layer.keys(), DType::I64, n_row, n_ctx)?,
             mask: beside(DType::F16, &[n_kv, n_row])?,
         })
     }
@@ -220,11 +218,6 @@ impl Inputs {
             [&self.positions, &self.places, &self.mask].map(|state| g.state(state));
         Rows { x, positions, places, mask }
     }
-}
-
-/// What the row at `position` may look at, of `n_kv` rows.
-pub(crate) fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
-    (0..n_kv).map(|at| if at <= position { SEEN } else { HIDDEN }).collect()
 }
 
 struct Model {
@@ -238,34 +231,8 @@ struct Model {
     actions: Range<usize>,
 }
 
-pub(crate) struct Layer {
-    attn_norm: RmsNorm,
-    q: Weight,
-    k: Weight,
-    v: Weight,
-    out: Weight,
-    ffn_norm: RmsNorm,
-    gate: Weight,
-    up: Weight,
-    down: Weight,
-}
-
-/// Keys and values of one layer, both `[n_head_kv · head_dim, n_ctx]`.
-pub(crate) struct LayerCache {
-    k: State,
-    v: State,
-}
-
 /// All layers'.
 type Cache = Vec<LayerCache>;
-
-/// Rows to run: what they are, where they stand, and what they may look at.
-pub(crate) struct Rows<'g> {
-    pub x: Tensor<'g>,
-    pub positions: Tensor<'g>,
-    pub places: Tensor<'g>,
-    pub mask: Tensor<'g>,
-}
 
 impl Model {
     fn load(w: &mut Weights, config: &Config) -> Result<Self> {
@@ -289,7 +256,7 @@ impl Model {
         let n_ctx = (n_row + n_new).next_multiple_of(32);
         let dtype = self.cache_dtype();
         let layer = |layer: &Layer| {
-            LayerCache::new(c, n_ctx, |shape| Ok(State::beside(&layer.k, dtype, shape)?))
+            LayerCache::new(c, n_ctx, |shape| Ok(State::beside(layer.keys(), dtype, shape)?))
         };
         let cache = self.layers.iter().map(layer).collect::<Result<_>>()?;
         let (prefills, steps) = (BTreeMap::new(), BTreeMap::new());
@@ -309,8 +276,8 @@ impl Model {
         let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
         let mut inputs = BTreeMap::new();
         for (layer, cache) in self.layers.iter().zip(cache) {
-            if let Entry::Vacant(place) = inputs.entry(layer.device()) {
-                place.insert(Inputs::new(layer, n_row, n_kv, cache.k.shape()[1])?);
+            if let Entry::Vacant(place) = inputs.entry(layer.keys().device()) {
+                place.insert(Inputs::new(layer, n_row, n_kv, cache.n_ctx())?);
             }
         }
         let logits = State::beside(&self.head, DType::F32, shape(&[c.n_vocab, n_out]))?;
@@ -325,7 +292,7 @@ impl Model {
     /// Half precision, as everybody's caches; full for full-precision files, whose point is to
     /// give the reference's numbers.
     fn cache_dtype(&self) -> DType {
-        match self.layers[0].q.dtype() {
+        match self.layers[0].keys().dtype() {
             DType::F32 => DType::F32,
             _ => DType::F16,
         }
@@ -357,7 +324,7 @@ impl Model {
         n_out[c.n_layer - 1] = n;
         let layers = self.layers.iter().zip(cache).zip(n_out);
         let x = layers.fold(x, |x, ((layer, cache), n)| {
-            layer.build(g, &Rows { x, ..rows[&layer.device()] }, cache, n, c)
+            layer.build(g, &Rows { x, ..rows[&layer.keys().device()] }, cache, n, c)
         });
         let last = self.norm.build(g, x);
         let logits = g.weight(&self.head).mul_mat(last); // [n_vocab, n]
@@ -365,92 +332,5 @@ impl Model {
         let Range { start, end } = self.actions;
         let (before, after) = (logits.slice(0, 0, start), logits.slice(0, end, c.n_vocab - end));
         before.concat(actions, 0).concat(after, 0)
-    }
-}
-
-impl Layer {
-    /// The device that its cache is on.
-    fn device(&self) -> usize {
-        self.k.device()
-    }
-
-    /// More than the graph nodes that [`Layer::build`] makes.
-    pub const MAX_NODES: usize = 48;
-
-    pub fn load(w: &mut Weights, c: &LlamaConfig, i: usize) -> Result<Self> {
-        let name = |part: &str| format!("blk.{i}.{part}");
-        let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
-        let mut matrix = |part: &str, n_in, n_out| w.take(&name(part), shape(&[n_in, n_out]));
-        Ok(Self {
-            q: matrix("attn_q.weight", dim, dim)?,
-            k: matrix("attn_k.weight", dim, kv)?,
-            v: matrix("attn_v.weight", dim, kv)?,
-            out: matrix("attn_output.weight", dim, dim)?,
-            gate: matrix("ffn_gate.weight", dim, c.n_ff)?,
-            up: matrix("ffn_up.weight", dim, c.n_ff)?,
-            down: matrix("ffn_down.weight", c.n_ff, dim)?,
-            attn_norm: RmsNorm::load(w, &name("attn_norm"), dim, c.eps)?,
-            ffn_norm: RmsNorm::load(w, &name("ffn_norm"), dim, c.eps)?,
-        })
-    }
-
-    /// `[dim, n_row] → [dim, n]`, of the last `n` rows; writes all rows' keys and values into the
-    /// cache.
-    pub fn build<'g>(
-        &self,
-        g: &'g Builder,
-        rows: &Rows<'g>,
-        cache: &LayerCache,
-        n: usize,
-        c: &LlamaConfig,
-    ) -> Tensor<'g> {
-        let x = rows.x + self.attention(g, rows, cache, c);
-        let x = x.slice(1, x.shape()[1] - n, n);
-        let y = self.ffn_norm.build(g, x);
-        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n]
-        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n]
-        x + g.weight(&self.down).mul_mat(gate.swiglu(up))
-    }
-
-    /// Every row looks at the cached rows that its mask shows. `[dim, n_row] → [dim, n_row]`
-    fn attention<'g>(
-        &self,
-        g: &'g Builder,
-        rows: &Rows<'g>,
-        cache: &LayerCache,
-        c: &LlamaConfig,
-    ) -> Tensor<'g> {
-        let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
-        let (head_dim, n_head_kv) = (c.head_dim(), c.n_head_kv);
-        let turn = |x: Tensor<'g>, n_head| {
-            x.reshape(&[head_dim, n_head, n_row]).rope(rows.positions, c.rope_base)
-        };
-        let y = self.attn_norm.build(g, rows.x);
-        let q = turn(g.weight(&self.q).mul_mat(y), c.n_head); // [head_dim, n_head, n_row]
-        let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
-        let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
-        let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
-        k_cache.set_rows(k.heads_as_rows(), rows.places);
-        v_cache.set_rows(v, rows.places);
-        let seen = |cache: Tensor<'g>| {
-            let rows = cache.slice(1, 0, n_kv).reshape(&[head_dim, n_head_kv, n_kv]);
-            rows.permute([0, 2, 1, 3]) // [head_dim, n_kv, n_head_kv]
-        };
-        let scale = (head_dim as f32).sqrt().recip();
-        let q = q.permute([0, 2, 1, 3]); // [head_dim, n_row, n_head]
-        let y = q.flash_attention(seen(k_cache), seen(v_cache), Some(rows.mask), scale);
-        g.weight(&self.out).mul_mat(y.reshape(&[dim, n_row]))
-    }
-}
-
-impl LayerCache {
-    /// For `n_ctx` rows, of zeroed states.
-    pub fn new(
-        c: &LlamaConfig,
-        n_ctx: usize,
-        zeros: impl Fn(Shape) -> Result<State>,
-    ) -> Result<Self> {
-        let shape = shape(&[c.n_head_kv * c.head_dim(), n_ctx]);
-        Ok(Self { k: zeros(shape)?, v: zeros(shape)? })
     }
 }

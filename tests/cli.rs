@@ -59,6 +59,21 @@ fn the_same_step_gives_the_same_numbers_whatever_the_threads() {
     assert_eq!(tokens("1"), tokens("3"));
 }
 
+/// A stack as large as the address space makes every start of a thread fail.
+#[test]
+#[cfg(target_os = "linux")]
+fn where_no_thread_can_be_started_one_is_enough_and_two_are_an_error() {
+    let run = |threads| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
+        command.env("RUST_MIN_STACK", (1_u64 << 47).to_string());
+        command.args(["--device", "cpu", "-t", threads, &table(), "pick up the red cube"]);
+        command.output().unwrap()
+    };
+    let alone = run("1");
+    assert!(alone.status.success(), "{}", stderr(&alone));
+    assert_fails(&run("2"), &["only 1 of 2 threads", "--threads", "ulimit -u"]);
+}
+
 #[test]
 fn it_says_what_it_ran_on_and_a_device_that_is_not_there_is_named() {
     let output = openvla_run(&[&table(), "put eggplant into pot", "--device", "cpu", "-ngl", "2"]);

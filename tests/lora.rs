@@ -229,6 +229,31 @@ fn settings_mean_what_they_mean_to_peft() {
     assert!(merged(&by_root, &adapter) != plain);
 }
 
+#[test]
+fn adapters_that_change_nothing_or_not_all_they_should_are_warned_of() {
+    let warnings = |config: &Value, tensors: &BTreeMap<String, Tensor>| {
+        let dir = folder(config, tensors);
+        let conversion = Conversion::new(&checkpoint(), &merging(dir.path())).unwrap();
+        conversion.warnings.join("\n")
+    };
+    let with = |key: &str, value: Value| {
+        let mut config = config();
+        config[key] = value;
+        config
+    };
+    let (trained, mut untrained) = (adapter(), adapter());
+    let halves = untrained.iter_mut().filter(|(name, _)| name.contains("lora_B"));
+    halves.for_each(|(_, (_, numbers))| numbers.fill(0.0));
+    assert!(!warnings(&config(), &trained).contains("adapter in"));
+    assert!(warnings(&config(), &untrained).contains("changes nothing"));
+    assert!(warnings(&with("lora_alpha", json!(0)), &trained).contains("changes nothing"));
+    let names = json!(["q_proj", "0.mlp.fc2", "patch_embed.proj", "attn_pool.q"]);
+    let said = warnings(&with("target_modules", names), &trained);
+    assert!(said.contains("3 of 7 layers") && said.contains("complete?"), "{said}");
+    let listed = with("target_modules", json!(MODULES));
+    assert!(!warnings(&listed, &trained).contains("complete?"));
+}
+
 /// Peft saves the frozen weights of some layers too, and loads them over the checkpoint's.
 #[test]
 fn copies_of_the_base_models_weights_must_be_the_checkpoints() {
@@ -357,6 +382,10 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     let mut scalar = adapter.clone();
     scalar.values_mut().for_each(|tensor| *tensor = (vec![], vec![1.0]));
     refused(&config(), &scalar, &["shape []"]);
+    refused(&config(), &BTreeMap::new(), &["holds no LoRA tensor", "zero_to_fp32.py"]);
+    let mut emptied = adapter.clone();
+    emptied.values_mut().for_each(|tensor| *tensor = (vec![0], vec![]));
+    refused(&config(), &emptied, &["of shape [0]", "zero_to_fp32.py"]);
     let empty = tempfile::tempdir().unwrap();
     let error = Conversion::new(&checkpoint(), &merging(empty.path()));
     let error = format!("{:#}", error.err().unwrap());

@@ -17,7 +17,10 @@ pub struct Interrupted;
 /// # Errors
 /// If the system refuses.
 pub fn listen() -> Result<()> {
-    ctrlc::set_handler(|| REQUESTED.store(true, Ordering::Relaxed)).context("cannot watch signals")
+    ctrlc::set_handler(|| REQUESTED.store(true, Ordering::Relaxed)).context(
+        "cannot start the thread that watches signals; raise `ulimit -u` or the container's limit on \
+         processes",
+    )
 }
 
 /// Whether to go on.

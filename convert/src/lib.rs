@@ -7,7 +7,7 @@
 //! | [`source`], [`tensors`] | the folder: JSON files, shards, tensors, as found |
 //! | [`settings`] | `config.json` and `preprocessor_config.json`, and whether that is run |
 //! | [`lora`], [`peft`] | an adapter's folder and settings, and what it adds to each tensor |
-//! | [`names`] | the table: which tensors become which, and how |
+//! | [`aliases`], [`names`] | the table: which tensors become which, and how; what else those are called |
 //! | [`describe`] | the metadata: what the runtime's `Config` says about the checkpoint |
 //! | [`cards`] | what each number of a motion is, as far as that is known |
 //! | [`plan`] | which type each tensor gets |
@@ -25,6 +25,7 @@
 //!
 //! Data flows from top to bottom; nothing is written before everything was checked.
 
+pub mod aliases;
 pub mod beside;
 pub mod calibrate;
 pub mod cards;
@@ -150,6 +151,7 @@ impl Conversion {
         files.adapter = dir.map(source::name).transpose()?;
         let mut adapter = dir.map(|dir| Adapter::open(dir, &tensors)).transpose()?;
         let beside = adapter.as_mut().and_then(|adapter| adapter.statistics.take());
+        warnings.extend(adapter.iter().flat_map(|adapter| adapter.warnings.clone()));
         let statistics = match (&options.statistics, beside) {
             (Some(path), _) => StatisticsText::read(path)?,
             (None, Some(statistics)) => statistics,

@@ -13,10 +13,10 @@ use crate::files;
 use crate::kinds;
 use crate::peft::PeftConfig;
 use crate::source::{StatisticsText, list};
-use crate::tensors::{Matrix, Tensors};
+use crate::tensors::{Matrix, Tensors, ZERO_3};
 
 /// Adapters wrap the model twice.
-const PREFIX: &str = "base_model.model.";
+pub const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
@@ -27,6 +27,8 @@ pub struct Adapter {
     scale: f32,
     /// What lies beside it, which are the fine-tuned model's.
     pub statistics: Option<StatisticsText>,
+    /// What makes it probably not the adapter that was meant, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 impl Adapter {
@@ -46,9 +48,11 @@ impl Adapter {
         let mut tensors = Tensors::default();
         tensors.add(&dir.join(kinds::ADAPTER_WEIGHTS))?;
         let statistics = StatisticsText::beside(dir)?;
-        let adapter = Self { tensors, rank: config.r, scale: config.scale(), statistics };
+        let (rank, scale, warnings) = (config.r, config.scale(), Vec::new());
+        let mut adapter = Self { tensors, rank, scale, statistics, warnings };
         let cannot = || format!("the adapter in {shown} cannot be merged");
         adapter.check(&config, base).with_context(cannot)?;
+        adapter.warnings = adapter.doubts(&shown, &config, base)?;
         Ok(adapter)
     }
 
@@ -87,7 +91,44 @@ impl Adapter {
                 self.rank
             );
         }
+        let is_half = |name: &String| name.ends_with(A);
+        ensure!(self.tensors.entries().keys().any(is_half), "it holds no LoRA tensor; {ZERO_3}");
         Ok(())
+    }
+
+    /// What is probably a mistake about an adapter that fits.
+    fn doubts(&self, shown: &str, config: &PeftConfig, base: &Tensors) -> Result<Vec<String>> {
+        let mut doubts = Vec::new();
+        if self.scale == 0.0 || self.is_zero(A)? || self.is_zero(B)? {
+            doubts.push(format!(
+                "the adapter in {shown} changes nothing: its lora_alpha, or every lora_A or lora_B, is \
+                 zero, as lora_B is before training"
+            ));
+        }
+        let matrices = base.entries().iter().filter(|(_, entry)| entry.shape.len() > 1);
+        let modules = matrices.filter_map(|(name, _)| name.strip_suffix(".weight"));
+        let targeted: Vec<_> = modules.filter(|module| config.targets(module)).collect();
+        let has_pair =
+            |module: &&&str| self.tensors.entries().contains_key(&format!("{PREFIX}{module}{A}"));
+        let missing = targeted.len() - targeted.iter().filter(has_pair).count();
+        if config.names_targets() && missing > 0 {
+            doubts.push(format!(
+                "{missing} of {} layers that adapter_config.json targets have no pair in {shown}: is the \
+                 adapter complete?",
+                targeted.len()
+            ));
+        }
+        Ok(doubts)
+    }
+
+    /// Whether these halves of all pairs are zeros.
+    fn is_zero(&self, half: &str) -> Result<bool> {
+        for name in self.tensors.entries().keys().filter(|name| name.ends_with(half)) {
+            if all(&self.tensors.matrix(name)?).iter().any(|x| *x != 0.0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A copy of the base's own weights, which peft would load over the checkpoint's.

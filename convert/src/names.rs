@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use openvla::{LlamaConfig, TowerConfig};
 use openvla_kernels::Shape;
 
+use crate::aliases;
 use crate::settings::HfConfig;
 
 /// Shapes by tensor name, in PyTorch's order.
@@ -139,10 +140,12 @@ struct Table {
 
 impl Table {
     fn shape(&self, name: &str) -> Result<&[usize]> {
-        self.left
-            .get(name)
-            .map(Vec::as_slice)
-            .with_context(|| format!("the checkpoint lacks the tensor {name}"))
+        self.left.get(name).map(Vec::as_slice).with_context(|| {
+            match aliases::explain(self.left.keys(), name) {
+                Some(why) => format!("the checkpoint lacks the tensor {name}; {why}"),
+                None => format!("the checkpoint lacks the tensor {name}"),
+            }
+        })
     }
 
     /// Takes a tensor that must have `shape`, in PyTorch's order.

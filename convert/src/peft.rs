@@ -124,6 +124,11 @@ impl PeftConfig {
         (self.lora_alpha / divisor) as f32
     }
 
+    /// Whether the targets are names, so that [`PeftConfig::targets`] tells all modules that peft changes.
+    pub fn names_targets(&self) -> bool {
+        matches!(self.target_modules, Some(Names::Ends(_)))
+    }
+
     /// Whether peft would make a module one of those that it changes.
     pub fn targets(&self, module: &str) -> bool {
         let named = |names: &Option<Names>, otherwise| match names {

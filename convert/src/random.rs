@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use anyhow::Result;
 use openvla_example::{Tensor, deviates};
-use openvla_kernels::DType;
+use openvla_kernels::{DType, parallel_for_each};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -99,30 +99,18 @@ impl Random {
     /// Fills `bytes` with picks from `pool`, of `pick` bytes each.
     fn pick(&self, stream: u64, pool: &[u8], pick: usize, bytes: &mut [u8]) -> Result<()> {
         let &Self { seed, n_threads, .. } = self;
-        let chunks: Vec<_> = bytes.chunks_mut(PICKS_AT_A_TIME * pick).enumerate().collect();
-        let per_thread = chunks.len().div_ceil(n_threads);
-        let fill = |chunks: Vec<(usize, &mut [u8])>| {
-            for (i, chunk) in chunks {
-                interrupt::check()?;
-                let mut random = ChaCha8Rng::seed_from_u64(seed);
-                random.set_stream(stream);
-                random.set_word_pos((i * PICKS_AT_A_TIME) as u128);
-                for out in chunk.chunks_mut(pick) {
-                    let n = pool.len() / pick; // a power of two
-                    let at = random.next_u32() as usize % n * pick;
-                    out.copy_from_slice(&pool[at..][..out.len()]);
-                }
+        let chunks = bytes.chunks_mut(PICKS_AT_A_TIME * pick).enumerate();
+        parallel_for_each(n_threads, chunks, |(i, chunk)| {
+            interrupt::check()?;
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            random.set_stream(stream);
+            random.set_word_pos((i * PICKS_AT_A_TIME) as u128);
+            for out in chunk.chunks_mut(pick) {
+                let n = pool.len() / pick; // a power of two
+                let at = random.next_u32() as usize % n * pick;
+                out.copy_from_slice(&pool[at..][..out.len()]);
             }
             Ok(())
-        };
-        std::thread::scope(|scope| {
-            let mut chunks = chunks.into_iter();
-            let work: Vec<_> = std::iter::from_fn(|| {
-                let own: Vec<_> = chunks.by_ref().take(per_thread).collect();
-                (!own.is_empty()).then(|| scope.spawn(|| fill(own)))
-            })
-            .collect();
-            work.into_iter().try_for_each(|work| work.join().expect("copying does not panic"))
         })
     }
 }

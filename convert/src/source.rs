@@ -13,6 +13,7 @@ use openvla::Statistics;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::aliases::canonical;
 use crate::files;
 use crate::kinds;
 use crate::settings::{HfConfig, HfPreprocessor};
@@ -253,7 +254,7 @@ impl Index {
     fn check(&self, tensors: &Tensors) -> Result<()> {
         for (name, shard) in &self.weight_map {
             ensure!(
-                tensors.entries().contains_key(name),
+                tensors.entries().contains_key(&canonical(name)),
                 "{INDEX} says that {shard} holds the tensor {name}, which is in no shard; \
                  download both again"
             );

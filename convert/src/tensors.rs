@@ -13,6 +13,7 @@ use openvla_kernels::Mapped;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::aliases::canonical;
 use crate::files;
 
 /// Where a tensor's bytes are.
@@ -37,8 +38,12 @@ pub struct Tensors {
 /// The largest header that is read: what the format's own library allows.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// How tensors are probably lost, and what to do.
+pub const ZERO_3: &str = "a save under DeepSpeed ZeRO-3 leaves tensors empty: set \
+     stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py";
+
 impl Tensors {
-    /// Adds a file's tensors.
+    /// Adds a file's tensors, by the names that transformers 4 has for them.
     ///
     /// # Errors
     /// Names the file, and what is missing or damaged.
@@ -49,9 +54,10 @@ impl Tensors {
         let at = |what: &str| format!("{} {what}", path.display());
         let cut_off =
             || at("is cut off or not a safetensors file; delete it and download it again");
-        let found = file.metadata().with_context(cut_off)?;
+        let cannot = || format!("cannot read {}", path.display());
+        let found = file.metadata().with_context(cannot)?;
         ensure!(found.len() >= 8, cut_off());
-        let map = |from, n| Mapped::range(&file, from, n).with_context(cut_off);
+        let map = |from, n| Mapped::range(&file, from, n).with_context(cannot);
         let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
         ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
         // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
@@ -60,7 +66,10 @@ impl Tensors {
         ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
         for (tensor, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
-            ensure!(end > start, at(&format!("holds {tensor} of shape {:?}: nothing", info.shape)));
+            ensure!(
+                end > start,
+                at(&format!("holds {tensor} of shape {:?}: nothing; {ZERO_3}", info.shape))
+            );
             let entry = Entry {
                 file: self.files.len(),
                 dtype: info.dtype,
@@ -68,7 +77,7 @@ impl Tensors {
                 offset: 8 + header + start as u64,
                 length: end - start,
             };
-            let twice = self.entries.insert(tensor.clone(), entry).is_some();
+            let twice = self.entries.insert(canonical(&tensor), entry).is_some();
             ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
         }
         self.files.push((path.to_owned(), file));
@@ -97,14 +106,14 @@ impl Tensors {
     /// Maps a tensor whose type was checked.
     ///
     /// # Errors
-    /// Names the file if it cannot be mapped.
+    /// Names the file if it cannot be read.
     pub fn matrix(&self, name: &str) -> Result<Matrix> {
         let entry = &self.entries[name];
         let row = *entry.shape.last().with_context(|| format!("{name} has no dimensions"))?;
         let n_row = entry.shape.iter().product::<usize>() / row.max(1);
         let (path, file) = &self.files[entry.file];
         let bytes = Mapped::range(file, entry.offset, entry.length)
-            .with_context(|| format!("cannot map {}", path.display()))?;
+            .with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Matrix { bytes, dtype: entry.dtype, row, n_row })
     }
 }

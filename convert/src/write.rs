@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
-use openvla_kernels::{ALIGNMENT, DType, Gguf, Header};
+use openvla_kernels::{ALIGNMENT, DType, Gguf, Header, parallel_for_each};
 
 use crate::imatrix::Importance;
 use crate::interrupt;
@@ -78,16 +78,10 @@ impl Origin for Ingredients {
         let rows = Rows::open(self, &planned.part).with_context(cannot)?;
         let importance = self.importance.as_ref().and_then(|all| all.get(&planned.part.name));
         let per_thread = planned.n_row().div_ceil(self.n_threads);
-        std::thread::scope(|scope| {
-            let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
-            let work = chunks.map(|(i, out)| {
-                let rows = &rows;
-                scope.spawn(move || rows.encode(planned, importance, i * per_thread, out))
-            });
-            let work: Vec<_> = work.collect();
-            work.into_iter().try_for_each(|work| work.join().expect("converting does not panic"))
-        })
-        .with_context(cannot)
+        let chunks = bytes.chunks_mut(per_thread * planned.row_bytes()).enumerate();
+        let encode =
+            |(i, out): (usize, &mut [u8])| rows.encode(planned, importance, i * per_thread, out);
+        parallel_for_each(self.n_threads, chunks, encode).with_context(cannot)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{assert_fails, checkpoint, example, openvla_convert, stderr, stdout};
@@ -242,5 +243,56 @@ fn an_interrupt_leaves_nothing_behind() {
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         assert!(stderr(&output).contains("interrupted"), "{}", stderr(&output));
         assert_eq!(files(), 0);
+    }
+}
+
+/// The example checkpoint in a folder of its own name, with its tensors renamed.
+fn renamed(dir: &Path, rename: impl Fn(&str) -> String) -> String {
+    let folder = dir.join("openvla-example");
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in std::fs::read_dir(checkpoint()).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+    }
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let (header, data) = bytes[8..].split_at(length);
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(header).unwrap();
+    let header: serde_json::Map<_, _> =
+        header.into_iter().map(|(name, value)| (rename(&name), value)).collect();
+    let header = serde_json::to_vec(&header).unwrap();
+    let length = (header.len() as u64).to_le_bytes();
+    std::fs::write(path, [&length, header.as_slice(), data].concat()).unwrap();
+    folder.display().to_string()
+}
+
+#[test]
+fn tensors_by_transformers_5s_names_are_taken_and_those_of_wrapped_models_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let of_5 = renamed(dir.path(), |name| match name.split_once("language_model.") {
+        _ if name.starts_with("__") => name.to_owned(),
+        Some((_, head)) if head.starts_with("lm_head") => head.to_owned(),
+        Some((_, inner)) => format!("model.language_model.{}", inner.trim_start_matches("model.")),
+        None => format!("model.{name}"),
+    });
+    let convert = |checkpoint: &str, out: &str| {
+        openvla_convert(&["--q8", "--no-proof", checkpoint, "-o", out], dir.path())
+    };
+    for (checkpoint, out) in [(&of_5, "5.gguf"), (&checkpoint(), "4.gguf")] {
+        let output = convert(checkpoint, out);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    let [of_5, of_4] =
+        ["5.gguf", "4.gguf"].map(|name| std::fs::read(dir.path().join(name)).unwrap());
+    assert!(of_5 == of_4, "the same file by either names");
+    for (prefix, advice) in [("_orig_mod.", "save model._orig_mod"), ("module.", "model.module")] {
+        let wrapped = renamed(dir.path(), |name| match name.starts_with("__") {
+            true => name.to_owned(),
+            false => format!("{prefix}{name}"),
+        });
+        let held = format!("it holds it as {prefix}vision_backbone.");
+        assert_fails(&convert(&wrapped, "wrapped.gguf"), &[&held, advice]);
+        assert!(!dir.path().join("wrapped.gguf").exists());
     }
 }

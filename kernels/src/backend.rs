@@ -9,7 +9,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Usage, Use};
 use crate::device::start;
-use crate::{Device, Error, Result, panel};
+use crate::{Device, Error, Result, panel, threads};
 
 /// Whose functions a CPU computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +79,7 @@ impl Backend {
     /// The CPU alone, with that many threads.
     ///
     /// # Errors
-    /// [`Error::Device`] if ggml has no CPU backend.
+    /// As [`Backend::open`].
     pub fn cpu(n_threads: usize) -> Result<Arc<Self>> {
         Self::open(&[], n_threads, Kernels::default())
     }
@@ -87,7 +87,8 @@ impl Backend {
     /// GPUs, and the CPU with that many threads and those functions.
     ///
     /// # Errors
-    /// [`Error::Device`] if one of them cannot be used, the CPU because this build is for newer ones.
+    /// [`Error::Device`] if one of them cannot be used, the CPU because this build is for newer ones
+    /// or because the system does not start that many threads.
     pub fn open(gpus: &[Device], n_threads: usize, kernels: Kernels) -> Result<Arc<Self>> {
         start()?;
         // SAFETY: ggml has started.
@@ -99,6 +100,15 @@ impl Backend {
         let devices = gpus.iter().map(Device::raw).chain([cpu]);
         let places = devices.map(Place::new).collect::<Result<_>>()?;
         let n_threads = n_threads.clamp(1, 512);
+        // OpenMP starts them at the first graph, and ends the process where it cannot.
+        let startable = 1 + threads::startable(n_threads - 1);
+        if startable < n_threads {
+            let why = format!(
+                "only {startable} of {n_threads} threads can be started here; take fewer with \
+                 --threads, or raise `ulimit -u` or the container's limit on processes"
+            );
+            return Err(Error::Device { device: "CPU".into(), why });
+        }
         let backend = Self { places, n_threads, kernels, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))

@@ -6,13 +6,13 @@
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
 use crate::custom::{self, share};
-use crate::{DType, Error, Gguf, Result, Tensor};
+use crate::{DType, Error, Gguf, Result, Tensor, parallel_for_each};
 
 /// Bytes that one thread looks at in one go, about.
 const PIECE_BYTES: usize = 4 << 20;
@@ -89,39 +89,23 @@ fn first<T>(items: &[T], is_special: impl Fn(&T) -> bool) -> Option<usize> {
 /// # Errors
 /// [`Error::Tensor`] names the first that is not.
 pub(crate) fn check(file: &Gguf, n_thread: usize) -> Result<()> {
-    let pieces = file.tensors().iter().enumerate().flat_map(|(i, info)| {
+    let pieces = file.tensors().iter().flat_map(|info| {
         let block = info.dtype.block_bytes();
         let piece = (PIECE_BYTES / block).max(1) * block;
         let starts = info.range.clone().step_by(piece);
-        starts.map(move |start| (i, start..info.range.end.min(start + piece)))
+        starts.map(move |start| (info, start..info.range.end.min(start + piece)))
     });
-    let pieces = Mutex::new(pieces);
-    let found: Mutex<Option<(usize, usize)>> = Mutex::new(None);
-    let work = || {
-        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
-        while let Some((i, range)) = next() {
-            let info = &file.tensors()[i];
-            let element = info.dtype.first_not_finite(&file.bytes()[range.clone()]);
-            let Some(element) = element else { continue };
-            let before = (range.start - info.range.start) / info.dtype.block_bytes();
-            let here = (i, before * info.dtype.block() + element);
-            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-            *found = Some(found.map_or(here, |other| other.min(here)));
-            return; // pieces are handed out in the file's order
-        }
-    };
-    std::thread::scope(|scope| (0..n_thread).for_each(|_| drop(scope.spawn(work))));
-    match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        None => Ok(()),
-        Some((i, element)) => {
-            let why = format!(
-                "holds a number that is not finite, NaN or infinity, at element {element}: the file \
-                 or its checkpoint is damaged"
-            );
-            let name = file.tensors()[i].name.clone();
-            Err(Error::Tensor { file: file.file().to_owned(), name, why })
-        }
-    }
+    parallel_for_each(n_thread, pieces, |(info, range)| {
+        let found = info.dtype.first_not_finite(&file.bytes()[range.clone()]);
+        let Some(element) = found else { return Ok(()) };
+        let before = (range.start - info.range.start) / info.dtype.block_bytes();
+        let why = format!(
+            "holds a number that is not finite, NaN or infinity, at element {}: the file or its \
+             checkpoint is damaged",
+            before * info.dtype.block() + element
+        );
+        Err(Error::Tensor { file: file.file().to_owned(), name: info.name.clone(), why })
+    })
 }
 
 /// Whether the activations of a product were finite when its graph last ran.

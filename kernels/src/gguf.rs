@@ -164,8 +164,7 @@ impl Bytes {
 fn read_header(bytes: &[u8]) -> Parsed<(BTreeMap<String, Value>, Vec<TensorInfo>)> {
     let mut from = Cursor { bytes, at: 0 };
     if bytes.get(..4) != Some(MAGIC) {
-        let start = &bytes[..bytes.len().min(4)];
-        return Err(format!("it starts with \"{}\", not \"GGUF\"", start.escape_ascii()));
+        return Err(not_gguf(bytes));
     }
     from.at = 4;
     let version = from.u32()?;
@@ -192,6 +191,43 @@ fn read_header(bytes: &[u8]) -> Parsed<(BTreeMap<String, Value>, Vec<TensorInfo>
     }
     place(&mut tensors, from.at.next_multiple_of(alignment), bytes.len())?;
     Ok((metadata, tensors))
+}
+
+/// What a file is that does not start as a GGUF file does, as far as its first bytes tell.
+fn not_gguf(bytes: &[u8]) -> String {
+    const GIT_LFS: &str = "it is a git-lfs pointer, not the file itself; run `git lfs pull` in its \
+         folder, or download it again";
+    const PAGE: &str = "it is a web page, not the file itself; from huggingface.co, download \
+         /resolve/main/… in place of /blob/main/…";
+    const COMPRESSED: &str = "it is compressed or an archive; unpack it first";
+    const PICKLED: &str = "it is a zip archive or a checkpoint of PyTorch; unpack it, or convert the \
+         checkpoint first: openvla-convert FOLDER --q4";
+    const SAFETENSORS: &str = "it is a safetensors file; convert its checkpoint first: \
+         openvla-convert FOLDER --q4";
+    const ZEROS: &str =
+        "it starts with zeros, as a download that did not finish; download it again";
+    const KNOWN: [(&[u8], &str); 8] = [
+        (b"version https://git-lfs", GIT_LFS),
+        (b"<", PAGE),
+        (b"\x1f\x8b", COMPRESSED),         // gzip
+        (b"BZh", COMPRESSED),              // bzip2
+        (b"\xfd7zXZ\0", COMPRESSED),       // xz
+        (b"\x28\xb5\x2f\xfd", COMPRESSED), // Zstandard
+        (b"PK\x03\x04", PICKLED),
+        (&[0; 8], ZEROS),
+    ];
+    let text = bytes.trim_ascii_start();
+    if let Some((_, what)) = KNOWN.iter().find(|(start, _)| text.starts_with(start)) {
+        return (*what).to_owned();
+    }
+    // The length of a header in JSON, then the header.
+    if bytes.get(8..10) == Some(b"{\"") {
+        return SAFETENSORS.to_owned();
+    }
+    // Servers answer in words where they do not send a file.
+    let words = bytes.iter().take(60).take_while(|b| b.is_ascii_graphic() || **b == b' ').count();
+    let start = &bytes[..bytes.len().min(words.max(4))];
+    format!("it starts with \"{}\", not \"GGUF\"", start.escape_ascii())
 }
 
 fn read_metadata(from: &mut Cursor<'_>, n_key: u64) -> Parsed<BTreeMap<String, Value>> {

@@ -10,6 +10,7 @@
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
 //! | [`Observer`], [`Squares`] | what graphs multiply weights by |
 //! | [`Mapped`] | files and parts of files as byte slices |
+//! | [`parallel_for_each`] | work that several threads share |
 //!
 //! Shapes are ggml's everywhere: fastest dimension first, four numbers, ones at the end.
 //!
@@ -49,6 +50,7 @@ mod panel;
 mod repack;
 mod state;
 mod tensor;
+mod threads;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 mod value;
@@ -68,6 +70,7 @@ pub use memory::{Weight, Weights};
 pub use observer::{Observer, Squares};
 pub use state::State;
 pub use tensor::Tensor;
+pub use threads::parallel_for_each;
 pub use value::{Array, Value};
 
 /// Sizes of a tensor, fastest dimension first, ones at the end.

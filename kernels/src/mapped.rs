@@ -1,14 +1,16 @@
 //! Files, and parts of files, as byte slices.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::{Deref, Range};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use memmap2::{Advice, Mmap, MmapMut, MmapOptions, UncheckedAdvice};
 
 use crate::{Error, Result};
 
-/// A read-only memory map. Dropping it gives its pages back.
+/// Read-only memory: a map of a file where possible, else its own. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Mapped {
     map: Mmap,
@@ -21,32 +23,39 @@ impl Mapped {
     /// a read past the new end would be a bus error.
     ///
     /// # Errors
-    /// [`Error::Read`] if it cannot be opened, is a folder, or cannot be mapped.
+    /// [`Error::Read`] if it cannot be opened or read, or is not a regular file.
     pub fn open(path: &Path) -> Result<Self> {
         let read = |why| Error::Read { path: path.to_owned(), why };
-        let file = File::open(path).map_err(read)?;
-        let metadata = file.metadata().map_err(read)?;
-        if !metadata.is_file() {
+        // Looked at before it is opened: opening a pipe would wait for a writer.
+        if !path.metadata().map_err(read)?.is_file() {
             return Err(read(std::io::Error::other("it is not a regular file")));
         }
-        let length = usize::try_from(metadata.len())
-            .map_err(|_| read(std::io::ErrorKind::FileTooLarge.into()))?;
+        let file = File::open(path).map_err(read)?;
+        let metadata = file.metadata().map_err(read)?;
+        let length =
+            usize::try_from(metadata.len()).map_err(|_| read(ErrorKind::FileTooLarge.into()))?;
         Self::range(&file, 0, length).map_err(read)
     }
 
     /// Maps `length` bytes from `offset`, which must lie inside the file. As for [`Mapped::open`], it must
-    /// stay as it is.
+    /// stay as it is. Where the file system cannot map files, they are read into memory.
     ///
     /// # Errors
     /// `UnexpectedEof` if they do not, or what the system says.
     pub fn range(file: &File, offset: u64, length: usize) -> std::io::Result<Self> {
         let end = offset.checked_add(length as u64);
         if end.is_none_or(|end| file.metadata().is_ok_and(|m| m.len() < end)) {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
+            return Err(ErrorKind::UnexpectedEof.into());
         }
         // SAFETY: the range lies inside the file, checked above, and the map is read-only. That
         // nobody shortens or rewrites the file meanwhile is what the documentation asks of the user.
-        let map = unsafe { MmapOptions::new().offset(offset).len(length).map(file)? };
+        let map = match unsafe { MmapOptions::new().offset(offset).len(length).map(file) } {
+            Ok(map) => map,
+            Err(why) if cannot_map(&why) => {
+                return Self::filled(length, |bytes| file.read_exact_at(bytes, offset));
+            }
+            Err(why) => return Err(why),
+        };
         // Advice only: where a system refuses it, reading is slower and otherwise the same.
         let _ = map.advise(Advice::WillNeed);
         Ok(Self { map, of_file: true })
@@ -79,10 +88,34 @@ impl Mapped {
     }
 }
 
+/// Whether it is the file system that maps no files, such as 9p, or FUSE with direct I/O.
+fn cannot_map(why: &std::io::Error) -> bool {
+    why.kind() == ErrorKind::Unsupported || why.raw_os_error() == Some(libc::ENODEV)
+}
+
 impl Deref for Mapped {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
         &self.map
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// sysfs maps no files.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn files_that_cannot_be_mapped_are_read() {
+        let path = Path::new("/sys/devices/system/cpu/online");
+        let Ok(text) = std::fs::read(path) else {
+            eprintln!("SKIPPED: there is no {}", path.display());
+            return;
+        };
+        let file = File::open(path).unwrap();
+        assert_eq!(*Mapped::range(&file, 0, text.len()).unwrap(), text[..]);
+        assert_eq!(*Mapped::range(&file, 1, text.len() - 1).unwrap(), text[1..]);
     }
 }

@@ -8,9 +8,10 @@
 //! others, [`mul_mat`] multiplies by it in two nodes of our own, and [`misused`] finds any other use.
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
@@ -20,7 +21,7 @@ use crate::graph::Laid;
 use crate::repack::Entry;
 use crate::vnni::{Column, DEPTH, Panel, ROWS, Scratch, Sweep, Unpack, sweep};
 pub(crate) use crate::vnni::{Rounding, available};
-use crate::{Backend, DType, Gguf, Mapped, Shape, Tensor, unpack};
+use crate::{Backend, DType, Gguf, Mapped, Shape, Tensor, parallel_for_each, unpack};
 
 /// A type of weights that we have a product for.
 pub(crate) struct Kind {
@@ -149,20 +150,14 @@ pub(crate) fn copy(
                 .extend(of_file.zip(panels.chunks_mut(piece)).map(|piece| (*kind, *panel, piece)));
             rest = others;
         }
-        let pieces = Mutex::new(pieces.into_iter());
-        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let work = || {
-            while let Some((kind, panel, (range, to))) = next() {
-                let rows = file.bytes()[range.clone()].chunks(panel);
-                rows.zip(to.chunks_exact_mut(panel))
-                    .for_each(|(rows, to)| kind.pack(rows, panel / ROWS, to));
-                file.forget(range); // there is a copy now
-            }
+        let pack = |(kind, panel, (range, to)): (&Kind, usize, (Range<usize>, &mut [u8]))| {
+            let rows = file.bytes()[range.clone()].chunks(panel);
+            rows.zip(to.chunks_exact_mut(panel))
+                .for_each(|(rows, to)| kind.pack(rows, panel / ROWS, to));
+            file.forget(range); // there is a copy now
+            Ok::<_, std::io::Error>(())
         };
-        std::thread::scope(|scope| {
-            (0..backend.n_threads()).for_each(|_| drop(scope.spawn(work)));
-        });
-        Ok::<_, std::io::Error>(())
+        parallel_for_each(backend.n_threads(), pieces.into_iter(), pack)
     });
     let memory = memory.ok()?;
     let mut at = memory.as_ptr().cast_mut().cast::<c_void>();

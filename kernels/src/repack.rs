@@ -2,17 +2,17 @@
 //! faster by than by the file's own. ggml's CPU interleaves the rows of some matrices, so that one
 //! instruction works on several of them.
 
+use std::convert::Infallible;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Buffer, Use};
 use crate::memory::Context;
-use crate::{Backend, Gguf, TensorInfo};
+use crate::{Backend, Gguf, TensorInfo, parallel_for_each};
 
 /// A tensor of a file, and its header in a context.
 pub(crate) type Entry<'a> = (&'a TensorInfo, NonNull<sys::ggml_tensor>);
@@ -164,28 +164,18 @@ impl Layout {
             }
             buffers.push(buffer);
         }
-        let (next, tensors) = (AtomicUsize::new(0), Unshared(tensors));
-        let work = || {
-            let Unshared(tensors) = &tensors;
-            while let Some((info, raw)) = tensors.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let bytes = &file.bytes()[info.range.clone()];
-                // SAFETY: the tensor is allocated and `bytes` are all of its.
-                unsafe {
-                    sys::ggml_backend_tensor_set(
-                        raw.as_ptr(),
-                        bytes.as_ptr().cast(),
-                        0,
-                        bytes.len(),
-                    );
-                }
-                file.forget(info.range.clone()); // there is a copy now
+        let tensors: Vec<_> = tensors.iter().map(|entry| Exclusive(*entry)).collect();
+        let fill = |Exclusive((info, raw)): Exclusive<'_>| {
+            let bytes = &file.bytes()[info.range.clone()];
+            // SAFETY: the tensor is allocated and `bytes` are all of its.
+            unsafe {
+                sys::ggml_backend_tensor_set(raw.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
             }
+            file.forget(info.range.clone()); // there is a copy now
+            Ok(())
         };
-        std::thread::scope(|scope| {
-            for _ in 0..backend.n_threads() {
-                scope.spawn(work);
-            }
-        });
+        let Ok::<_, Infallible>(()) =
+            parallel_for_each(backend.n_threads(), tensors.into_iter(), fill);
         Some(buffers)
     }
 }
@@ -205,11 +195,11 @@ fn parts(sizes: &[usize], largest: usize) -> Vec<Range<usize>> {
     parts
 }
 
-/// Tensors of which each thread takes other ones.
-struct Unshared<'a>(&'a [Entry<'a>]);
+/// A tensor that one thread at a time has.
+struct Exclusive<'a>(Entry<'a>);
 
-// SAFETY: threads take different tensors by a counter, and setting one touches no other.
-unsafe impl Sync for Unshared<'_> {}
+// SAFETY: no other thread has the tensor, and setting one touches no other.
+unsafe impl Send for Exclusive<'_> {}
 
 #[cfg(test)]
 mod tests {

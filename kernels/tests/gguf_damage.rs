@@ -96,6 +96,14 @@ fn other_files_are_refused() {
         (b"\x7fELF\x02\x01\x01\0", "it starts with \"\\x7fELF\""),
         (b"FUGG\0\0\0\x03", "it starts with \"FUGG\""),
         (b"GGUF", "its header ends too early: 4 bytes wanted, 0 are left"),
+        (b"Entry not found", "it starts with \"Entry not found\", not \"GGUF\""),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "git lfs pull"),
+        (b"<!doctype html><html>Sign in</html>", "in place of /blob/main/"),
+        (b"\r\n<HTML>", "it is a web page"),
+        (b"\x1f\x8b\x08\0\0\0", "it is compressed"),
+        (b"PK\x03\x04\x14\0", "it is a zip archive or a checkpoint of PyTorch"),
+        (b"\x10\0\0\0\0\0\0\0{\"a\":{\"dtype\"", "openvla-convert FOLDER --q4"),
+        (&[0; 4096], "download it again"),
     ] {
         let error = read(bytes).unwrap_err().to_string();
         assert!(error.contains(wanted), "{error}");
@@ -110,11 +118,14 @@ fn other_files_are_refused() {
 #[test]
 fn paths_that_are_no_files_are_named() {
     let dir = tempfile::tempdir().unwrap();
-    let [missing, empty] = ["missing.gguf", "empty.gguf"].map(|name| dir.path().join(name));
+    let [missing, empty, pipe] =
+        ["missing.gguf", "empty.gguf", "pipe.gguf"].map(|name| dir.path().join(name));
     std::fs::write(&empty, b"").unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
     for (path, wanted) in [
         (&missing, "No such file"),
         (&dir.path().to_owned(), "it is not a regular file"),
+        (&pipe, "it is not a regular file"),
         (&empty, "not a usable GGUF file"),
     ] {
         let error = Gguf::open(path).unwrap_err().to_string();

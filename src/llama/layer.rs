@@ -1,0 +1,134 @@
+//! One layer of the Llama: attention over a KV cache, and the MLP.
+
+use openvla_kernels::{Builder, Shape, State, Tensor, Weight, Weights, shape};
+
+use crate::Result;
+use crate::config::LlamaConfig;
+use crate::layers::RmsNorm;
+
+/// f16 zero and minus infinity: what a mask is made of.
+const SEEN: u16 = 0x0000;
+const HIDDEN: u16 = 0xFC00;
+
+/// What the row at `position` may look at, of `n_kv` rows.
+pub(crate) fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
+    (0..n_kv).map(|at| if at <= position { SEEN } else { HIDDEN }).collect()
+}
+
+pub(crate) struct Layer {
+    attn_norm: RmsNorm,
+    q: Weight,
+    k: Weight,
+    v: Weight,
+    out: Weight,
+    ffn_norm: RmsNorm,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+}
+
+/// Keys and values of one layer, both `[n_head_kv · head_dim, n_ctx]`.
+pub(crate) struct LayerCache {
+    k: State,
+    v: State,
+}
+
+/// Rows to run: what they are, where they stand, and what they may look at.
+pub(crate) struct Rows<'g> {
+    pub x: Tensor<'g>,
+    pub positions: Tensor<'g>,
+    pub places: Tensor<'g>,
+    pub mask: Tensor<'g>,
+}
+
+impl Layer {
+    /// What gives the keys: the cache is on its device.
+    pub fn keys(&self) -> &Weight {
+        &self.k
+    }
+
+    /// More than the graph nodes that [`Layer::build`] makes.
+    pub const MAX_NODES: usize = 48;
+
+    pub fn load(w: &mut Weights, c: &LlamaConfig, i: usize) -> Result<Self> {
+        let name = |part: &str| format!("blk.{i}.{part}");
+        let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
+        let mut matrix = |part: &str, n_in, n_out| w.take(&name(part), shape(&[n_in, n_out]));
+        Ok(Self {
+            q: matrix("attn_q.weight", dim, dim)?,
+            k: matrix("attn_k.weight", dim, kv)?,
+            v: matrix("attn_v.weight", dim, kv)?,
+            out: matrix("attn_output.weight", dim, dim)?,
+            gate: matrix("ffn_gate.weight", dim, c.n_ff)?,
+            up: matrix("ffn_up.weight", dim, c.n_ff)?,
+            down: matrix("ffn_down.weight", c.n_ff, dim)?,
+            attn_norm: RmsNorm::load(w, &name("attn_norm"), dim, c.eps)?,
+            ffn_norm: RmsNorm::load(w, &name("ffn_norm"), dim, c.eps)?,
+        })
+    }
+
+    /// `[dim, n_row] → [dim, n]`, of the last `n` rows; writes all rows' keys and values into the
+    /// cache.
+    pub fn build<'g>(
+        &self,
+        g: &'g Builder,
+        rows: &Rows<'g>,
+        cache: &LayerCache,
+        n: usize,
+        c: &LlamaConfig,
+    ) -> Tensor<'g> {
+        let x = rows.x + self.attention(g, rows, cache, c);
+        let x = x.slice(1, x.shape()[1] - n, n);
+        let y = self.ffn_norm.build(g, x);
+        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n]
+        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n]
+        x + g.weight(&self.down).mul_mat(gate.swiglu(up))
+    }
+
+    /// Every row looks at the cached rows that its mask shows. `[dim, n_row] → [dim, n_row]`
+    fn attention<'g>(
+        &self,
+        g: &'g Builder,
+        rows: &Rows<'g>,
+        cache: &LayerCache,
+        c: &LlamaConfig,
+    ) -> Tensor<'g> {
+        let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
+        let (head_dim, n_head_kv) = (c.head_dim(), c.n_head_kv);
+        let turn = |x: Tensor<'g>, n_head| {
+            x.reshape(&[head_dim, n_head, n_row]).rope(rows.positions, c.rope_base)
+        };
+        let y = self.attn_norm.build(g, rows.x);
+        let q = turn(g.weight(&self.q).mul_mat(y), c.n_head); // [head_dim, n_head, n_row]
+        let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
+        let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
+        let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
+        k_cache.set_rows(k.heads_as_rows(), rows.places);
+        v_cache.set_rows(v, rows.places);
+        let seen = |cache: Tensor<'g>| {
+            let rows = cache.slice(1, 0, n_kv).reshape(&[head_dim, n_head_kv, n_kv]);
+            rows.permute([0, 2, 1, 3]) // [head_dim, n_kv, n_head_kv]
+        };
+        let scale = (head_dim as f32).sqrt().recip();
+        let q = q.permute([0, 2, 1, 3]); // [head_dim, n_row, n_head]
+        let y = q.flash_attention(seen(k_cache), seen(v_cache), Some(rows.mask), scale);
+        g.weight(&self.out).mul_mat(y.reshape(&[dim, n_row]))
+    }
+}
+
+impl LayerCache {
+    /// Rows that it has room for.
+    pub fn n_ctx(&self) -> usize {
+        self.k.shape()[1]
+    }
+
+    /// For `n_ctx` rows, of zeroed states.
+    pub fn new(
+        c: &LlamaConfig,
+        n_ctx: usize,
+        zeros: impl Fn(Shape) -> Result<State>,
+    ) -> Result<Self> {
+        let shape = shape(&[c.n_head_kv * c.head_dim(), n_ctx]);
+        Ok(Self { k: zeros(shape)?, v: zeros(shape)? })
+    }
+}

@@ -113,8 +113,15 @@ fn what_the_body_has_no_room_for_is_in_the_headers() {
         ("3", "5")
     );
     assert!(got.headers["server-timing"].starts_with("queue;dur="));
-    let empty = server.post("/act", &[], numpy_body(" \n").as_bytes());
-    assert!(empty.headers["x-openvla-warning"].contains("the instruction is empty"));
+    for (instruction, doubt) in [
+        (" \n", "the instruction is empty"),
+        ("What action should the robot take to wave?", "holds the whole prompt"),
+        ("wave_at_me", "underscores"),
+    ] {
+        let doubted = server.post("/act", &[], numpy_body(instruction).as_bytes());
+        assert_eq!(doubted.status, 200, "as the reference has it");
+        assert!(doubted.headers["x-openvla-warning"].contains(doubt), "{doubted:?}");
+    }
     let array: Field<'_> = serde_json::from_slice(&got.body).unwrap();
     let mut clamped = ACTION;
     clamped[5] = 0.1;

@@ -222,11 +222,21 @@ struct Tally {
     /// Of motions that were acted on.
     milliseconds: Vec<f64>,
     newest: Option<u64>,
+    /// The server's last warning, which is said once.
+    warning: Option<String>,
 }
 
 impl Tally {
     fn count(&mut self, outcome: &str) {
         *self.outcomes.entry(outcome.to_owned()).or_default() += 1;
+    }
+
+    fn warn(&mut self, answer: &Value) {
+        let warning = answer["warning"].as_str().map(str::to_owned);
+        if warning != self.warning {
+            warning.iter().for_each(|warning| cli::say(format_args!("warning: {warning}")));
+            self.warning = warning;
+        }
     }
 
     fn note(&mut self, frame: Frame, args: &Camera) -> Result<()> {
@@ -238,6 +248,7 @@ impl Tally {
             Ok(answer) => {
                 self.newest = Some(seq);
                 self.milliseconds.push(ms);
+                self.warn(answer);
                 ("acted", answer["action"].clone()) // robot.move_by(action)
             }
             Err((code, why)) => (code.as_str(), json!(why)),

@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 fn command(program: &str, args: &[&str]) -> Command {
     let mut command = Command::new(program);
     command.args(args).env_remove("OPENVLA_MODEL").stdin(Stdio::null());
+    for variable in ["all_proxy", "https_proxy", "http_proxy", "no_proxy"] {
+        command.env_remove(variable).env_remove(variable.to_uppercase());
+    }
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -221,6 +224,27 @@ fn clients_that_die_leave_nothing_behind() {
 }
 
 #[test]
+fn a_proxy_is_named_and_not_asked_for_this_machine() {
+    let server = Server::start(&[]);
+    // Nothing listens there, and a real proxy would not know this machine's own addresses.
+    let ask = |url: &str| {
+        let args = ["camera", "--url", url, "-n", "1", &table(), "wave"];
+        let mut client = command(CLIENT, &args);
+        let output = client.env("http_proxy", "http://me:secret@127.0.0.1:9").output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let port = server.url.rsplit(':').next().unwrap();
+    for url in [format!("{}/", server.url), format!("http://LOCALHOST:{port}")] {
+        let (success, said) = ask(&url);
+        assert!(success, "{url}: {said}");
+    }
+    let (success, said) = ask("http://robot.invalid:8000");
+    assert!(!success, "{said}");
+    let named = "http://robot.invalid:8000/v1/act through the proxy 127.0.0.1:9 (no_proxy=HOST";
+    assert!(said.contains(named) && !said.contains("secret"), "{said}");
+}
+
+#[test]
 fn the_client_shows_what_became_of_every_picture() {
     let server = Server::start(&[]);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example");
@@ -255,6 +279,7 @@ fn the_client_shows_what_became_of_every_picture() {
     drop(server);
     let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
     assert!(!output.status.success() && said.contains("no_answer"), "{said}");
+    assert!(said.contains("http://127.0.0.1:9/v1/act"), "{said}");
     for format in [&[][..], &["--json"]] {
         let args = ["camera", "--url", "http://127.0.0.1:9", "-n", "1", &table(), "x"];
         let (output, said) = run(CLIENT, &[&args, format].concat());

@@ -89,6 +89,11 @@ impl Model {
         named(self.model.clone())
     }
 
+    /// CPU threads that it computes with.
+    pub fn threads(&self) -> usize {
+        self.place.threads.count()
+    }
+
     /// Opens the model.
     ///
     /// # Errors

@@ -99,6 +99,15 @@ fn the_model_sees_what_was_sent() {
 }
 
 #[test]
+fn a_slash_at_the_end_changes_nothing() {
+    let server = Server::start(&[]);
+    let got = server.post("/act/", &[], numpy_body("x").as_bytes());
+    assert_eq!(got.status, 200, "{got:?}");
+    assert_eq!(server.metric("openvla_requests_total{form=\"act\",outcome=\"ok\"}"), 1.0);
+    server.post("/v1/act/", &[], b"").assert_error(415, "unsupported_media_type");
+}
+
+#[test]
 fn what_the_body_has_no_room_for_is_in_the_headers() {
     let server = Server::start(&["--clamp"]);
     let post = |instruction: &str| {

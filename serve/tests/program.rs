@@ -102,6 +102,26 @@ fn what_cannot_work_is_said_at_once() {
     assert_eq!(output.status.code(), Some(2), "usage: {said}");
 }
 
+/// A stack of so many bytes fits in no address space, so no thread can be started.
+#[test]
+fn without_threads_it_ends_at_once() {
+    let mut server = command(SERVE, &["--port", "0"]);
+    let output = server.env("RUST_MIN_STACK", (1_u64 << 60).to_string()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("no more may be started here") && said.contains("ulimit -u"), "{said}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port().to_string();
+    let (output, said) = run(SERVE, &["--host", "localhost", "--port", &port]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{said}");
+    assert!(said.contains("--port names another"), "{said}");
+}
+
 /// As when it is started again before the one before has ended.
 #[test]
 fn a_port_that_is_about_to_be_free_is_waited_for() {

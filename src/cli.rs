@@ -91,6 +91,11 @@ impl Model {
         named(self.model.clone())
     }
 
+    /// CPU threads that it computes with.
+    pub fn threads(&self) -> usize {
+        self.place.threads.count()
+    }
+
     /// Opens the model.
     ///
     /// # Errors
@@ -162,22 +167,14 @@ pub fn output_file() -> impl TypedValueParser<Value = PathBuf> {
     })
 }
 
-/// Said where the instruction is empty: the reference acts on the image alone, and so do we.
-pub const NO_INSTRUCTION: &str =
-    "the instruction is empty; the motion follows from the image alone";
-
-/// What is probably a mistake about an instruction from the command line.
+/// What is probably a mistake about an instruction from the command line. What can be said without
+/// the command line is [`crate::prompt::Prompt::doubt`]'s.
 pub fn doubt(instruction: &str) -> Option<&'static str> {
     let path = Path::new(instruction);
     let ending = path.extension().map(|ending| ending.to_ascii_lowercase());
     let is_picture = ending.is_some_and(|ending| PICTURES.iter().any(|known| ending == *known));
-    match instruction.trim().is_empty() {
-        true => Some(NO_INSTRUCTION),
-        false if is_picture || path.is_file() => {
-            Some("the instruction is the name of a file; images come first, then the instruction")
-        }
-        false => None,
-    }
+    (is_picture || path.is_file())
+        .then_some("the instruction is the name of a file; images come first, then the instruction")
 }
 
 /// Endings of picture files that can be read.

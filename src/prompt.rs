@@ -66,6 +66,37 @@ impl Prompt {
         }
         Ok(ids)
     }
+
+    /// What is probably a mistake about an instruction. The prompt is filled with it all the same,
+    /// since the reference does so.
+    pub fn doubt(&self, instruction: &str) -> Option<&'static str> {
+        let instruction = plain(instruction);
+        let (before, after) = self.template.split_once(PLACE).unwrap_or_default();
+        let (before, after) = (plain(before), plain(after));
+        // In `USER: What action should the robot take to` it is the last sentence that people copy.
+        let lead = before.rsplit([':', '.', '?', '!']).next().unwrap_or_default().trim();
+        let is_phrase = lead.split(' ').count() >= PHRASE;
+        if instruction.is_empty() {
+            Some("the instruction is empty; the motion follows from the image alone")
+        } else if !before.is_empty() && instruction.starts_with(&before)
+            || is_phrase && instruction.contains(lead)
+            || after.contains(char::is_alphabetic) && instruction.ends_with(&after)
+        {
+            Some("the instruction holds the whole prompt; give only the task")
+        } else if instruction.contains('_') && !instruction.contains(' ') {
+            Some("the instruction has underscores in place of spaces")
+        } else {
+            None
+        }
+    }
+}
+
+/// Words that make a phrase which no task holds by chance.
+const PHRASE: usize = 4;
+
+/// A text in lower case, with one space between words.
+fn plain(text: &str) -> String {
+    text.to_lowercase().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -104,6 +135,33 @@ mod tests {
         assert_eq!(prompt.ids(&tokenizer, "Cup").unwrap(), [1, 12, SUFFIX]);
         assert_eq!(prompt.ids(&tokenizer, "cup ").unwrap(), [1, 12, SUFFIX]);
         assert_eq!(prompt.ids(&tokenizer, "").unwrap(), [1, SUFFIX]);
+    }
+
+    #[test]
+    fn probable_mistakes_are_doubted() {
+        let doubt = |template: &str, instruction: &str| {
+            Prompt::new(template.into(), SUFFIX).unwrap().doubt(instruction).unwrap_or("sound")
+        };
+        for template in [OPENVLA, V01, "Task: {instruction}\nAction:", PLACE] {
+            let whole = Prompt::new(template.into(), SUFFIX).unwrap().text("put it down");
+            let is_bare = template == PLACE;
+            for whole in [whole.clone(), whole.to_uppercase(), format!("\n {whole} \n")] {
+                assert_eq!(doubt(template, &whole).contains("whole prompt"), !is_bare, "{whole}");
+            }
+            assert!(doubt(template, " \n").contains("empty"));
+            assert!(doubt(template, "put_it_down\n").contains("underscores"));
+            for sound in ["put it down", "Take the robot out?", "press the key a_b", "go"] {
+                assert_eq!(doubt(template, sound), "sound", "{template}");
+            }
+        }
+        for part in [
+            "What action should the robot take to put it down?",
+            "in:  what action should the robot\ntake to put it down?",
+            "USER: What action should the robot take to put it down? ASSISTANT:",
+            "put it down?\nOut:",
+        ] {
+            assert!(doubt(OPENVLA, part).contains("whole prompt"), "{part}");
+        }
     }
 
     #[test]

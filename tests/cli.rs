@@ -181,6 +181,8 @@ fn probable_mistakes_with_the_instruction_are_warned_of() {
         assert!(output.status.success(), "as the reference has it");
         assert!(stderr(&output).contains("warning: the instruction is empty"), "{empty:?}");
     }
+    let whole = openvla_run(&[&table(), "In: What action should the robot take to go?\nOut:"]);
+    assert!(stderr(&whole).contains("give only the task"), "{}", stderr(&whole));
     let swapped = openvla_run(&["put eggplant into pot", &table()]);
     assert_fails(&swapped, &["put eggplant into pot", "images come first, then the instruction"]);
     let misspelled = openvla_run(&["put eggplant into pot", "nowhere.JPG"]);

@@ -19,7 +19,7 @@ use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::json::standard;
 use crate::message::{Form, Message};
-use crate::numpy::{self, Layout, Ndarray};
+use crate::numpy::{self, Convention, Ndarray};
 use crate::observation::{Answer, Observation};
 use crate::routes::App;
 
@@ -89,7 +89,7 @@ fn observation(json: &[u8], max_pixels: usize) -> Result<Observation, Error> {
     let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
     let instruction = message.instruction()?;
     let unnorm_key = message.option("unnorm_key", Field::text)?;
-    Observation::new(image.image(Layout::ChannelsLast, max_pixels)?, instruction, unnorm_key)
+    Observation::new(image.image(Convention::Pillow, max_pixels)?, instruction, unnorm_key)
 }
 
 fn encode(answer: &Answer, encoding: Encoding) -> Response {

@@ -77,7 +77,7 @@ impl<'a> Field<'a> {
     pub fn array(self, name: &str) -> Result<Ndarray<'a>, Error> {
         match self {
             Self::Array(array) => Ok(array),
-            other => Err(other.wrong(name, "an array of uint8")),
+            other => Err(other.wrong(name, "an array of numpy")),
         }
     }
 

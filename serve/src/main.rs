@@ -1,16 +1,18 @@
 //! `openvla-serve`: a model for robots, over the network.
 
 use std::io::{ErrorKind, IsTerminal};
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Mutex;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use openvla::cli;
 use openvla_serve::options::Options;
 use openvla_serve::server::serve;
 use tokio::net::TcpListener;
-use tokio::runtime::Builder;
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
 
@@ -40,11 +42,14 @@ fn run(options: Options) -> Result<()> {
     if model.path().is_none() {
         tracing::warn!("{}", cli::BUILT_IN);
     }
-    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    // Beside those, one owns the model and one decodes pictures.
+    check_threads(WORKERS + model.threads() + 2)?;
+    let runtime =
+        runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let served = runtime.block_on(async {
-        let at = (settings.host, settings.port);
+        let at = SocketAddr::new(settings.host, settings.port);
         let listener = bind(at).await;
-        let listener = listener.with_context(|| format!("cannot listen on {}:{}", at.0, at.1))?;
+        let listener = listener.map_err(|error| cannot_listen(at, &error))?;
         let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
             .map(|kind| signal(kind).expect("the system has signals"));
         tracing::info!(address = %listener.local_addr()?, "listening");
@@ -62,11 +67,32 @@ fn run(options: Options) -> Result<()> {
     served
 }
 
+/// Threads that connections are served on.
+const WORKERS: usize = 2;
+
+/// Starts so many threads at a time and ends them. Where tokio cannot start its own, it panics and then
+/// hangs.
+fn check_threads(n: usize) -> Result<()> {
+    let gate = Mutex::new(());
+    thread::scope(|scope| {
+        let _closed = gate.lock(); // so that none ends before all have started
+        (0..n).try_for_each(|_| {
+            thread::Builder::new().spawn_scoped(scope, || drop(gate.lock())).map(drop)
+        })
+    })
+    .with_context(|| {
+        format!(
+            "the server needs {n} threads, and no more may be started here; raise the container's \
+             pids limit or `ulimit -u`, or lower --threads"
+        )
+    })
+}
+
 /// How long a server that is being restarted may keep its port.
 const RESTART: Duration = Duration::from_secs(3);
 
 /// Listens, as soon as the server before it has let go of the port.
-async fn bind(at: (IpAddr, u16)) -> std::io::Result<TcpListener> {
+async fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
     let start = Instant::now();
     loop {
         match TcpListener::bind(at).await {
@@ -76,4 +102,19 @@ async fn bind(at: (IpAddr, u16)) -> std::io::Result<TcpListener> {
             bound => return bound,
         }
     }
+}
+
+/// Why nothing can listen there, and what to try.
+fn cannot_listen(at: SocketAddr, error: &std::io::Error) -> anyhow::Error {
+    let hint = match error.kind() {
+        ErrorKind::AddrInUse => {
+            "; another program listens there: --port names another, 0 a free one"
+        }
+        ErrorKind::AddrNotAvailable => {
+            "; this machine has no such address: --host 0.0.0.0 takes all it has"
+        }
+        ErrorKind::PermissionDenied => "; ports from 1024 on are open to all users: --port",
+        _ => "",
+    };
+    anyhow!("cannot listen on {at}: {error}{hint}")
 }

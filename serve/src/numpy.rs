@@ -27,13 +27,80 @@ pub struct Ndarray<'a> {
     pub data: Cow<'a, [u8]>,
 }
 
-/// Where the channels of an image are.
+/// Whose rules say which arrays are images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// `[height, width]` or `[height, width, channels]`, as Pillow's `fromarray` takes it.
-    ChannelsLast,
-    /// That, or `[3, height, width]`, as openpi's clients may send it.
-    ChannelsAnywhere,
+pub enum Convention {
+    /// Bytes, `[height, width]` or `[height, width, channels]`, as `Image.fromarray` takes them.
+    Pillow,
+    /// That, also `[3, height, width]`, and also floats from 0 to 1.
+    ///
+    /// ref: openpi `_parse_image`, in the policies of LIBERO and DROID
+    OpenPi,
+}
+
+impl Convention {
+    /// The types of an image's elements, for people.
+    fn wanted(self) -> &'static str {
+        match self {
+            Self::Pillow => "uint8",
+            Self::OpenPi => "uint8, or float32 or float64 from 0 to 1,",
+        }
+    }
+}
+
+/// Types that an image's elements may have.
+#[derive(Debug, Clone, Copy)]
+enum Sample {
+    U8,
+    F32,
+    F64,
+}
+
+impl Sample {
+    /// The type of this name.
+    fn named(dtype: &str, convention: Convention) -> Option<Self> {
+        match (dtype, convention) {
+            ("|u1" | "u1" | "uint8", _) => Some(Self::U8),
+            ("<f4" | "f4" | "float32", Convention::OpenPi) => Some(Self::F32),
+            ("<f8" | "f8" | "float64", Convention::OpenPi) => Some(Self::F64),
+            _ => None,
+        }
+    }
+
+    /// Bytes of an element.
+    fn size(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+
+    /// The elements as bytes. Floats are scaled in their own precision and cut off, as in openpi.
+    fn bytes(self, data: Cow<'_, [u8]>) -> Result<Cow<'_, [u8]>, Error> {
+        let convert: fn(&[u8]) -> Result<u8, Error> = match self {
+            Self::U8 => return Ok(data),
+            Self::F32 => |bytes| {
+                let x = f32::from_le_bytes(bytes.try_into().expect("four"));
+                check_fraction(x.into()).map(|()| (255.0 * x) as u8)
+            },
+            Self::F64 => |bytes| {
+                let x = f64::from_le_bytes(bytes.try_into().expect("eight"));
+                check_fraction(x).map(|()| (255.0 * x) as u8)
+            },
+        };
+        let bytes: Result<_, _> = data.chunks_exact(self.size()).map(convert).collect();
+        bytes.map(Cow::Owned)
+    }
+}
+
+/// Refuses what openpi would turn into a byte that has nothing to do with the picture.
+fn check_fraction(x: f64) -> Result<(), Error> {
+    if (0.0..=1.0).contains(&x) {
+        return Ok(());
+    }
+    let error = Error::bad_image(format!("it holds {x}; floats are from 0 to 1"));
+    Err(error.hint("send the bytes of the picture as uint8, before anything is normalized"))
 }
 
 /// An element of an array.
@@ -88,24 +155,23 @@ impl Ndarray<'_> {
         }
     }
 
-    /// The picture that it is: bytes; grey is replicated, alpha dropped, as Pillow does.
+    /// The picture that it is. Gray is replicated and alpha dropped, as Pillow does.
     ///
     /// # Errors
     /// [`crate::error::Code::BadImage`] if it is none, or has more than `max_pixels`.
-    pub fn image(self, layout: Layout, max_pixels: usize) -> Result<RgbImage, Error> {
+    pub fn image(self, convention: Convention, max_pixels: usize) -> Result<RgbImage, Error> {
         let (dtype, shape) = (&self.dtype, &self.shape);
-        if !matches!(&**dtype, "|u1" | "u1" | "uint8") {
-            return Err(Error::bad_image(format!("its dtype is `{dtype}`; uint8 is wanted")));
-        }
+        let sample = Sample::named(dtype, convention).ok_or_else(|| {
+            let wanted = convention.wanted();
+            Error::bad_image(format!("its dtype is `{dtype}`; {wanted} is wanted"))
+        })?;
         let wrong = || {
             let shape = format!("its shape is {shape:?}; [height, width, 3] is wanted");
             Error::bad_image(shape)
         };
         let (planar, [height, width, channels]) = match *shape.as_slice() {
             [height, width] => (false, [height, width, 1]),
-            [3, height, width]
-                if layout == Layout::ChannelsAnywhere && !(1..=4).contains(&width) =>
-            {
+            [3, height, width] if convention == Convention::OpenPi && !(1..=4).contains(&width) => {
                 (true, [height, width, 3])
             }
             [height, width, channels @ 1..=4] => (false, [height, width, channels]),
@@ -113,15 +179,17 @@ impl Ndarray<'_> {
         };
         let pixels = height.checked_mul(width).ok_or_else(wrong)?;
         check_pixels(width, height, max_pixels)?;
-        if pixels.checked_mul(channels) != Some(self.data.len()) {
+        let size = pixels.checked_mul(channels).and_then(|n| n.checked_mul(sample.size()));
+        if size != Some(self.data.len()) {
             let found = format!("shape {shape:?} needs other than its {} bytes", self.data.len());
             return Err(Error::bad_image(found));
         }
+        let data = sample.bytes(self.data)?;
         let rgb: Vec<u8> = match (planar, channels) {
-            (true, _) => (0..3 * pixels).map(|i| self.data[i % 3 * pixels + i / 3]).collect(),
-            (false, 3) => self.data.into_owned(),
-            (false, 4) => self.data.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
-            (false, n) => self.data.chunks_exact(n).flat_map(|p| [p[0]; 3]).collect(),
+            (true, _) => (0..3 * pixels).map(|i| data[i % 3 * pixels + i / 3]).collect(),
+            (false, 3) => data.into_owned(),
+            (false, 4) => data.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
+            (false, n) => data.chunks_exact(n).flat_map(|p| [p[0]; 3]).collect(),
         };
         let image = RgbImage::from_raw(width as u32, height as u32, rgb);
         image.ok_or_else(|| Error::bad_image("its bytes are too few"))
@@ -180,35 +248,66 @@ mod tests {
         Ndarray { dtype: "|u1".into(), shape: shape.into(), data: data.into() }
     }
 
-    fn pixels(array: Ndarray<'_>, layout: Layout) -> Vec<u8> {
-        array.image(layout, 1 << 20).unwrap().into_raw()
+    fn pixels(array: Ndarray<'_>, convention: Convention) -> Vec<u8> {
+        array.image(convention, 1 << 20).unwrap().into_raw()
     }
 
     #[test]
     fn pictures_are_read_as_pillow_reads_them() {
-        let last = Layout::ChannelsLast;
-        assert_eq!(pixels(bytes(&[1, 2, 3], 6), last), [0, 1, 2, 3, 4, 5]);
-        assert_eq!(pixels(bytes(&[1, 2], 2), last), [0, 0, 0, 1, 1, 1]);
-        assert_eq!(pixels(bytes(&[1, 2, 2], 4), last), [0, 0, 0, 2, 2, 2]);
-        assert_eq!(pixels(bytes(&[1, 2, 4], 8), last), [0, 1, 2, 4, 5, 6]);
+        let pillow = Convention::Pillow;
+        assert_eq!(pixels(bytes(&[1, 2, 3], 6), pillow), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(pixels(bytes(&[1, 2], 2), pillow), [0, 0, 0, 1, 1, 1]);
+        assert_eq!(pixels(bytes(&[1, 2, 2], 4), pillow), [0, 0, 0, 2, 2, 2]);
+        assert_eq!(pixels(bytes(&[1, 2, 4], 8), pillow), [0, 1, 2, 4, 5, 6]);
     }
 
     #[test]
     fn planes_are_interleaved_where_they_may_be() {
         let planes = [0, 5, 10, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14];
-        let anywhere = Layout::ChannelsAnywhere;
-        assert_eq!(pixels(bytes(&[3, 1, 5], 15), anywhere), planes);
-        assert_eq!(pixels(bytes(&[3, 1, 3], 9), anywhere), pixels(bytes(&[3, 1, 3], 9), anywhere));
-        assert!(bytes(&[3, 1, 5], 15).image(Layout::ChannelsLast, 99).is_err());
+        assert_eq!(pixels(bytes(&[3, 1, 5], 15), Convention::OpenPi), planes);
+        assert!(bytes(&[3, 1, 5], 15).image(Convention::Pillow, 99).is_err());
+    }
+
+    fn f32s(shape: &[usize], numbers: &[f32]) -> Ndarray<'static> {
+        let data: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Ndarray { dtype: "<f4".into(), shape: shape.into(), data: data.into() }
+    }
+
+    #[test]
+    fn floats_are_cut_off_in_their_own_precision() {
+        let openpi = Convention::OpenPi;
+        // `(255 * np.array(x, dtype)).astype(np.uint8)`, in numpy 2.4: the fifth is a little less than
+        // 31 / 255, and 31 / 255 in single precision.
+        let numbers = [0.0, -0.0, 1.0, 0.5, 0.121_568_627_45, 0.999];
+        let doubles = Ndarray::of_f64(&numbers, vec![1, 2, 3]);
+        assert_eq!(pixels(doubles, openpi), [0, 0, 255, 127, 30, 254]);
+        let floats = f32s(&[1, 2, 3], &numbers.map(|x| x as f32));
+        assert_eq!(pixels(floats, openpi), [0, 0, 255, 127, 31, 254]);
+        let planes: Vec<f32> = (0..15).map(|i| i as f32 / 255.0).collect();
+        let planes = pixels(f32s(&[3, 1, 5], &planes), openpi);
+        assert_eq!(planes, pixels(bytes(&[3, 1, 5], 15), openpi));
+    }
+
+    #[test]
+    fn floats_that_are_no_fractions_are_refused() {
+        for wrong in [f32::NAN, f32::INFINITY, -1e-6, 1.000_001, 255.0] {
+            let image = f32s(&[1, 1, 3], &[0.0, wrong, 1.0]).image(Convention::OpenPi, 9);
+            let error = image.unwrap_err();
+            assert!(error.message.contains("floats are from 0 to 1"), "{error}");
+            assert!(error.hint.is_some());
+        }
     }
 
     #[test]
     fn what_is_no_picture_is_refused() {
-        let image = |array: Ndarray<'static>| array.image(Layout::ChannelsAnywhere, 100);
-        let mut float = bytes(&[1, 1, 3], 3);
-        float.dtype = "<f4".into();
+        let image = |array: Ndarray<'static>| array.image(Convention::OpenPi, 100);
+        let error = f32s(&[1, 1, 3], &[0.0; 3]).image(Convention::Pillow, 100).unwrap_err();
+        assert!(error.message.contains("`<f4`; uint8 is wanted"), "{error}");
+        let mut half = bytes(&[1, 1, 3], 6);
+        half.dtype = "<f2".into();
         for (array, word) in [
-            (float, "`<f4`; uint8"),
+            (half, "`<f2`; uint8, or float32"),
+            (f32s(&[1, 1, 3], &[0.0; 2]), "8 bytes"),
             (bytes(&[2, 3, 3], 17), "17 bytes"),
             (bytes(&[3], 3), "[height, width, 3]"),
             (bytes(&[1, 1, 5], 5), "[height, width, 3]"),

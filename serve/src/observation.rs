@@ -100,6 +100,11 @@ impl Note {
         if self.timestamp.is_some_and(|seconds| !seconds.is_finite()) {
             return Err(Error::bad_request("the timestamp is no finite number"));
         }
+        if let Some((seconds, unit)) = self.timestamp.and_then(|at| Some((at, other_unit(at)?))) {
+            let message = format!("the timestamp is {seconds}; this looks like {unit}");
+            let hint = "seconds since 1970 are wanted, as time.time() returns them in Python";
+            return Err(Error::bad_request(message).hint(hint));
+        }
         let deadline = match self.deadline_ms {
             Some(ms @ 1..=MAX_DEADLINE_MS) => Duration::from_millis(ms),
             Some(ms) => {
@@ -110,6 +115,17 @@ impl Note {
         };
         let (seq, timestamp) = (self.seq, self.timestamp);
         Ok(Order { client, seq, timestamp, arrived, deadline: arrived + deadline })
+    }
+}
+
+/// The unit that a timestamp of too many seconds is probably in. As seconds, even the smallest of
+/// them is in the year 5138; as milliseconds, it is in 1973.
+fn other_unit(seconds: f64) -> Option<&'static str> {
+    match seconds.abs() {
+        ..1e11 => None,
+        ..1e14 => Some("milliseconds"),
+        ..1e17 => Some("microseconds"),
+        _ => Some("nanoseconds"),
     }
 }
 
@@ -284,6 +300,25 @@ mod tests {
             ("x-client-id", ""),
         ] {
             assert_eq!(order(&[(name, value)]).unwrap_err().code, Code::BadRequest, "{name}");
+        }
+    }
+
+    #[test]
+    fn timestamps_in_another_unit_are_refused() {
+        for (timestamp, unit) in [
+            ("1700000000000", "milliseconds"),
+            ("1.7e12", "milliseconds"),
+            ("1700000000000000", "microseconds"),
+            ("1700000000000000000", "nanoseconds"),
+            ("1e300", "nanoseconds"),
+        ] {
+            let error = order(&[("x-timestamp", timestamp)]).unwrap_err();
+            assert_eq!(error.code, Code::BadRequest);
+            assert!(error.message.ends_with(unit), "{timestamp}: {error}");
+            assert!(error.hint.unwrap().contains("seconds since 1970"));
+        }
+        for timestamp in ["0", "99999999999.5", "-1"] {
+            assert!(order(&[("x-timestamp", timestamp)]).is_ok(), "{timestamp}");
         }
     }
 

@@ -22,7 +22,7 @@ use tokio::time::{interval_at, timeout};
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::message::{self, Form};
-use crate::numpy::{Layout, Msgpack, Ndarray};
+use crate::numpy::{Convention, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Note, Observation};
 use crate::routes::App;
 use crate::safety;
@@ -54,8 +54,8 @@ static FORM: Form = Form {
     cameras: true,
     instruction: &["prompt", "instruction"],
     options: &["unnorm_key", "client_id", "seq", "timestamp", "deadline_ms"],
-    hint: "a map with `observation/image` or `image`, an array of uint8 as \
-           openpi_client.msgpack_numpy packs it, and `prompt`, which is text",
+    hint: "a map with `observation/image` or `image`, an array of uint8, or of \
+           float32 or float64 from 0 to 1, as openpi_client.msgpack_numpy packs it, and `prompt`, which is text",
 };
 
 /// What it gets. Only `actions` is an array, since openpi's broker cuts arrays into steps.
@@ -308,6 +308,6 @@ fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Note), Error> {
     let instruction = step.instruction()?;
     let note = note(&mut step)?;
     let unnorm_key = step.option("unnorm_key", Field::text)?;
-    let image = image.image(Layout::ChannelsAnywhere, app.settings.max_pixels)?;
+    let image = image.image(Convention::OpenPi, app.settings.max_pixels)?;
     Ok((Observation::new(image, instruction, unnorm_key)?, note))
 }

@@ -1,6 +1,6 @@
 //! The command line of `openvla-serve`, and with it everything that can be set.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub struct Options {
 #[derive(Debug, Clone, Args)]
 pub struct Settings {
     /// Address to listen on; other machines need a token, or --insecure
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
@@ -97,6 +97,15 @@ pub struct Settings {
     /// Seconds to finish what was accepted when asked to stop
     #[arg(long, value_name = "S", default_value_t = 30)]
     pub drain_s: u64,
+}
+
+fn host(text: &str) -> Result<IpAddr, String> {
+    if text.eq_ignore_ascii_case("localhost") {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    let wanted =
+        "an IP address is wanted: 127.0.0.1 is this machine alone, 0.0.0.0 all its networks";
+    text.parse().map_err(|_| wanted.to_owned())
 }
 
 fn delta(text: &str) -> Result<f64, String> {
@@ -180,6 +189,17 @@ mod tests {
         std::fs::write(&file, "0123456789abcdef\n").unwrap();
         let named = ["--host", "0.0.0.0", "--token-file", file.to_str().unwrap()];
         assert!(token(&named).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_host_is_an_address_or_this_machine() {
+        let host = |text: &str| parse(&["--host", text]).map(|settings| settings.host);
+        assert_eq!(host("localhost").unwrap(), Ipv4Addr::LOCALHOST);
+        assert!(host("::1").unwrap().is_loopback());
+        for wrong in ["robot.example", "*", "", "127.0.0.1:8000"] {
+            let error = host(wrong).unwrap_err().to_string();
+            assert!(error.contains("127.0.0.1 is this machine alone"), "{error}");
+        }
     }
 
     #[test]

@@ -193,7 +193,9 @@ pub fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(openpi::upgrade))
         .route("/act", post(act::act))
+        .route("/act/", post(act::act)) // FastAPI, which serves the reference, redirects it
         .route("/v1/act", post(plain::act))
+        .route("/v1/act/", post(plain::act))
         .route("/healthz", get(async || (TEXT, "OK\n")))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -231,8 +233,8 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     };
     let outcome = response.extensions().get().map_or("ok", |Outcome(code)| code.name());
     let form = match path.as_str() {
-        "/act" => "act",
-        "/v1/act" => "plain",
+        "/act" | "/act/" => "act",
+        "/v1/act" | "/v1/act/" => "plain",
         "/" => "openpi",
         _ => "other",
     };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use axum::Router;
 use axum::extract::Request;
 use hyper::body::Incoming;
@@ -51,7 +51,8 @@ impl Drop for Place {
 /// up.
 ///
 /// # Errors
-/// If the model cannot be opened, fails too often or hangs, or if not all was answered in time.
+/// If the model cannot be opened, fails too often or hangs, if not all was answered in time, or if no
+/// thread can be started for the model.
 pub async fn serve<P, O>(
     listener: TcpListener,
     settings: Settings,
@@ -64,7 +65,7 @@ where
 {
     let engine = Engine::new(settings.limits());
     let token = settings.token()?;
-    let (mut worker, mut ended) = start(&engine, &settings, open);
+    let (mut worker, mut ended) = start(&engine, &settings, open)?;
     let (drain, draining) = watch::channel(false);
     let places = Arc::new(Semaphore::new(settings.max_connections as usize));
     let app = App::new(engine.clone(), settings.clone(), token, draining.clone());
@@ -110,7 +111,7 @@ fn start<P: Policy>(
     engine: &Engine,
     settings: &Settings,
     open: impl FnMut() -> Result<P> + Send + 'static,
-) -> Worker {
+) -> Result<Worker> {
     let (end, ended) = oneshot::channel();
     let (engine, rules) = (engine.clone(), settings.rules());
     let work = move || {
@@ -118,7 +119,8 @@ fn start<P: Policy>(
         run(&engine, &rules, open)
     };
     let named = std::thread::Builder::new().name("model".into());
-    (Some(named.spawn(work).expect("a thread can be started")), ended)
+    let thread = named.spawn(work).context("cannot start the model's thread")?;
+    Ok((Some(thread), ended))
 }
 
 /// Returns if a step takes longer than this.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
-use openvla::cli::NO_INSTRUCTION;
 use openvla::image::{Rgb, RgbImage};
+use openvla::prompt::Prompt;
 use openvla::{Dataset, OpenVla, Preprocess, Session};
 
 use crate::engine::{Engine, Job, late};
@@ -46,6 +46,8 @@ pub struct Card {
     pub image_size: u32,
     /// How pictures become that square. Without it, the policy is given them as they came.
     pub preprocess: Option<Preprocess>,
+    /// How instructions are wrapped. Without it, none is doubted.
+    pub prompt: Option<Prompt>,
     /// The data sets it was trained on.
     pub datasets: BTreeMap<String, Dataset>,
     /// Bytes that it takes on each device.
@@ -60,6 +62,7 @@ impl Policy for OpenVla {
             name: config.general.name.clone(),
             image_size: config.preprocess.size,
             preprocess: Some(config.preprocess.clone()),
+            prompt: Some(config.prompt.clone()),
             datasets: config.statistics.datasets().clone(),
             memory: self.usage().iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
         }
@@ -237,7 +240,7 @@ impl Worker<'_> {
             ranges,
             all_actions,
             unconstrained,
-            warning: warning(&observation.instruction, all_actions),
+            warning: warning(card, &observation.instruction, all_actions),
             safety,
             draft: motion.draft,
             timing_ms,
@@ -247,11 +250,9 @@ impl Worker<'_> {
 }
 
 /// What a person should know about a motion.
-fn warning(instruction: &str, all_actions: bool) -> Option<&'static str> {
-    match instruction.trim().is_empty() {
-        true => Some(NO_INSTRUCTION),
-        false => (!all_actions).then_some(UNSURE),
-    }
+fn warning(card: &Card, instruction: &str, all_actions: bool) -> Option<&'static str> {
+    let doubt = card.prompt.as_ref().and_then(|prompt| prompt.doubt(instruction));
+    doubt.or((!all_actions).then_some(UNSURE))
 }
 
 /// Lowest and highest number of each dimension. Those that are not scaled are in -1..1.

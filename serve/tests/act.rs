@@ -99,6 +99,15 @@ fn the_model_sees_what_was_sent() {
 }
 
 #[test]
+fn a_slash_at_the_end_changes_nothing() {
+    let server = Server::start(&[]);
+    let got = server.post("/act/", &[], numpy_body("x").as_bytes());
+    assert_eq!(got.status, 200, "{got:?}");
+    assert_eq!(server.metric("openvla_requests_total{form=\"act\",outcome=\"ok\"}"), 1.0);
+    server.post("/v1/act/", &[], b"").assert_error(415, "unsupported_media_type");
+}
+
+#[test]
 fn what_the_body_has_no_room_for_is_in_the_headers() {
     let server = Server::start(&["--clamp"]);
     let post = |instruction: &str| {
@@ -113,8 +122,15 @@ fn what_the_body_has_no_room_for_is_in_the_headers() {
         ("3", "5")
     );
     assert!(got.headers["server-timing"].starts_with("queue;dur="));
-    let empty = server.post("/act", &[], numpy_body(" \n").as_bytes());
-    assert!(empty.headers["x-openvla-warning"].contains("the instruction is empty"));
+    for (instruction, doubt) in [
+        (" \n", "the instruction is empty"),
+        ("What action should the robot take to wave?", "holds the whole prompt"),
+        ("wave_at_me", "underscores"),
+    ] {
+        let doubted = server.post("/act", &[], numpy_body(instruction).as_bytes());
+        assert_eq!(doubted.status, 200, "as the reference has it");
+        assert!(doubted.headers["x-openvla-warning"].contains(doubt), "{doubted:?}");
+    }
     let array: Field<'_> = serde_json::from_slice(&got.body).unwrap();
     let mut clamped = ACTION;
     clamped[5] = 0.1;

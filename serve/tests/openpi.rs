@@ -218,6 +218,30 @@ fn a_client_may_name_the_server_as_its_origin() {
     assert!(connect("http://example.org".into()).is_none());
 }
 
+/// As LeRobot's data sets hold their pictures.
+#[test]
+fn a_picture_of_floats_is_taken() {
+    #[derive(Serialize)]
+    struct Frame {
+        image: Msgpack<'static>,
+        prompt: &'static str,
+    }
+    let server = Server::start(&[]);
+    let (mut socket, _) = connect(&server);
+    let mut send = |numbers: &[f64]| {
+        let image = Msgpack(Ndarray::of_f64(numbers, vec![3, 1, 5]));
+        let frame = rmp_serde::to_vec_named(&Frame { image, prompt: "wave" }).unwrap();
+        socket.send(Message::Binary(frame.into())).unwrap();
+        read(&mut socket)
+    };
+    let fractions: Vec<f64> = (0..15).map(|i| f64::from(i) / 15.0).collect();
+    assert!(matches!(send(&fractions), Message::Binary(_)));
+    let image = server.seen().image;
+    assert_eq!((image.dimensions(), image.get_pixel(4, 0).0), ((5, 1), [68, 153, 238]));
+    let Message::Text(error) = send(&[255.0; 15]) else { panic!("it is no picture") };
+    assert!(error.contains("it holds 255"), "{error}");
+}
+
 /// As ALOHA's robots send theirs, with a prompt and a count of numpy's own types.
 #[test]
 fn an_observation_of_numpys_types_and_one_camera_is_taken() {

@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 fn command(program: &str, args: &[&str]) -> Command {
     let mut command = Command::new(program);
     command.args(args).env_remove("OPENVLA_MODEL").stdin(Stdio::null());
+    for variable in ["all_proxy", "https_proxy", "http_proxy", "no_proxy"] {
+        command.env_remove(variable).env_remove(variable.to_uppercase());
+    }
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -97,6 +100,26 @@ fn what_cannot_work_is_said_at_once() {
     assert!(said.contains("hint: did you mean `tabletop`?"), "{said}");
     let (output, said) = run(SERVE, &["--max-delta", "much"]);
     assert_eq!(output.status.code(), Some(2), "usage: {said}");
+}
+
+/// A stack of so many bytes fits in no address space, so no thread can be started.
+#[test]
+fn without_threads_it_ends_at_once() {
+    let mut server = command(SERVE, &["--port", "0"]);
+    let output = server.env("RUST_MIN_STACK", (1_u64 << 60).to_string()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("no more may be started here") && said.contains("ulimit -u"), "{said}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port().to_string();
+    let (output, said) = run(SERVE, &["--host", "localhost", "--port", &port]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{said}");
+    assert!(said.contains("--port names another"), "{said}");
 }
 
 /// As when it is started again before the one before has ended.
@@ -221,6 +244,27 @@ fn clients_that_die_leave_nothing_behind() {
 }
 
 #[test]
+fn a_proxy_is_named_and_not_asked_for_this_machine() {
+    let server = Server::start(&[]);
+    // Nothing listens there, and a real proxy would not know this machine's own addresses.
+    let ask = |url: &str| {
+        let args = ["camera", "--url", url, "-n", "1", &table(), "wave"];
+        let mut client = command(CLIENT, &args);
+        let output = client.env("http_proxy", "http://me:secret@127.0.0.1:9").output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let port = server.url.rsplit(':').next().unwrap();
+    for url in [format!("{}/", server.url), format!("http://LOCALHOST:{port}")] {
+        let (success, said) = ask(&url);
+        assert!(success, "{url}: {said}");
+    }
+    let (success, said) = ask("http://robot.invalid:8000");
+    assert!(!success, "{said}");
+    let named = "http://robot.invalid:8000/v1/act through the proxy 127.0.0.1:9 (no_proxy=HOST";
+    assert!(said.contains(named) && !said.contains("secret"), "{said}");
+}
+
+#[test]
 fn the_client_shows_what_became_of_every_picture() {
     let server = Server::start(&[]);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example");
@@ -239,6 +283,11 @@ fn the_client_shows_what_became_of_every_picture() {
     let seqs: Vec<u64> = acted.map(|line| line["seq"].as_u64().unwrap()).collect();
     assert!(seqs.is_sorted(), "never an older picture's motion after a newer one's: {seqs:?}");
 
+    let args = ["camera", "--url", &server.url, "--hz", "10", "-n", "2", &table(), " "];
+    let (output, said) = run(CLIENT, &args);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("warning: the instruction is empty").count(), 1, "{said}");
+
     let args = ["tabletop", "--url", &server.url, "-n", "5"];
     let (output, said) = run(CLIENT, &[&args[..], &["--deadline-ms", "60000"]].concat());
     let text = String::from_utf8(output.stdout).unwrap();
@@ -250,11 +299,12 @@ fn the_client_shows_what_became_of_every_picture() {
     drop(server);
     let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
     assert!(!output.status.success() && said.contains("no_answer"), "{said}");
+    assert!(said.contains("http://127.0.0.1:9/v1/act"), "{said}");
     for format in [&[][..], &["--json"]] {
-        let args = ["camera", "--url", "http://127.0.0.1:9", "-n", "1", &table(), " "];
+        let args = ["camera", "--url", "http://127.0.0.1:9", "-n", "1", &table(), "x"];
         let (output, said) = run(CLIENT, &[&args, format].concat());
         assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("the instruction is empty") && said.contains("no motion"), "{said}");
+        assert!(said.contains("no motion"), "{said}");
         assert!(!String::from_utf8(output.stdout).unwrap().contains("NaN"));
     }
 }

@@ -44,10 +44,13 @@ fn run(args: &Args) -> Result<()> {
     if args.model.path().is_none() {
         cli::say(cli::BUILT_IN);
     }
-    if let Some(doubt) = cli::doubt(&args.instruction) {
-        cli::say(format_args!("warning: {doubt}"));
-    }
+    let warn = |doubt: &str| cli::say(format_args!("warning: {doubt}"));
+    // Before the model is opened, since a mistake in the order of arguments may be why it cannot be.
+    let misplaced = cli::doubt(&args.instruction).inspect(|doubt| warn(doubt));
     let mut policy = args.model.open()?;
+    if misplaced.is_none() {
+        policy.config().prompt.doubt(&args.instruction).inspect(|doubt| warn(doubt));
+    }
     let mut session = Session::default();
     let mut out = std::io::stdout().lock();
     for path in &args.images {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -15,6 +16,7 @@ use openvla::cli::{self, PICTURES};
 use openvla::image::ImageFormat;
 use openvla_tabletop::{Action, Pace, Policy, STEPS, Scene, Suite, World, picture, run};
 use serde_json::{Value, json};
+use ureq::http::Uri;
 
 /// Sends pictures to openvla-serve and shows what comes back, and when.
 #[derive(Parser)]
@@ -109,6 +111,7 @@ fn main() -> ExitCode {
 #[derive(Clone)]
 struct Link {
     server: Server,
+    url: String,
     token: Option<String>,
     agent: ureq::Agent,
 }
@@ -123,12 +126,15 @@ impl Link {
             text.with_context(|| format!("cannot read {}", path.display()))
         });
         let token = token.transpose()?.map(|text| format!("Bearer {}", text.trim()));
+        let url = format!("{}/v1/act", server.url.trim_end_matches('/'));
+        let proxy = ureq::Proxy::try_from_env().filter(|_| !is_loopback(&url));
         let agent = ureq::Agent::config_builder()
+            .proxy(proxy)
             .http_status_as_error(false)
             // The server answers in time; this is for a network that does not.
             .timeout_global(Some(Duration::from_millis(server.deadline_ms + 2000)))
             .build();
-        Ok(Self { server: server.clone(), token, agent: agent.into() })
+        Ok(Self { server: server.clone(), url, token, agent: agent.into() })
     }
 
     fn step(&self, seq: u64, taken: SystemTime, picture: &str, instruction: &str) -> Reply {
@@ -137,7 +143,7 @@ impl Link {
         let body = json!({ "image": picture, "instruction": instruction, "unnorm_key": key });
         let mut request = self
             .agent
-            .post(format!("{}/v1/act", self.server.url))
+            .post(&self.url)
             .content_type("application/json")
             .header("X-Client-Id", &self.server.client_id)
             .header("X-Seq", seq.to_string())
@@ -146,7 +152,7 @@ impl Link {
         if let Some(token) = &self.token {
             request = request.header("Authorization", token);
         }
-        let lost = |error: ureq::Error| ("no_answer".to_owned(), error.to_string());
+        let lost = |error| ("no_answer".to_owned(), self.lost(&error));
         let mut response = request.send(body.to_string()).map_err(lost)?;
         let bytes = response.body_mut().read_to_vec().map_err(lost)?;
         let answer: Value = serde_json::from_slice(&bytes).unwrap_or_default();
@@ -156,6 +162,25 @@ impl Link {
         let text = |key: &str| answer[key].as_str().unwrap_or("no reason given").to_owned();
         Err((text("code"), [text("message"), text("hint")].join("; ")))
     }
+
+    /// Why there is no answer, who was asked, and through whom. A proxy's password is not shown.
+    fn lost(&self, error: &ureq::Error) -> String {
+        let uri = self.url.parse().unwrap_or_default();
+        let proxy = self.agent.config().proxy().filter(|proxy| !proxy.is_no_proxy(&uri));
+        let through = proxy.map(|proxy| {
+            let (host, port) = (proxy.host(), proxy.port());
+            format!(" through the proxy {host}:{port} (no_proxy=HOST goes around it)")
+        });
+        format!("{}{}: {error}", self.url, through.unwrap_or_default())
+    }
+}
+
+/// Whether a URL is this machine's, whose proxy cannot know it.
+fn is_loopback(url: &str) -> bool {
+    let uri = url.parse::<Uri>().unwrap_or_default();
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let address = host.parse::<IpAddr>().map(|address| address.to_canonical());
+    address.map_or(host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
 }
 
 /// What became of a picture.
@@ -222,11 +247,21 @@ struct Tally {
     /// Of motions that were acted on.
     milliseconds: Vec<f64>,
     newest: Option<u64>,
+    /// The server's last warning, which is said once.
+    warning: Option<String>,
 }
 
 impl Tally {
     fn count(&mut self, outcome: &str) {
         *self.outcomes.entry(outcome.to_owned()).or_default() += 1;
+    }
+
+    fn warn(&mut self, answer: &Value) {
+        let warning = answer["warning"].as_str().map(str::to_owned);
+        if warning != self.warning {
+            warning.iter().for_each(|warning| cli::say(format_args!("warning: {warning}")));
+            self.warning = warning;
+        }
     }
 
     fn note(&mut self, frame: Frame, args: &Camera) -> Result<()> {
@@ -238,6 +273,7 @@ impl Tally {
             Ok(answer) => {
                 self.newest = Some(seq);
                 self.milliseconds.push(ms);
+                self.warn(answer);
                 ("acted", answer["action"].clone()) // robot.move_by(action)
             }
             Err((code, why)) => (code.as_str(), json!(why)),

@@ -15,6 +15,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
 use openvla::image::{ImageFormat, RgbImage};
+use openvla::prompt::{OPENVLA, Prompt};
 use openvla::{Dataset, OpenVla, Session, Timing};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
@@ -73,6 +74,7 @@ impl Policy for Stub {
             name: "a stub".into(),
             image_size: 224,
             preprocess: None,
+            prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
             datasets: BTreeMap::from(datasets),
             memory: vec![("CPU".into(), 42)],
         }

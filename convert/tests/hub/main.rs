@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use common::{assert_fails, example, stderr};
 use openvla_convert::Conversion;
 use openvla_convert::plan::Encoding;
+use safetensors::{Dtype, tensor::TensorView};
 use server::{COMMIT, End, Files, Hub, Request};
 use tempfile::TempDir;
 
@@ -358,10 +359,17 @@ fn shards_are_those_that_the_index_names() {
     assert!(!bodies.contains(&"training.safetensors".to_owned()), "{bodies:?}");
 }
 
-/// Of an adapter, only its three files are fetched; an empty one changes nothing.
+/// Of an adapter, only its three files are fetched; one of zeros changes nothing.
 #[test]
 fn an_adapter_may_be_a_repository_too() {
-    let tensors: [(&str, safetensors::tensor::TensorView); 0] = [];
+    let zeros = vec![0; 4 * 64 * size_of::<f32>()];
+    let half = |name: &str, shape: [usize; 2]| {
+        let name = format!(
+            "base_model.model.language_model.model.layers.0.self_attn.q_proj.{name}.weight"
+        );
+        (name, TensorView::new(Dtype::F32, shape.to_vec(), &zeros).unwrap())
+    };
+    let tensors = [half("lora_A", [4, 64]), half("lora_B", [64, 4])];
     let adapter = safetensors::serialize(tensors, None).unwrap();
     let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8}"#;
     let files = Files::from([

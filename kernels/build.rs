@@ -19,11 +19,13 @@ fn main() {
 
 /// `.cargo/config.toml` makes llama-cpp-sys-2 build ggml alone. Cargo reads it only inside this repository.
 fn check_only_ggml() {
-    // Set by llama-cpp-sys-2: .../lib/cmake.
+    // Set by llama-cpp-sys-2: OUT/lib/cmake.
     let Some(cmake) = std::env::var_os("DEP_LLAMA_GGML_CMAKE_DIR") else { return };
-    let library = Path::new(&cmake).with_file_name("libllama.a");
+    let out = Path::new(&cmake).ancestors().nth(2).expect("a folder of the build");
+    let library = out.join("lib/libllama.a");
     let is_whole = library.metadata().is_ok_and(|library| library.len() > 100_000);
-    if is_whole && std::env::var_os("CARGO_PRIMARY_PACKAGE").is_none() {
+    let is_wanted = out.join("build/common").is_dir(); // with the crate's feature `common`
+    if is_whole && !is_wanted {
         println!(
             "cargo:warning=all of llama.cpp was built, where ggml is enough: set CMAKE_PROJECT_INCLUDE to {} \
              under [env] of your .cargo/config.toml, and the build takes a third of the time",

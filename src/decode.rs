@@ -60,7 +60,7 @@ impl Header {
 
     /// That of a file whose pixels are passed over once.
     fn of_pixels(width: u32, height: u32) -> Self {
-        let samples = 3 * u64::from(width) * u64::from(height);
+        let samples = (u64::from(width) * u64::from(height)).saturating_mul(3);
         Self { width, height, samples, passes: 3 }
     }
 

@@ -275,3 +275,13 @@ fn a_bmp_has_its_size_where_its_header_says() {
         assert_eq!(decode_within(&file, 6).unwrap().into_raw(), want);
     }
 }
+
+/// Sides are refused as such, and no number made of them overflows.
+#[test]
+fn the_largest_sides_that_a_png_can_claim_are_refused_in_words() {
+    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
+    png.extend([0xff; 8]);
+    png.extend([8, 2, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(matches!(Header::read(&png), Err(Error::Image { .. })));
+    assert!(matches!(decode(&png), Err(Error::Image { .. })));
+}

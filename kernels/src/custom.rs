@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::{DType, Shape, Tensor, panel};
+use crate::{DType, Shape, Tensor};
 
 /// What computes a node: it is given the node, the thread's number, how many there are, and `data`.
 pub(crate) type Function =
@@ -17,10 +17,11 @@ const ALL_THREADS: c_int = -1;
 /// A node whose sources are `args`, on a CPU that has AVX-512 VNNI.
 ///
 /// # Panics
-/// If this CPU has not, which all functions of ours rely on.
+/// If this CPU does not have it.
 ///
 /// # Safety
 /// The function must be sound for these arguments, this type and shape, and this `data`, on such a CPU.
+#[cfg(target_arch = "x86_64")]
 pub(crate) unsafe fn node<'g>(
     dtype: DType,
     shape: Shape,
@@ -28,7 +29,22 @@ pub(crate) unsafe fn node<'g>(
     function: Function,
     data: *mut c_void,
 ) -> Tensor<'g> {
-    assert!(panel::available(), "our own kernels need AVX-512 VNNI");
+    assert!(crate::panel::available(), "our own kernels need AVX-512 VNNI");
+    // SAFETY: the caller's promise.
+    unsafe { portable_node(dtype, shape, args, function, data) }
+}
+
+/// A node whose sources are `args`, on any CPU.
+///
+/// # Safety
+/// The function must be sound for these arguments, this type and shape, and this `data`.
+pub(crate) unsafe fn portable_node<'g>(
+    dtype: DType,
+    shape: Shape,
+    args: &[Tensor<'g>],
+    function: Function,
+    data: *mut c_void,
+) -> Tensor<'g> {
     let builder = args[0].builder;
     let context = builder.context_for_one();
     let mut raws: Vec<_> = args.iter().map(|arg| arg.raw.as_ptr()).collect();

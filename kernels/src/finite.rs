@@ -121,7 +121,7 @@ impl Guard {
         let guard = Arc::new(Self { weight, failed: AtomicBool::new(false) });
         let data = NonNull::from(&*guard).as_ptr().cast();
         // SAFETY: `look` reads a contiguous f32 source and a guard, which stays where it is in its `Arc`.
-        let node = unsafe { custom::node(DType::F32, [1; 4], &[x], look, data) };
+        let node = unsafe { custom::portable_node(DType::F32, [1; 4], &[x], look, data) };
         (node.raw, guard)
     }
 

@@ -193,7 +193,7 @@ fn mistakes_with_result_files_are_named() {
     for command in [["table"].as_slice(), &["plot", "-o", &out]] {
         assert_fails(&openvla_bench(command), &["no result files", "-o json"]);
     }
-    assert_eq!(openvla_bench(&["plot", "-o", "-"]).status.code(), Some(2), "stdout is no file");
+    assert_eq!(openvla_bench(&["plot", "-o", "-"]).status.code(), Some(2), "stdout is not a file");
     assert!(!Path::new(&out).exists());
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
+use openvla::cli::PICTURES;
 use openvla::image::RgbImage;
 use openvla::{OpenVla, Options};
 use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
@@ -19,8 +20,6 @@ use crate::beside::Beside;
 use crate::imatrix::{COUNTS, SUMS, TYPE};
 use crate::interrupt;
 
-/// Image files by their names' ends, in lower case.
-const EXTENSIONS: [&str; 5] = ["png", "jpg", "jpeg", "webp", "bmp"];
 /// More bytes than a number for each column of openvla-7b.
 const ROOM: u64 = 1 << 24;
 
@@ -141,7 +140,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(folder).with_context(cannot)? {
         let path = entry.with_context(cannot)?.path();
         let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-        if EXTENSIONS.contains(&extension.as_str()) {
+        if PICTURES.contains(&extension.as_str()) {
             images.push(path);
         }
     }
@@ -149,7 +148,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
         !images.is_empty(),
         "{} holds no images (*.{}); some are needed, as the robot's camera takes them",
         folder.display(),
-        EXTENSIONS.join(", *.")
+        PICTURES.join(", *.")
     );
     images.sort_by(|a, b| natural(&name(a)).cmp(&natural(&name(b))).then_with(|| a.cmp(b)));
     Ok(images)

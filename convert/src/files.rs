@@ -58,7 +58,7 @@ pub fn open(path: &Path) -> Result<File> {
 /// How the placeholders start that a clone without git-lfs has in place of large files.
 const GIT_LFS: [u8; 23] = *b"version https://git-lfs";
 
-/// The first bytes of a file, as many as tell a GGUF file; zeros after a shorter one's end.
+/// The first four bytes of a file, which tell whether it is GGUF. A shorter file is padded with zeros.
 ///
 /// # Errors
 /// As [`open`].

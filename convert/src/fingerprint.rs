@@ -51,7 +51,7 @@ fn add<'a>(
     Ok(())
 }
 
-/// Holds that a file may be replaced without being asked for by name: it is not there, or it was
+/// Checks that a file may be replaced without being asked for by name: it is not there, or it was
 /// written from the same weights.
 ///
 /// # Errors

@@ -155,19 +155,6 @@ extern "C" fn look(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, guard: 
 mod tests {
     use super::*;
 
-    const FLOATS: [DType; 10] = [
-        DType::F32,
-        DType::F16,
-        DType::BF16,
-        DType::Q8_0,
-        DType::Q4_0,
-        DType::IQ4_NL,
-        DType::IQ4_XS,
-        DType::Q4_K,
-        DType::Q5_K,
-        DType::Q6_K,
-    ];
-
     /// The naive twin: what the bytes stand for.
     fn twin(dtype: DType, bytes: &[u8]) -> Option<usize> {
         let bad = dtype.decode(bytes).iter().position(|x| !x.is_finite())?;
@@ -176,7 +163,7 @@ mod tests {
 
     #[test]
     fn any_two_bytes_anywhere_are_judged_by_what_they_stand_for() {
-        for dtype in FLOATS {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_float()) {
             let n_block = 2 * RUN + 3;
             let sound = vec![0x11; n_block * dtype.block_bytes()];
             assert_eq!(

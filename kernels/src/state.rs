@@ -38,10 +38,7 @@ impl State {
     /// # Panics
     /// If `dtype` is not an integer type, or `n` or `below` is zero.
     pub fn ids(backend: &Arc<Backend>, dtype: DType, n: usize, below: usize) -> Result<Self> {
-        assert!(!dtype.is_float(), "{dtype} elements are not row numbers");
-        assert!(below > 0, "no row number is below zero");
-        let state = Self::on(backend, 0, dtype, [n, 1, 1, 1])?;
-        Ok(Self { below: Some(below), ..state })
+        Self::ids_on(backend, 0, dtype, n, below)
     }
 
     /// As [`State::ids`], on the device that `weight` is on.
@@ -52,9 +49,19 @@ impl State {
     /// # Panics
     /// As [`State::ids`].
     pub fn ids_beside(weight: &Weight, dtype: DType, n: usize, below: usize) -> Result<Self> {
+        Self::ids_on(&weight.place.home.backend, weight.place.device, dtype, n, below)
+    }
+
+    fn ids_on(
+        backend: &Arc<Backend>,
+        device: usize,
+        dtype: DType,
+        n: usize,
+        below: usize,
+    ) -> Result<Self> {
         assert!(!dtype.is_float(), "{dtype} elements are not row numbers");
         assert!(below > 0, "no row number is below zero");
-        let state = Self::beside(weight, dtype, [n, 1, 1, 1])?;
+        let state = Self::on(backend, device, dtype, [n, 1, 1, 1])?;
         Ok(Self { below: Some(below), ..state })
     }
 

@@ -10,19 +10,6 @@ use openvla_kernels::{
 
 use crate::random::Random;
 
-const FLOATS: [DType; 10] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q8_0,
-    DType::Q4_0,
-    DType::IQ4_NL,
-    DType::IQ4_XS,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-];
-
 /// A backend, and a file's weights of every type on it: where they are mapped, and in its own layouts.
 pub struct Machine {
     backend: Arc<Backend>,
@@ -34,7 +21,7 @@ impl Machine {
         let backend = Backend::open(&[], n_thread, kernels).unwrap();
         let mut header = Header::default();
         let mut tensors: Vec<(String, DType, Shape)> = Vec::new();
-        for dtype in FLOATS {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_float()) {
             for (k, m) in [(1, 3), (32, 1), (32, 33), (64, 8), (256, 32), (512, 5)] {
                 let k = usize::next_multiple_of(k, dtype.block());
                 let name = format!("{dtype} {k} {m}");

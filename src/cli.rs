@@ -167,6 +167,15 @@ pub fn output_file() -> impl TypedValueParser<Value = PathBuf> {
     })
 }
 
+/// Reads a number from `least` to `most`.
+pub fn between(least: f64, most: f64) -> impl TypedValueParser<Value = f64> {
+    let is_within = move |x: &f64| (least..=most).contains(x);
+    move |text: &str| {
+        let number = text.parse().ok().filter(is_within);
+        number.ok_or_else(|| format!("a number from {least} to {most} is needed"))
+    }
+}
+
 /// What is probably a mistake about an instruction from the command line. What can be said without
 /// the command line is [`crate::prompt::Prompt::doubt`]'s.
 pub fn doubt(instruction: &str) -> Option<&'static str> {

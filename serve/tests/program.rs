@@ -1,4 +1,4 @@
-//! Both programs as a user meets them: what they say, how they end, what they survive.
+//! The program as a user meets it: what it says, how it ends, what it survives.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -27,7 +27,6 @@ fn run(program: &str, args: &[&str]) -> (Output, String) {
 }
 
 const SERVE: &str = env!("CARGO_BIN_EXE_openvla-serve");
-const CLIENT: &str = env!("CARGO_BIN_EXE_openvla-client");
 
 fn table() -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/table.png").display().to_string()
@@ -210,101 +209,4 @@ fn without_anybody_who_reads_its_log_it_serves_and_drains() {
     });
     server.terminate();
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
-}
-
-#[test]
-fn clients_that_die_leave_nothing_behind() {
-    let server = Server::start(&[]);
-    for _ in 0..6 {
-        let args = ["camera", "--url", &server.url, "--hz", "100", "-n", "1000", &table(), "wave"];
-        let mut client = command(CLIENT, &args).spawn().unwrap();
-        let mut said = BufReader::new(client.stdout.take().unwrap());
-        said.read_line(&mut String::new()).unwrap(); // it has begun
-        client.kill().unwrap(); // SIGKILL, with requests under way
-        client.wait().unwrap();
-    }
-    let metric = |name: &str| -> f64 {
-        let text = ureq::get(format!("{}/metrics", server.url)).call().unwrap();
-        let text = text.into_body().read_to_string().unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap().parse().unwrap()
-    };
-    let begun = Instant::now();
-    while metric("openvla_connections") > 1.0 || metric("openvla_queue_depth") > 0.0 {
-        assert!(begun.elapsed() < Duration::from_secs(30), "connections or work of the dead stay");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let answer = ureq::post(format!("{}/v1/act", server.url))
-        .content_type("application/json")
-        .send(body())
-        .unwrap();
-    assert_eq!(answer.status(), 200);
-    server.terminate();
-    assert!(server.ended().0);
-}
-
-#[test]
-fn a_proxy_is_named_and_not_asked_for_this_machine() {
-    let server = Server::start(&[]);
-    // Nothing listens there, and a real proxy would not know this machine's own addresses.
-    let ask = |url: &str| {
-        let args = ["camera", "--url", url, "-n", "1", &table(), "wave"];
-        let mut client = command(CLIENT, &args);
-        let output = client.env("http_proxy", "http://me:secret@127.0.0.1:9").output().unwrap();
-        (output.status.success(), String::from_utf8(output.stdout).unwrap())
-    };
-    let port = server.url.rsplit(':').next().unwrap();
-    for url in [format!("{}/", server.url), format!("http://LOCALHOST:{port}")] {
-        let (success, said) = ask(&url);
-        assert!(success, "{url}: {said}");
-    }
-    let (success, said) = ask("http://robot.invalid:8000");
-    assert!(!success, "{said}");
-    let named = "http://robot.invalid:8000/v1/act through the proxy 127.0.0.1:9 (no_proxy=HOST";
-    assert!(said.contains(named) && !said.contains("secret"), "{said}");
-}
-
-#[test]
-fn the_client_shows_what_became_of_every_picture() {
-    let server = Server::start(&[]);
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example");
-    let folder = folder.display().to_string();
-    let args =
-        ["camera", "--url", &server.url, "--hz", "50", "-n", "30", "--json", &folder, "wave"];
-    let (output, said) = run(CLIENT, &args);
-    assert!(output.status.success(), "{said}");
-    let text = String::from_utf8(output.stdout).unwrap();
-    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let last = lines.last().unwrap();
-    let outcomes = last["outcomes"].as_object().unwrap();
-    assert_eq!(outcomes.values().map(|n| n.as_u64().unwrap()).sum::<u64>(), 30, "{last}");
-    assert!(outcomes["acted"].as_u64().unwrap() > 0, "{last}");
-    let acted = lines.iter().filter(|line| line["outcome"] == "acted");
-    let seqs: Vec<u64> = acted.map(|line| line["seq"].as_u64().unwrap()).collect();
-    assert!(seqs.is_sorted(), "never an older picture's motion after a newer one's: {seqs:?}");
-
-    let args = ["camera", "--url", &server.url, "--hz", "10", "-n", "2", &table(), " "];
-    let (output, said) = run(CLIENT, &args);
-    assert!(output.status.success(), "{said}");
-    assert_eq!(said.matches("warning: the instruction is empty").count(), 1, "{said}");
-
-    let args = ["tabletop", "--url", &server.url, "-n", "5"];
-    let (output, said) = run(CLIENT, &[&args[..], &["--deadline-ms", "60000"]].concat());
-    let text = String::from_utf8(output.stdout).unwrap();
-    let done = text.split_once(" of 5 episodes").and_then(|(done, _)| done.parse::<u32>().ok());
-    assert!(
-        output.status.success() && done.is_some_and(|n| n >= 3),
-        "it did 20 of 20 when it was measured: {text}{said}"
-    );
-    drop(server);
-    let (output, said) = run(CLIENT, &["tabletop", "--url", "http://127.0.0.1:9", "-n", "1"]);
-    assert!(!output.status.success() && said.contains("no_answer"), "{said}");
-    assert!(said.contains("http://127.0.0.1:9/v1/act"), "{said}");
-    for format in [&[][..], &["--json"]] {
-        let args = ["camera", "--url", "http://127.0.0.1:9", "-n", "1", &table(), "x"];
-        let (output, said) = run(CLIENT, &[&args, format].concat());
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("no motion"), "{said}");
-        assert!(!String::from_utf8(output.stdout).unwrap().contains("NaN"));
-    }
 }

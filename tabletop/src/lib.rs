@@ -11,6 +11,7 @@
 //! | `record` | those as a data set in a folder |
 //! | `gym` | worlds for a policy in another program |
 //! | `episode` | a policy in a world, which waits for it or not |
+//! | `remote` | the policy of a server |
 //! | `eval` | many episodes, and how sure their success rate is |
 //! | `compare` | one checkpoint at several types, as a table and a picture |
 //! | `film` | one episode as a GIF |
@@ -28,6 +29,8 @@ mod film;
 mod geometry;
 mod gym;
 mod record;
+#[cfg(feature = "remote")]
+mod remote;
 mod render;
 mod scene;
 mod steps;
@@ -42,6 +45,8 @@ pub use film::film;
 pub use geometry::{Point, Rod};
 pub use gym::gym;
 pub use record::{NAME, quantile, record, statistics};
+#[cfg(feature = "remote")]
+pub use remote::Remote;
 pub use render::picture;
 pub use scene::{
     DISTRACTORS, Dice, Item, Look, OBJECTS, Object, RECEPTACLES, Receptacle, Scene, Suite,

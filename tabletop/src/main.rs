@@ -10,6 +10,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use openvla::cli::{self, Threads, write};
 use openvla::image::ImageFormat;
 use openvla::{Draft, OpenVla, Options};
+#[cfg(feature = "remote")]
+use openvla_tabletop::Remote;
 #[cfg(feature = "compare")]
 use openvla_tabletop::{Comparison, svg, table};
 use openvla_tabletop::{
@@ -45,10 +47,18 @@ enum Command {
 #[derive(Args)]
 struct Who {
     /// Model file [default: the expert, which knows where everything is]
-    #[arg(short, long, value_name = "MODEL.gguf")]
+    #[arg(short, long, value_name = "MODEL.gguf", group = "policy")]
     model: Option<PathBuf>,
+    /// The model of this openvla-serve instead, such as http://127.0.0.1:8000
+    #[cfg(feature = "remote")]
+    #[arg(long, group = "policy")]
+    url: Option<String>,
+    /// File with the server's token
+    #[cfg(feature = "remote")]
+    #[arg(long, value_name = "FILE", requires = "url")]
+    token_file: Option<PathBuf>,
     /// The model's data set whose units are metres and radians a step; needed if it knows several
-    #[arg(long, value_name = "KEY", requires = "model")]
+    #[arg(long, value_name = "KEY", requires = "policy")]
     unnorm_key: Option<String>,
     /// Whether the motion before is tried as the next one's tokens
     #[arg(long, default_value = "off", hide_possible_values = true, value_name = "off|auto")]
@@ -76,10 +86,10 @@ struct Eval {
     #[arg(long, conflicts_with = "hz")]
     blocking: bool,
     /// The world goes on while the policy thinks, this many steps a second
-    #[arg(long, value_parser = hz)]
+    #[arg(long, value_parser = cli::between(0.01, 1000.0))]
     hz: Option<f64>,
     /// How long the policy thinks [default: as long as it does, which differs from run to run]
-    #[arg(long, value_name = "MS", requires = "hz", value_parser = milliseconds)]
+    #[arg(long, value_name = "MS", requires = "hz", value_parser = cli::between(0.0, 60_000.0))]
     latency_ms: Option<f64>,
     /// Episodes that run side by side [default: one for each core]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
@@ -175,19 +185,6 @@ struct Gym {
     size: u32,
 }
 
-fn hz(text: &str) -> Result<f64, String> {
-    between(text, 0.01, 1000.0)
-}
-
-fn milliseconds(text: &str) -> Result<f64, String> {
-    between(text, 0.0, 60_000.0)
-}
-
-fn between(text: &str, least: f64, most: f64) -> Result<f64, String> {
-    let number = text.parse::<f64>().ok().filter(|x| (least..=most).contains(x));
-    number.ok_or_else(|| format!("a number from {least} to {most} is needed"))
-}
-
 fn main() -> ExitCode {
     let Cli { command } = cli::start();
     let done = match command {
@@ -214,8 +211,14 @@ fn cores() -> usize {
     Threads::default().count()
 }
 
-/// The model, or else the expert.
-fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
+/// The server's policy, the model, or else the expert; the `i`th of several.
+fn open(who: &Who, i: usize, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
+    #[cfg(feature = "remote")]
+    if let Some(url) = &who.url {
+        let robot = format!("tabletop-{}-{i}", std::process::id());
+        let (token_file, unnorm_key) = (who.token_file.clone(), who.unnorm_key.clone());
+        return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key, robot)?));
+    }
     let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
     let mut options = Options::default();
     options.n_threads = n_threads;
@@ -233,7 +236,7 @@ fn eval(args: &Eval) -> Result<()> {
     let timed = pace != Pace::Blocking && args.latency_ms.is_none();
     let (n_policy, n_thread) = if timed { (1, n_thread) } else { (n_thread, 1) };
     let mut policies =
-        (0..n_policy).map(|_| open(&args.who, n_thread)).collect::<Result<Vec<_>>>()?;
+        (0..n_policy).map(|i| open(&args.who, i, n_thread)).collect::<Result<Vec<_>>>()?;
     let plan = Plan {
         episodes: args.episodes as usize,
         seed: args.seed,
@@ -296,7 +299,7 @@ fn compare(args: &Compare) -> Result<()> {
 }
 
 fn play(args: &Play) -> Result<()> {
-    let mut policy = open(&args.who, cores())?;
+    let mut policy = open(&args.who, 0, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
     if let Some(path) = &args.picture {
         let mut png = Cursor::new(Vec::new());

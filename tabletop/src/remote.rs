@@ -1,0 +1,59 @@
+//! The policy of a server, in worlds of this process.
+
+use std::io::Cursor;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::{Result, anyhow, bail};
+use openvla::image::ImageFormat;
+use openvla_client::{Client, Refusal, Server};
+
+use crate::episode::Policy;
+use crate::render::picture;
+use crate::world::{Action, World};
+
+/// Sides of the pictures that are sent, in pixels; those that OpenVLA sees.
+const SIZE: u32 = 224;
+
+/// A world that waits has time, even for a large model on a processor.
+const DEADLINE_MS: u64 = 600_000;
+
+/// Asks openvla-serve for each motion.
+pub struct Remote {
+    client: Client,
+    seq: u64,
+}
+
+impl Remote {
+    /// `robot` is the name under which it asks; each policy needs its own.
+    ///
+    /// # Errors
+    /// If the token's file cannot be read.
+    pub fn new(
+        url: String,
+        token_file: Option<PathBuf>,
+        unnorm_key: Option<String>,
+        robot: String,
+    ) -> Result<Self> {
+        let server =
+            Server { url, token_file, unnorm_key, client_id: robot, deadline_ms: DEADLINE_MS };
+        Ok(Self { client: Client::new(server)?, seq: 0 })
+    }
+}
+
+impl Policy for Remote {
+    fn act(&mut self, world: &World) -> Result<Action> {
+        let mut file = Cursor::new(Vec::new());
+        picture(world, SIZE).write_to(&mut file, ImageFormat::Png)?;
+        let (picture, instruction) = (file.into_inner(), &world.scene.instruction);
+        let seq = self.seq;
+        self.seq += 1;
+        let answer = match self.client.act(seq, SystemTime::now(), &picture, instruction) {
+            Ok(answer) => answer,
+            Err(Refusal { code, why }) => bail!("{code}: {why}"),
+        };
+        let action: Vec<f64> = serde_json::from_value(answer["action"].clone())?;
+        let n = action.len();
+        action.try_into().map_err(|_| anyhow!("a motion of {n} numbers; seven move this gripper"))
+    }
+}

@@ -82,6 +82,12 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// Lowest and highest number of each dimension. Those that are not scaled are in -1..1.
+    pub fn ranges(&self) -> Vec<[f64; 2]> {
+        let scaled = self.q01.iter().zip(&self.q99).zip(&self.mask);
+        scaled.map(|((q01, q99), mask)| if *mask { [*q01, *q99] } else { [-1.0, 1.0] }).collect()
+    }
+
     /// Numbers in -1..1 to the data set's units.
     pub fn unnormalise(&self, normalised: &[f64]) -> Vec<f64> {
         let ranges = self.q01.iter().zip(&self.q99).zip(&self.mask);

@@ -14,6 +14,7 @@ use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
+use crate::app::App;
 use crate::compat;
 use crate::error::{Code, Error};
 use crate::field::Field;
@@ -21,7 +22,6 @@ use crate::json::standard;
 use crate::message::{Form, Message};
 use crate::numpy::{self, Convention, Ndarray};
 use crate::observation::{Answer, Observation};
-use crate::routes::App;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -11,8 +11,8 @@ use tokio::sync::oneshot;
 use crate::error::{Code, Error};
 use crate::metrics::Metrics;
 use crate::observation::{Answer, Observation};
+use crate::policy::ModelInfo;
 use crate::queue::{Gone, Left, Limits, Order, Queue, Refused, Ticket};
-use crate::worker::Card;
 
 /// Where requests meet the worker. Clones are the same engine.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ struct Shared {
 struct State {
     queue: Queue<Job>,
     phase: Phase,
-    card: Option<Arc<Card>>,
+    model: Option<Arc<ModelInfo>>,
     /// How long the last step took.
     step: Duration,
     /// When the step began that goes on now.
@@ -63,7 +63,7 @@ impl Engine {
         let state = State {
             queue: Queue::new(limits),
             phase: Phase::Opening("the model is being opened".into()),
-            card: None,
+            model: None,
             step: Duration::ZERO,
             busy_since: None,
         };
@@ -77,8 +77,8 @@ impl Engine {
     }
 
     /// What the model says about itself, once it was ready.
-    pub fn card(&self) -> Option<Arc<Card>> {
-        self.state().card.clone()
+    pub fn model(&self) -> Option<Arc<ModelInfo>> {
+        self.state().model.clone()
     }
 
     /// A motion for an observation.
@@ -166,10 +166,10 @@ impl Engine {
     }
 
     /// Takes requests from now on.
-    pub(crate) fn open(&self, card: Card) {
+    pub(crate) fn open(&self, model: ModelInfo) {
         let mut state = self.state();
-        self.metrics().devices(&card.memory);
-        state.card = Some(Arc::new(card));
+        self.metrics().devices(&model.memory);
+        state.model = Some(Arc::new(model));
         if matches!(state.phase, Phase::Opening(_)) {
             state.phase = Phase::Ready;
             self.metrics().ready.set(1);

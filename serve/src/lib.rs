@@ -10,7 +10,8 @@
 //! |---|---|
 //! | `options` | the command line |
 //! | `server` | listener, connections and their limits, the end |
-//! | `routes` | token, bodies, counting and logging of every request |
+//! | `routes` | counting and logging of every request, and its form |
+//! | `app` | what all requests share: token, limits, bodies, pictures |
 //! | `auth` | who may ask |
 //! | `act`, `compat` | the reference's form, and its errors |
 //! | `openpi` | openpi's websocket |
@@ -23,6 +24,7 @@
 //! | `queue`, `recent` | who is next, what is too late, what is forgotten; pure |
 //! | `turns` | whose body is decoded next |
 //! | `worker` | the thread that owns the model |
+//! | `policy` | what a model is to the worker |
 //! | `safety` | what a motion must be before it leaves |
 //! | `error` | what is answered in place of a motion |
 //! | `metrics` | numbers for whoever runs it |
@@ -36,6 +38,7 @@
 //! - No TLS: a proxy in front of it has that.
 
 pub mod act;
+pub mod app;
 pub mod auth;
 pub mod compat;
 pub mod engine;
@@ -49,6 +52,7 @@ pub mod observation;
 pub mod openpi;
 pub mod options;
 pub mod plain;
+pub mod policy;
 pub mod queue;
 pub mod recent;
 pub mod routes;

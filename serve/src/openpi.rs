@@ -19,14 +19,13 @@ use serde::Serialize;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{interval_at, timeout};
 
+use crate::app::{App, Connection};
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::message::{self, Form};
 use crate::numpy::{Convention, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Note, Observation};
-use crate::routes::App;
 use crate::safety;
-use crate::server::Connection;
 
 /// Observations of one connection that may be under way: one at the model, one in line, and news.
 const MAX_PENDING: usize = 4;
@@ -139,12 +138,12 @@ impl Talk {
     }
 
     async fn greet(&mut self) -> Result<(), Over> {
-        let card = self.app.engine.card().ok_or(Over)?;
-        let keys: Vec<&str> = card.datasets.keys().map(String::as_str).collect();
+        let model = self.app.engine.model().ok_or(Over)?;
+        let keys: Vec<&str> = model.statistics.datasets().keys().map(String::as_str).collect();
         let only = (keys.len() == 1).then(|| keys[0]);
         let metadata = Metadata {
-            model: &card.name,
-            image_size: card.image_size,
+            model: &model.name,
+            image_size: model.image_size,
             action_horizon: 1,
             unnorm_key: self.app.settings.unnorm_key.as_deref().or(only),
             unnorm_keys: keys,

@@ -13,12 +13,12 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use openvla::Header;
 
+use crate::app::App;
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::json::standard;
 use crate::message::{Form, Message};
 use crate::observation::{Answer, Observation};
-use crate::routes::App;
 
 static FORM: Form = Form {
     image: &["image"],

@@ -13,39 +13,20 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tower_service::Service;
 
+use crate::app::{App, Connection};
 use crate::engine::Engine;
 use crate::options::Settings;
-use crate::routes::{App, routes};
-use crate::worker::{Policy, run};
+use crate::policy::Policy;
+use crate::routes::routes;
+use crate::worker::run;
 
 /// For how long after the signal to stop a connection may still bring a request.
 const LINGER: Duration = Duration::from_millis(500);
-
-/// A request's connection: its number, and its place among those that may be open, which an upgraded
-/// connection keeps.
-#[derive(Clone)]
-pub struct Connection {
-    /// Counts from 0.
-    pub number: u64,
-    _place: Arc<Place>,
-}
-
-/// A place among the connections that may be open; counted as long as it is taken.
-struct Place {
-    engine: Engine,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.engine.metrics().connections.dec();
-    }
-}
 
 /// Serves until `stop` comes and everything accepted until then has its answer, or the worker gives
 /// up.
@@ -67,10 +48,10 @@ where
     let token = settings.token()?;
     let (mut worker, mut ended) = start(&engine, &settings, open)?;
     let (drain, draining) = watch::channel(false);
-    let places = Arc::new(Semaphore::new(settings.max_connections as usize));
+    let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
     let app = App::new(engine.clone(), settings.clone(), token, draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
-    let mut accepting = Accepting { router: routes(app), places, settings, draining, number: 0 };
+    let mut accepting = Accepting { router: routes(app), slots, settings, draining, number: 0 };
 
     let failed = tokio::select! {
         () = accepting.accept_all(&listener, &engine) => unreachable!("accepts until the end"),
@@ -86,13 +67,13 @@ where
     }
     drop(listener);
     let limit = Duration::from_secs(drain_s);
-    let all = accepting.places.acquire_many(accepting.settings.max_connections);
+    let all = accepting.slots.acquire_many(accepting.settings.max_connections);
     let in_time = timeout(limit, all).await.is_ok();
     engine.close();
     if !failed && !in_time {
         bail!("not all was answered within {limit:.0?}: --drain-s");
     }
-    if !failed && engine.card().is_none() {
+    if !failed && engine.model().is_none() {
         return Ok(()); // nothing was promised yet, and opening a large model takes its time
     }
     if !failed && timeout(limit, &mut ended).await.is_err() {
@@ -132,7 +113,7 @@ async fn stuck(engine: &Engine, limit: Duration) {
 
 struct Accepting {
     router: Router,
-    places: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
     settings: Settings,
     draining: watch::Receiver<bool>,
     number: u64,
@@ -153,13 +134,11 @@ impl Accepting {
     }
 
     fn take(&mut self, stream: TcpStream, engine: &Engine) {
-        let Ok(permit) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() else {
             engine.metrics().refused.inc();
             return; // closes it, so that the client knows at once
         };
-        engine.metrics().connections.inc();
-        let place = Place { engine: engine.clone(), _permit: permit };
-        let connection = Connection { number: self.number, _place: Arc::new(place) };
+        let connection = Connection::new(self.number, engine.clone(), permit);
         self.number += 1;
         let (router, draining) = (self.router.clone(), self.draining.clone());
         let patience = self.settings.patience();

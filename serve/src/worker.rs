@@ -3,81 +3,21 @@
 //! A step that panics, or a device that fails, ends the model's life but not the thread's: the model
 //! is opened again, or the program ends, as the operator wants it.
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 use openvla::image::{Rgb, RgbImage};
-use openvla::prompt::Prompt;
-use openvla::{Dataset, OpenVla, Preprocess, Session};
+use openvla::{Dataset, Session};
 
 use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
-use crate::observation::{Answer, Motion, Observation, Times, UNSURE};
+use crate::observation::{Answer, Observation, Times, UNSURE};
+use crate::policy::{ModelInfo, Policy};
 use crate::queue::{Client, Order};
 use crate::recent::Recent;
 use crate::safety::Safety;
-
-/// What makes motions of observations: a model, or what stands for one in tests.
-pub trait Policy {
-    /// What it says about itself.
-    fn card(&self) -> Card;
-
-    /// One step of a session, in units of the data set of this name.
-    ///
-    /// # Errors
-    /// As [`OpenVla::act_in`].
-    fn act(
-        &mut self,
-        session: &mut Session,
-        observation: &Observation,
-        unnorm_key: Option<&str>,
-    ) -> openvla::Result<Motion>;
-}
-
-/// What a model says about itself.
-#[derive(Debug, Clone, Default)]
-pub struct Card {
-    /// For people.
-    pub name: String,
-    /// Sides of the square that pictures become, in pixels.
-    pub image_size: u32,
-    /// How pictures become that square. Without it, the policy is given them as they came.
-    pub preprocess: Option<Preprocess>,
-    /// How instructions are wrapped. Without it, none is doubted.
-    pub prompt: Option<Prompt>,
-    /// The data sets it was trained on.
-    pub datasets: BTreeMap<String, Dataset>,
-    /// Bytes that it takes on each device.
-    pub memory: Vec<(String, usize)>,
-}
-
-impl Policy for OpenVla {
-    fn card(&self) -> Card {
-        let config = self.config();
-        let bytes = |usage: &openvla::Usage| usage.weights + usage.states + usage.graphs;
-        Card {
-            name: config.general.name.clone(),
-            image_size: config.preprocess.size,
-            preprocess: Some(config.preprocess.clone()),
-            prompt: Some(config.prompt.clone()),
-            datasets: config.statistics.datasets().clone(),
-            memory: self.usage().iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
-        }
-    }
-
-    fn act(
-        &mut self,
-        session: &mut Session,
-        observation: &Observation,
-        unnorm_key: Option<&str>,
-    ) -> openvla::Result<Motion> {
-        let Observation { image, instruction, .. } = observation;
-        self.act_in(session, image, instruction, unnorm_key).map(Motion::from)
-    }
-}
 
 /// What happens after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -128,7 +68,7 @@ pub fn run<P: Policy>(
             return Ok(());
         };
         worker.failures += 1;
-        let first = engine.card().is_none();
+        let first = engine.model().is_none();
         if first || rules.on_failure == OnFailure::Exit || worker.failures >= MAX_FAILURES {
             engine.end();
             return Err(why);
@@ -151,13 +91,13 @@ impl Worker<'_> {
     /// One life of the model: opened, warmed up, and used until the end or a failure.
     fn live<P: Policy>(&mut self, open: &mut impl FnMut() -> Result<P>) -> Result<()> {
         let mut policy = sound(open)??;
-        let card = policy.card();
-        self.warm_up(&mut policy, &card)?;
-        self.engine.open(card.clone());
-        tracing::info!(model = card.name, "ready");
+        let model = policy.info();
+        self.warm_up(&mut policy, &model)?;
+        self.engine.open(model.clone());
+        tracing::info!(model = model.name, "ready");
         while let Some((order, job)) = self.engine.next() {
             let begun = Instant::now();
-            match sound(|| self.step(&mut policy, &card, &order, &job.observation)) {
+            match sound(|| self.step(&mut policy, &model, &order, &job.observation)) {
                 Ok(Err(error)) if error.code == Code::ModelFailed => {
                     let why = anyhow!(error.message.clone());
                     return Err(self.fail(why, error, job));
@@ -185,19 +125,15 @@ impl Worker<'_> {
     }
 
     /// A step before the first request, so that this one is as fast as those after it.
-    fn warm_up(&self, policy: &mut impl Policy, card: &Card) -> Result<()> {
-        if let Some(key) = &self.rules.unnorm_key {
-            let known = || card.datasets.keys().cloned().collect();
-            let suffixed = format!("{key}_no_noops");
-            if ![key, &suffixed].iter().any(|name| card.datasets.contains_key(*name)) {
-                bail!(openvla::Error::UnknownStatistics { key: key.clone(), known: known() });
-            }
-        }
-        let key = self.rules.unnorm_key.as_ref().or_else(|| card.datasets.keys().next());
-        let image = RgbImage::from_pixel(card.image_size, card.image_size, Rgb([127; 3]));
+    fn warm_up(&self, policy: &mut impl Policy, model: &ModelInfo) -> Result<()> {
+        let key = match &self.rules.unnorm_key {
+            Some(key) => model.statistics.select(Some(key))?.0,
+            None => model.statistics.first().0,
+        };
+        let image = RgbImage::from_pixel(model.image_size, model.image_size, Rgb([127; 3]));
         let observation =
-            Observation { image, instruction: "warm up".into(), unnorm_key: key.cloned() };
-        let act = || policy.act(&mut Session::default(), &observation, key.map(String::as_str));
+            Observation { image, instruction: "warm up".into(), unnorm_key: Some(key.into()) };
+        let act = || policy.act(&mut Session::default(), &observation, Some(key));
         sound(act)?.context("the warm-up step failed")?;
         Ok(())
     }
@@ -205,7 +141,7 @@ impl Worker<'_> {
     fn step(
         &mut self,
         policy: &mut impl Policy,
-        card: &Card,
+        model: &ModelInfo,
         order: &Order,
         observation: &Observation,
     ) -> Result<Answer, Error> {
@@ -217,8 +153,8 @@ impl Worker<'_> {
         let motion = policy.act(&mut session, observation, key.map(String::as_str))?;
         known.session = session;
 
-        let dataset = card.datasets.get(&motion.unnorm_key);
-        let ranges = dataset.map(ranges).unwrap_or_default();
+        let dataset = model.statistics.datasets().get(&motion.unnorm_key);
+        let ranges = dataset.map(Dataset::ranges).unwrap_or_default();
         let mut action = motion.action;
         let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
         let last = last.map(|(_, motion)| motion.as_slice());
@@ -240,7 +176,7 @@ impl Worker<'_> {
             ranges,
             all_actions,
             unconstrained,
-            warning: warning(card, &observation.instruction, all_actions),
+            warning: warning(model, &observation.instruction, all_actions),
             safety,
             draft: motion.draft,
             timing_ms,
@@ -250,15 +186,9 @@ impl Worker<'_> {
 }
 
 /// What a person should know about a motion.
-fn warning(card: &Card, instruction: &str, all_actions: bool) -> Option<&'static str> {
-    let doubt = card.prompt.as_ref().and_then(|prompt| prompt.doubt(instruction));
+fn warning(model: &ModelInfo, instruction: &str, all_actions: bool) -> Option<&'static str> {
+    let doubt = model.prompt.as_ref().and_then(|prompt| prompt.doubt(instruction));
     doubt.or((!all_actions).then_some(UNSURE))
-}
-
-/// Lowest and highest number of each dimension. Those that are not scaled are in -1..1.
-fn ranges(dataset: &Dataset) -> Vec<[f64; 2]> {
-    let scaled = dataset.q01.iter().zip(&dataset.q99).zip(&dataset.mask);
-    scaled.map(|((q01, q99), mask)| if *mask { [*q01, *q99] } else { [-1.0, 1.0] }).collect()
 }
 
 /// What a call returns, or the panic it ended with as an error.

@@ -116,11 +116,9 @@ fn table(action: &Action, dataset: &Dataset) -> String {
         7 => ARM[i].to_owned(),
         _ => format!("action[{i}]"),
     };
+    let ranges = dataset.ranges();
     let line = |i: usize| {
-        let (low, high) = match dataset.mask[i] {
-            true => (dataset.q01[i], dataset.q99[i]),
-            false => (-1.0, 1.0),
-        };
+        let [low, high] = ranges[i];
         format!("{:<10} {:>12.6}   of {low:.6} … {high:.6}\n", name(i), action.action[i])
     };
     let rows: String = (0..n).map(line).collect();

@@ -16,11 +16,11 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
 use openvla::image::{ImageFormat, RgbImage};
 use openvla::prompt::{OPENVLA, Prompt};
-use openvla::{Dataset, OpenVla, Session, Timing};
+use openvla::{OpenVla, Session, Statistics, Timing};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
+use openvla_serve::policy::{ModelInfo, Policy};
 use openvla_serve::server::serve;
-use openvla_serve::worker::{Card, Policy};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -62,20 +62,16 @@ impl Stub {
 }
 
 impl Policy for Stub {
-    fn card(&self) -> Card {
-        let dataset = Dataset {
-            q01: vec![-0.1; 7],
-            q99: vec![0.1; 7],
-            mask: [vec![true; 6], vec![false]].concat(),
-        };
-        let names = ["bridge_orig", "fractal20220817_data"];
-        let datasets = names.map(|name| (name.to_owned(), dataset.clone()));
-        Card {
+    fn info(&self) -> ModelInfo {
+        let (q01, q99, mask) = ([-0.1; 7], [0.1; 7], [vec![true; 6], vec![false]].concat());
+        let dataset = json!({ "action": { "q01": q01, "q99": q99, "mask": mask } });
+        let statistics = json!({ "bridge_orig": dataset, "fractal20220817_data": dataset });
+        ModelInfo {
             name: "a stub".into(),
             image_size: 224,
             preprocess: None,
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
-            datasets: BTreeMap::from(datasets),
+            statistics: Statistics::parse(statistics.to_string()).unwrap(),
             memory: vec![("CPU".into(), 42)],
         }
     }
@@ -103,10 +99,7 @@ impl Policy for Stub {
             _ => {}
         }
         let key = key.unwrap_or("bridge_orig");
-        if !self.card().datasets.contains_key(key) {
-            let known = vec!["bridge_orig".into()];
-            return Err(openvla::Error::UnknownStatistics { key: key.into(), known });
-        }
+        self.info().statistics.select(Some(key))?;
         Ok(Motion {
             normalized: action.clone(),
             action,

@@ -1,0 +1,213 @@
+//! What all requests share, and what each goes through on its way to the engine: order, body, picture.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, FromRequest, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use openvla::cli::Threads;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{timeout, timeout_at};
+
+use crate::auth::{Token, check_origin};
+use crate::engine::{Engine, late};
+use crate::error::{Code, Error};
+use crate::observation::{Answer, Note, Observation};
+use crate::options::Settings;
+use crate::queue::{Client, Order};
+use crate::turns::Turns;
+
+/// What all requests share.
+pub struct App {
+    /// Queue and model.
+    pub engine: Engine,
+    /// The command line's.
+    pub settings: Settings,
+    /// Whether the server is about to end.
+    pub draining: watch::Receiver<bool>,
+    token: Option<Token>,
+    /// Whose body is read, one for each core, since it may be large.
+    bodies: Turns,
+    /// Whose picture file is decoded, one for each core. Bodies are read meanwhile.
+    pictures: Turns,
+}
+
+/// When a request's headers were read.
+#[derive(Clone, Copy)]
+pub struct Arrived(pub Instant);
+
+/// A request's connection: its number, and its slot among those that may be open, which an upgraded
+/// connection keeps.
+#[derive(Clone)]
+pub struct Connection {
+    /// Counts from 0.
+    pub number: u64,
+    _slot: Arc<Slot>,
+}
+
+/// A slot among the connections that may be open; counted as long as it is taken.
+struct Slot {
+    engine: Engine,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.engine.metrics().connections.dec();
+    }
+}
+
+impl Connection {
+    /// A connection that was just accepted, with a permit to be open.
+    pub fn new(number: u64, engine: Engine, permit: OwnedSemaphorePermit) -> Self {
+        engine.metrics().connections.inc();
+        Self { number, _slot: Arc::new(Slot { engine, _permit: permit }) }
+    }
+}
+
+impl App {
+    /// What requests share, without anything accepted yet.
+    pub fn new(
+        engine: Engine,
+        settings: Settings,
+        token: Option<Token>,
+        draining: watch::Receiver<bool>,
+    ) -> Arc<Self> {
+        let cores = Threads::default().count();
+        let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
+        Arc::new(Self { engine, settings, draining, token, bodies, pictures })
+    }
+
+    /// The order of a request, of its headers.
+    ///
+    /// # Errors
+    /// [`Code::BadRequest`], [`Code::ClientNeeded`].
+    pub fn order(&self, request: &Request) -> Result<Order, Error> {
+        let Arrived(arrived) = *extension(request);
+        let Connection { number, .. } = *extension(request);
+        let note = Note::of(request.headers())?;
+        let order = note.order(arrived, number, self.settings.deadline())?;
+        if self.settings.max_delta.is_some() && matches!(order.client, Client::Connection(_)) {
+            let message = "--max-delta compares a motion with the client's last one";
+            let hint = "name the robot in the header X-Client-Id";
+            return Err(Error::new(Code::ClientNeeded, message).hint(hint));
+        }
+        Ok(order)
+    }
+
+    /// A request's whole body.
+    ///
+    /// # Errors
+    /// [`Code::PayloadTooLarge`], [`Code::RequestTimeout`], [`Code::BadRequest`].
+    pub async fn body(&self, mut request: Request) -> Result<Bytes, Error> {
+        let (limit, patience) = (self.settings.max_body, self.settings.patience());
+        let too_large = || {
+            let message = format!("the body is larger than {limit} bytes");
+            Error::new(Code::PayloadTooLarge, message).hint("smaller pictures, or --max-body")
+        };
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if length.is_some_and(|length| length > limit) {
+            return Err(too_large());
+        }
+        DefaultBodyLimit::max(limit).apply(&mut request);
+        match timeout(patience, Bytes::from_request(request, &())).await {
+            Ok(Ok(body)) => Ok(body),
+            Ok(Err(why)) if why.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
+            Ok(Err(why)) => Err(Error::bad_request(format!("the body broke off: {why}"))),
+            Err(_) => {
+                let message = format!("the body did not come within {patience:.0?}");
+                Err(Error::new(Code::RequestTimeout, message))
+            }
+        }
+    }
+
+    /// Reads a body of `n` bytes beside the connections' threads, when it is the client's turn.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Code::DeadlineExceeded`].
+    pub async fn read<T: Send + 'static>(
+        &self,
+        order: &Order,
+        n: usize,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.take_turn(&self.bodies, order, n as u64, work).await
+    }
+
+    /// Decodes a picture file of so many samples beside the connections' threads, when it is the
+    /// client's turn.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Code::DeadlineExceeded`].
+    pub async fn decode<T: Send + 'static>(
+        &self,
+        order: &Order,
+        samples: u64,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.take_turn(&self.pictures, order, samples, work).await
+    }
+
+    /// Makes the picture the square that the model takes, when it is the client's turn, and waits for the
+    /// motion. The model's own thread would do that for all robots, one after the other.
+    ///
+    /// # Errors
+    /// [`Code::DeadlineExceeded`], and those of [`Engine::act`].
+    pub async fn act(&self, observation: Observation, order: Order) -> Result<Answer, Error> {
+        let model = self.engine.model();
+        let Some(preprocess) = model.and_then(|model| model.preprocess.clone()) else {
+            return self.engine.act(observation, order).await;
+        };
+        let samples = observation.image.as_raw().len() as u64;
+        let square = move || {
+            let image = preprocess.square(&observation.image)?;
+            Ok(Observation { image, ..observation })
+        };
+        let observation = self.decode(&order, samples, square).await?;
+        self.engine.act(observation, order).await
+    }
+
+    async fn take_turn<T: Send + 'static>(
+        &self,
+        turns: &Turns,
+        order: &Order,
+        cost: u64,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let decoded = async {
+            let turn = turns.turn(&order.client, cost).await;
+            let work = move || {
+                let _turn = turn; // kept until the work ends, even if nobody waits for it any more
+                work()
+            };
+            spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::bad_image("decoding failed")))
+        };
+        let decoded = timeout_at(order.deadline.into(), decoded).await;
+        let decoded = decoded.unwrap_or_else(|_| Err(late(order)));
+        if decoded.as_ref().is_err_and(|error| error.code == Code::BadImage) {
+            self.bodies.refuse(&order.client);
+            self.pictures.refuse(&order.client);
+        }
+        decoded
+    }
+
+    /// Whether a request may be served: by its token, or by where a browser's page came from.
+    ///
+    /// # Errors
+    /// [`Code::Unauthorized`], [`Code::Forbidden`].
+    pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
+        match &self.token {
+            _ if ["/healthz", "/readyz"].contains(&path) => Ok(()),
+            Some(token) => token.check(headers),
+            None => check_origin(headers),
+        }
+    }
+}
+
+/// What the connection and `guard` add to every request.
+pub fn extension<T: Clone + Send + Sync + 'static>(request: &Request) -> &T {
+    request.extensions().get().expect("every request has it")
+}

@@ -61,7 +61,7 @@ impl<'a> Disk<'a> {
         let size = format!("size={size}");
         let mount =
             Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(at).output();
-        mount.is_ok_and(|mount| mount.status.success()).then_some(Self(at))
+        mount.is_ok_and(|mount| mount.status.success()).then(|| Self(at)) // never dropped else
     }
 }
 

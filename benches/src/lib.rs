@@ -10,6 +10,7 @@
 //! | [`report`] | that as tables |
 //! | [`plot`] | that as a picture |
 //! | [`project`] | what cards that were not measured might reach |
+//! | [`types`] | one checkpoint at every type, on the simulated table |
 
 pub mod machine;
 pub mod measure;
@@ -17,5 +18,6 @@ pub mod plot;
 pub mod project;
 pub mod report;
 pub mod results;
+pub mod types;
 pub mod work;
 pub mod workload;

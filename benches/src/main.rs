@@ -1,7 +1,7 @@
 //! `openvla-bench`: what a control step costs here, and what results say side by side.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -10,8 +10,10 @@ use openvla::Draft;
 use openvla::cli::{self, Place, write};
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
+use openvla_bench::types::Comparison;
 use openvla_bench::workload::ModelFile;
-use openvla_bench::{plot, project, report};
+use openvla_bench::{plot, project, report, types};
+use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
 /// Measures an OpenVLA model stage by stage, against what this machine reaches at best.
 #[derive(Parser)]
@@ -69,6 +71,20 @@ enum Command {
         #[arg(long = "card", value_name = "NAME")]
         cards: Vec<String>,
     },
+    /// One checkpoint at every type, on the simulated table: success, tokens, size, speed
+    Types {
+        /// Folder of the checkpoint
+        checkpoint: PathBuf,
+        /// Episodes of each suite
+        #[arg(short = 'n', long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        episodes: u32,
+        /// Seed of the first scene
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Also writes STEM.json and STEM.svg
+        #[arg(short, long, value_name = "STEM", value_parser = cli::output_file())]
+        output: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -86,9 +102,25 @@ fn run(args: Args) -> Result<()> {
         Some(Command::Project { result, cards }) => {
             project::table(&Results::read(&result)?, &cards)?
         }
+        Some(Command::Types { checkpoint, episodes, seed, output }) => {
+            types(&checkpoint, episodes, seed, output)?
+        }
         None => args.measure.run()?,
     };
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+}
+
+fn types(checkpoint: &Path, episodes: u32, seed: u64, output: Option<PathBuf>) -> Result<String> {
+    let plan = Plan { episodes: episodes as usize, seed, pace: Pace::Blocking, steps: STEPS };
+    let progress = progress(0);
+    let comparison = Comparison::of(checkpoint, &plan, &progress)?;
+    progress.finish_and_clear();
+    if let Some(stem) = output {
+        let text = serde_json::to_string_pretty(&comparison)? + "\n";
+        write(&stem.with_extension("json"), text)?;
+        write(&stem.with_extension("svg"), types::svg(&comparison)?)?;
+    }
+    Ok(types::table(&comparison))
 }
 
 impl Measure {

@@ -217,3 +217,22 @@ fn the_readme_shows_the_results() {
     assert_eq!(shown, report::table(&all).unwrap(), "openvla-bench table results/*.json");
     assert_eq!(svg.unwrap(), plot::svg(&all).unwrap(), "openvla-bench plot … -o results/hz.svg");
 }
+
+#[test]
+fn a_checkpoint_is_compared_at_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/openvla-tabletop");
+    let stem = dir.path().join("types");
+    let args = ["types", checkpoint.to_str().unwrap(), "-n", "1", "-o", stem.to_str().unwrap()];
+    let said = stdout(&openvla_bench(&args));
+    let f32 = said.lines().nth(2).unwrap();
+    assert!(f32.starts_with("| F32 |") && f32.contains("| 100.0 % |"), "it agrees with itself");
+    let text = std::fs::read_to_string(stem.with_extension("json")).unwrap();
+    let found: Value = serde_json::from_str(&text).unwrap();
+    let types = found["types"].as_array().unwrap();
+    assert_eq!(said.lines().count(), 2 + types.len(), "{said}");
+    let bytes = |i: usize| types[i]["bytes"].as_u64().unwrap();
+    assert!((1..types.len()).all(|i| bytes(i) <= bytes(i - 1)), "fewer bits, fewer bytes: {said}");
+    assert_eq!(found["running"].as_array().unwrap().len(), 3 * 6);
+    assert!(std::fs::read_to_string(stem.with_extension("svg")).unwrap().starts_with("<svg"));
+}

@@ -1,9 +1,10 @@
 //! Evaluation: many episodes of each suite, and how sure their success rate is.
 
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::episode::{Difference, Outcome, Pace, Policy, run};
@@ -100,6 +101,16 @@ fn report(suite: Suite, outcomes: &[Outcome]) -> Report {
         passes: (actions > 0.0).then(|| passes / actions),
         accepted: (actions > 0.0).then(|| accepted / actions),
     }
+}
+
+/// A progress bar of `n` episodes, shown from the third second on, and only to people.
+pub fn progress(n: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos} of {len} episodes, {eta} left");
+    let bar = ProgressBar::with_draw_target(Some(n), ProgressDrawTarget::stderr_with_hz(2));
+    bar.with_style(style.expect("a sound template"))
 }
 
 /// Wilson's score interval of 95 % for a share of `k` in `n`.

@@ -13,15 +13,12 @@
 //! | `episode` | a policy in a world, which waits for it or not |
 //! | `remote` | the policy of a server |
 //! | `eval` | many episodes, and how sure their success rate is |
-//! | `compare` | one checkpoint at several types, as a table and a picture |
 //! | `film` | one episode as a GIF |
 //!
 //! Nothing here depends on the machine but the model's own arithmetic: the same seed gives the same
 //! scenes, pictures and steps everywhere. Metres and radians throughout; `train/` holds the program
 //! that trains a miniature OpenVLA on this table.
 
-#[cfg(feature = "compare")]
-mod compare;
 mod episode;
 mod eval;
 mod expert;
@@ -36,10 +33,8 @@ mod scene;
 mod steps;
 mod world;
 
-#[cfg(feature = "compare")]
-pub use compare::{Comparison, svg, table};
 pub use episode::{Difference, Expert, Model, Outcome, Pace, Policy, STEPS, run};
-pub use eval::{Plan, Report, evaluate, wilson};
+pub use eval::{Plan, Report, evaluate, progress, wilson};
 pub use expert::act as expert;
 pub use film::film;
 pub use geometry::{Point, Rod};

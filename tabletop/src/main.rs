@@ -1,22 +1,19 @@
 //! `tabletop`: a small table on which an OpenVLA acts.
 
-use std::io::{BufWriter, Cursor, ErrorKind, IsTerminal, Write};
+use std::io::{BufWriter, Cursor, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use openvla::cli::{self, Threads, write};
 use openvla::image::ImageFormat;
 use openvla::{Draft, OpenVla, Options};
 #[cfg(feature = "remote")]
 use openvla_tabletop::Remote;
-#[cfg(feature = "compare")]
-use openvla_tabletop::{Comparison, svg, table};
 use openvla_tabletop::{
     Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World, bytes, evaluate,
-    film, gym, picture, record,
+    film, gym, picture, progress, record,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -31,9 +28,6 @@ struct Cli {
 enum Command {
     /// How often a model, or the expert, does what it is asked
     Eval(Eval),
-    /// One checkpoint at every type: success, tokens, size, speed
-    #[cfg(feature = "compare")]
-    Compare(Compare),
     /// One episode as a GIF
     Play(Play),
     /// A data set of the expert's steps
@@ -97,22 +91,6 @@ struct Eval {
     /// Print one JSON object for each suite
     #[arg(long)]
     json: bool,
-}
-
-#[cfg(feature = "compare")]
-#[derive(Args)]
-struct Compare {
-    /// Folder of the checkpoint
-    checkpoint: PathBuf,
-    /// Episodes of each suite
-    #[arg(short = 'n', long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    episodes: u32,
-    /// Seed of the first scene
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Also writes STEM.json and STEM.svg
-    #[arg(short, long, value_name = "STEM", value_parser = cli::output_file())]
-    out: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -189,8 +167,6 @@ fn main() -> ExitCode {
     let Cli { command } = cli::start();
     let done = match command {
         Command::Eval(args) => eval(&args),
-        #[cfg(feature = "compare")]
-        Command::Compare(args) => compare(&args),
         Command::Play(args) => play(&args),
         Command::Record(args) => write_data(&args),
         Command::Stream(args) => stream(&args),
@@ -244,12 +220,12 @@ fn eval(args: &Eval) -> Result<()> {
         steps: args.steps as usize,
     };
     let suites = args.suite.as_ref().map_or(Suite::value_variants(), std::slice::from_ref);
-    let progress = bar(suites.len() as u64 * u64::from(args.episodes));
+    let bar = progress(suites.len() as u64 * u64::from(args.episodes));
     for suite in suites {
-        let report = evaluate(*suite, &plan, &mut policies, &progress)?;
-        progress.suspend(|| print(&report, args.json))?;
+        let report = evaluate(*suite, &plan, &mut policies, &bar)?;
+        bar.suspend(|| print(&report, args.json))?;
     }
-    progress.finish_and_clear();
+    bar.finish_and_clear();
     Ok(())
 }
 
@@ -279,25 +255,6 @@ fn print(report: &Report, json: bool) -> Result<()> {
     Ok(())
 }
 
-#[cfg(feature = "compare")]
-fn compare(args: &Compare) -> Result<()> {
-    let (episodes, seed) = (args.episodes as usize, args.seed);
-    let plan = Plan { episodes, seed, pace: Pace::Blocking, steps: STEPS };
-    let progress = bar(0);
-    let comparison = Comparison::of(&args.checkpoint, &plan, &progress)?;
-    progress.finish_and_clear();
-    if let Some(stem) = &args.out {
-        let text = serde_json::to_string_pretty(&comparison)? + "\n";
-        for (ending, text) in [("json", text), ("svg", svg(&comparison)?)] {
-            let path = stem.with_extension(ending);
-            write(&path, &text)?;
-        }
-    }
-    let mut out = std::io::stdout().lock();
-    table(&comparison).iter().try_for_each(|line| writeln!(out, "{line}"))?;
-    Ok(())
-}
-
 fn play(args: &Play) -> Result<()> {
     let mut policy = open(&args.who, 0, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
@@ -315,10 +272,10 @@ fn play(args: &Play) -> Result<()> {
 }
 
 fn write_data(args: &Record) -> Result<()> {
-    let progress = bar(args.episodes.into());
+    let bar = progress(args.episodes.into());
     let size = (!args.no_images).then_some(args.size);
-    record(Path::new(&args.out), args.seed, args.episodes as usize, size, &progress)?;
-    progress.finish_and_clear();
+    record(Path::new(&args.out), args.seed, args.episodes as usize, size, &bar)?;
+    bar.finish_and_clear();
     Ok(())
 }
 
@@ -328,14 +285,4 @@ fn stream(args: &Stream) -> Result<()> {
     loop {
         out.write_all(&steps.next(|step| bytes(step.world, &step.action, args.size)))?;
     }
-}
-
-/// Shown from the third second on, and only to people.
-fn bar(n: u64) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{bar:30} {pos} of {len} episodes, {eta} left");
-    let bar = ProgressBar::with_draw_target(Some(n), ProgressDrawTarget::stderr_with_hz(2));
-    bar.with_style(style.expect("a sound template"))
 }

@@ -71,25 +71,6 @@ fn the_built_in_model_does_what_it_is_asked() {
 }
 
 #[test]
-fn a_checkpoint_is_compared_at_every_type() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/openvla-tabletop");
-    let stem = dir.path().join("types");
-    let args = ["compare", checkpoint.to_str().unwrap(), "-n", "1", "-o", stem.to_str().unwrap()];
-    let said = stdout(&tabletop(&args));
-    let f32 = said.lines().nth(2).unwrap();
-    assert!(f32.starts_with("| F32 |") && f32.contains("| 100.0 % |"), "it agrees with itself");
-    let text = std::fs::read_to_string(stem.with_extension("json")).unwrap();
-    let found: Value = serde_json::from_str(&text).unwrap();
-    let types = found["types"].as_array().unwrap();
-    assert_eq!(said.lines().count(), 2 + types.len(), "{said}");
-    let bytes = |i: usize| types[i]["bytes"].as_u64().unwrap();
-    assert!((1..types.len()).all(|i| bytes(i) <= bytes(i - 1)), "fewer bits, fewer bytes: {said}");
-    assert_eq!(found["running"].as_array().unwrap().len(), 3 * 6);
-    assert!(std::fs::read_to_string(stem.with_extension("svg")).unwrap().starts_with("<svg"));
-}
-
-#[test]
 fn an_episode_becomes_a_film_and_a_picture() {
     let dir = tempfile::tempdir().unwrap();
     let [film, first] = ["film.gif", "first.png"].map(|name| dir.path().join(name));

@@ -1,4 +1,4 @@
-//! One checkpoint at several types: how often each succeeds, and what it costs.
+//! One checkpoint at several types on the simulated table: how often each succeeds, and what it costs.
 //!
 //! OpenVLA's Table 2 in miniature (arXiv 2406.09246): the same scenes for every type, with a world
 //! that waits; and how success falls as a policy takes longer, with a world that does not.
@@ -9,15 +9,15 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use openvla::{OpenVla, Options};
-use openvla_bench::machine::Origin;
 use openvla_convert::{Conversion, plan::Encoding};
+use openvla_tabletop::{
+    Expert, Model, Pace, Plan, Policy, Report, Scene, Suite, World, evaluate, run,
+};
 use plotters::prelude::*;
 use serde::Serialize;
 
-use crate::episode::{Expert, Model, Pace, Policy, run};
-use crate::eval::{Plan, Report, evaluate};
-use crate::scene::{Scene, Suite};
-use crate::world::World;
+use crate::machine::Origin;
+use crate::plot::COLOURS;
 
 /// What is compared. The first is what tokens are held against.
 const TYPES: [&str; 8] = ["F32", "BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"];
@@ -77,7 +77,7 @@ impl Comparison {
     /// # Errors
     /// If the checkpoint cannot be converted, or those of the policy.
     pub fn of(checkpoint: &Path, plan: &Plan, progress: &ProgressBar) -> Result<Self> {
-        let origin = Origin::now("tabletop", &one_core())?;
+        let origin = Origin::now("openvla-bench", &one_core())?;
         let dir = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let waiting = [Suite::Base, Suite::Language];
         let n = TYPES.len() * waiting.len() + (1 + RUNNING.len()) * LATENCIES.len();
@@ -148,17 +148,17 @@ fn steps(model: &mut Model, plan: &Plan) -> Result<Vec<(World, Vec<u32>)>> {
     worlds.into_iter().map(answer).collect()
 }
 
-/// The lines of a Markdown table.
-pub fn table(comparison: &Comparison) -> Vec<String> {
-    let titles = "| type | file | memory | Hz | tokens as F32's | off by | base | language |";
-    let mut lines = vec![titles.to_owned(), "|---|---:|---:|---:|---:|---:|---:|---:|".to_owned()];
-    lines.extend(comparison.types.iter().map(|kind| {
+/// A Markdown table.
+pub fn table(comparison: &Comparison) -> String {
+    let titles = "| type | file | memory | Hz | tokens as F32's | off by | base | language |\n\
+                  |---|---:|---:|---:|---:|---:|---:|---:|\n";
+    let line = |kind: &Type| {
         let rates = kind.suites.iter().map(|report| {
             let deviation = (report.rate * (1.0 - report.rate) / report.episodes as f64).sqrt();
             format!("{:.1} ± {:.1} %", 100.0 * report.rate, 100.0 * deviation)
         });
         format!(
-            "| {} | {:.2} MB | {:.1} MB | {:.0} | {:.1} % | {:.1} mm | {} |",
+            "| {} | {:.2} MB | {:.1} MB | {:.0} | {:.1} % | {:.1} mm | {} |\n",
             kind.name,
             kind.bytes as f64 / 1e6,
             kind.memory as f64 / 1e6,
@@ -167,13 +167,12 @@ pub fn table(comparison: &Comparison) -> Vec<String> {
             1e3 * kind.suites[0].error.metres,
             rates.collect::<Vec<_>>().join(" | "),
         )
-    }));
-    lines
+    };
+    titles.to_owned() + &comparison.types.iter().map(line).collect::<String>()
 }
 
 /// The expert in grey, then the types.
-const COLOURS: [RGBColor; 3] =
-    [RGBColor(120, 120, 120), openvla_bench::plot::COLOURS[0], openvla_bench::plot::COLOURS[1]];
+const LINES: [RGBColor; 3] = [RGBColor(120, 120, 120), COLOURS[0], COLOURS[1]];
 
 /// An SVG of success against the time that a policy takes, with 95 % intervals.
 ///
@@ -194,7 +193,7 @@ pub fn svg(comparison: &Comparison) -> Result<String> {
         mesh.x_desc("milliseconds that the policy takes").y_desc("%").light_line_style(WHITE);
         mesh.draw()?;
         let policies = comparison.running.chunk_by(|a, b| a.name == b.name);
-        for ((i, policy), colour) in policies.enumerate().zip(COLOURS) {
+        for ((i, policy), colour) in policies.enumerate().zip(LINES) {
             // Beside each other, or their intervals would hide one another.
             let x = |run: &Running| run.latency_ms + 6.0 * (i as f64 - 1.0);
             let rates = policy.iter().map(|run| (x(run), 100.0 * run.report.rate));

@@ -1,4 +1,4 @@
-//! The reference's form: `POST /act`, an array of json_numpy in, one out.
+//! The reference's protocol: `POST /act`, an array of json_numpy in, one out.
 //!
 //! in   `{"image": array, "instruction": text, "unnorm_key": text or null}`, or that as JSON within
 //!      JSON: `{"encoded": text}`
@@ -19,7 +19,7 @@ use crate::compat;
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::json::standard;
-use crate::message::{Form, Message};
+use crate::message::{Message, Schema};
 use crate::numpy::{self, Convention, Ndarray};
 use crate::observation::{Answer, Observation};
 
@@ -30,7 +30,7 @@ struct Double<'a> {
     encoded: Cow<'a, str>,
 }
 
-static FORM: Form = Form {
+static SCHEMA: Schema = Schema {
     image: &["image"],
     cameras: false,
     instruction: &["instruction"],
@@ -49,7 +49,7 @@ enum Encoding {
 
 /// `POST /act`.
 pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
-    let order = app.order(&request);
+    let meta = app.meta(&request);
     let body = match app.body(request).await {
         Ok(body) => body,
         Err(error) => return error.into_response(),
@@ -57,10 +57,10 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
     let max_pixels = app.settings.max_pixels;
     let (bytes, n) = (body.clone(), body.len());
     let answer = async {
-        let order = order?;
+        let meta = meta?;
         let (observation, encoding) =
-            app.read(&order, n, move || decode(&bytes, max_pixels)).await?;
-        Ok((app.act(observation, order).await?, encoding))
+            app.read(&meta, n, move || decode(&bytes, max_pixels)).await?;
+        Ok((app.act(observation, meta).await?, encoding))
     };
     match answer.await {
         Ok((answer, encoding)) => encode(&answer, encoding),
@@ -71,7 +71,7 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
 
 fn decode(body: &[u8], max_pixels: usize) -> Result<(Observation, Encoding), Error> {
     let body = &*standard(body)?;
-    // Fails at the first other key, so it costs nothing where it is not the form.
+    // Fails at the first other key, so it costs nothing elsewhere.
     if let Ok(Double { encoded }) = serde_json::from_slice(body) {
         let encoded = standard(encoded.as_bytes())?;
         return Ok((observation(&encoded, max_pixels)?, Encoding::Double));
@@ -80,13 +80,13 @@ fn decode(body: &[u8], max_pixels: usize) -> Result<(Observation, Encoding), Err
 }
 
 fn observation(json: &[u8], max_pixels: usize) -> Result<Observation, Error> {
-    let mut message = Message::from_json(&FORM, json)?;
+    let mut message = Message::from_json(&SCHEMA, json)?;
     if message.option("encoded", |_, _| Ok(()))?.is_some() {
         let wrong = "`encoded` is JSON as text, and the only key where it is given";
         return Err(Error::bad_request(wrong));
     }
     let (name, image) = message.image()?;
-    let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
+    let image = image.array(&name).map_err(|error| error.hint(SCHEMA.hint))?;
     let instruction = message.instruction()?;
     let unnorm_key = message.option("unnorm_key", Field::text)?;
     Observation::new(image.image(Convention::Pillow, max_pixels)?, instruction, unnorm_key)

@@ -1,4 +1,4 @@
-//! What all requests share, and what each goes through on its way to the engine: order, body, picture.
+//! What all requests share, and what each goes through on its way to the engine: metadata, body, picture.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,9 +14,9 @@ use tokio::time::{timeout, timeout_at};
 use crate::auth::{Token, check_origin};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
-use crate::observation::{Answer, Note, Observation};
+use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
-use crate::queue::{Client, Order};
+use crate::queue::{Client, Meta};
 use crate::turns::Turns;
 
 /// What all requests share.
@@ -80,21 +80,21 @@ impl App {
         Arc::new(Self { engine, settings, draining, token, bodies, pictures })
     }
 
-    /// The order of a request, of its headers.
+    /// The metadata of a request, from its headers.
     ///
     /// # Errors
     /// [`Code::BadRequest`], [`Code::ClientNeeded`].
-    pub fn order(&self, request: &Request) -> Result<Order, Error> {
+    pub fn meta(&self, request: &Request) -> Result<Meta, Error> {
         let Arrived(arrived) = *extension(request);
         let Connection { number, .. } = *extension(request);
-        let note = Note::of(request.headers())?;
-        let order = note.order(arrived, number, self.settings.deadline())?;
-        if self.settings.max_delta.is_some() && matches!(order.client, Client::Connection(_)) {
+        let headers = Headers::of(request.headers())?;
+        let meta = headers.meta(arrived, number, self.settings.deadline())?;
+        if self.settings.max_delta.is_some() && matches!(meta.client, Client::Connection(_)) {
             let message = "--max-delta compares a motion with the client's last one";
             let hint = "name the robot in the header X-Client-Id";
             return Err(Error::new(Code::ClientNeeded, message).hint(hint));
         }
-        Ok(order)
+        Ok(meta)
     }
 
     /// A request's whole body.
@@ -130,11 +130,11 @@ impl App {
     /// Those of `work`, and [`Code::DeadlineExceeded`].
     pub async fn read<T: Send + 'static>(
         &self,
-        order: &Order,
+        meta: &Meta,
         n: usize,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        self.take_turn(&self.bodies, order, n as u64, work).await
+        self.take_turn(&self.bodies, meta, n as u64, work).await
     }
 
     /// Decodes a picture file of so many samples beside the connections' threads, when it is the
@@ -144,11 +144,11 @@ impl App {
     /// Those of `work`, and [`Code::DeadlineExceeded`].
     pub async fn decode<T: Send + 'static>(
         &self,
-        order: &Order,
+        meta: &Meta,
         samples: u64,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        self.take_turn(&self.pictures, order, samples, work).await
+        self.take_turn(&self.pictures, meta, samples, work).await
     }
 
     /// Makes the picture the square that the model takes, when it is the client's turn, and waits for the
@@ -156,40 +156,40 @@ impl App {
     ///
     /// # Errors
     /// [`Code::DeadlineExceeded`], and those of [`Engine::act`].
-    pub async fn act(&self, observation: Observation, order: Order) -> Result<Answer, Error> {
+    pub async fn act(&self, observation: Observation, meta: Meta) -> Result<Answer, Error> {
         let model = self.engine.model();
         let Some(preprocess) = model.and_then(|model| model.preprocess.clone()) else {
-            return self.engine.act(observation, order).await;
+            return self.engine.act(observation, meta).await;
         };
         let samples = observation.image.as_raw().len() as u64;
         let square = move || {
             let image = preprocess.square(&observation.image)?;
             Ok(Observation { image, ..observation })
         };
-        let observation = self.decode(&order, samples, square).await?;
-        self.engine.act(observation, order).await
+        let observation = self.decode(&meta, samples, square).await?;
+        self.engine.act(observation, meta).await
     }
 
     async fn take_turn<T: Send + 'static>(
         &self,
         turns: &Turns,
-        order: &Order,
+        meta: &Meta,
         cost: u64,
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let decoded = async {
-            let turn = turns.turn(&order.client, cost).await;
+            let turn = turns.turn(&meta.client, cost).await;
             let work = move || {
                 let _turn = turn; // kept until the work ends, even if nobody waits for it any more
                 work()
             };
             spawn_blocking(work).await.unwrap_or_else(|_| Err(Error::bad_image("decoding failed")))
         };
-        let decoded = timeout_at(order.deadline.into(), decoded).await;
-        let decoded = decoded.unwrap_or_else(|_| Err(late(order)));
+        let decoded = timeout_at(meta.deadline.into(), decoded).await;
+        let decoded = decoded.unwrap_or_else(|_| Err(late(meta)));
         if decoded.as_ref().is_err_and(|error| error.code == Code::BadImage) {
-            self.bodies.refuse(&order.client);
-            self.pictures.refuse(&order.client);
+            self.bodies.refuse(&meta.client);
+            self.pictures.refuse(&meta.client);
         }
         decoded
     }

@@ -1,7 +1,7 @@
 //! The way from a request to the model and back: the queue, shared by requests and the worker.
 //!
-//! A request lines up and waits until its answer or its deadline comes, whichever is first. Who goes
-//! away while waiting leaves the line.
+//! A request is queued and waits until its answer or its deadline comes, whichever is first. Who goes
+//! away while waiting leaves the queue.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -12,7 +12,7 @@ use crate::error::{Code, Error};
 use crate::metrics::Metrics;
 use crate::observation::{Answer, Observation};
 use crate::policy::ModelInfo;
-use crate::queue::{Gone, Left, Limits, Order, Queue, Refused, Ticket};
+use crate::queue::{Dropped, Evicted, Limits, Meta, Queue, Refused, Ticket};
 
 /// Where requests meet the worker. Clones are the same engine.
 #[derive(Clone)]
@@ -85,12 +85,12 @@ impl Engine {
     ///
     /// # Errors
     /// Any of the queue's, and those of the model.
-    pub async fn act(&self, observation: Observation, order: Order) -> Result<Answer, Error> {
+    pub async fn act(&self, observation: Observation, meta: Meta) -> Result<Answer, Error> {
         let (reply, answer) = oneshot::channel();
-        let late = late(&order);
-        let deadline = order.deadline;
-        let ticket = self.line_up(order, Job { observation, reply })?;
-        let _place = Place { engine: self, ticket };
+        let late = late(&meta);
+        let deadline = meta.deadline;
+        let ticket = self.enqueue(meta, Job { observation, reply })?;
+        let _slot = QueueSlot { engine: self, ticket };
         match tokio::time::timeout_at(deadline.into(), answer).await {
             Ok(Ok(Ok(_))) if Instant::now() >= deadline => Err(late),
             Ok(Ok(Err(error))) if error.code == Code::DeadlineExceeded => Err(late),
@@ -100,11 +100,11 @@ impl Engine {
         }
     }
 
-    fn line_up(&self, order: Order, job: Job) -> Result<Ticket, Error> {
+    fn enqueue(&self, meta: Meta, job: Job) -> Result<Ticket, Error> {
         let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut state = self.state();
         state.check_ready()?;
-        let pushed = state.queue.push(order, job, Instant::now(), unix.as_secs_f64());
+        let pushed = state.queue.push(meta, job, Instant::now(), unix.as_secs_f64());
         let (ticket, left) = pushed.map_err(|refused| state.refusal(refused))?;
         self.count(&state);
         drop(state);
@@ -141,7 +141,7 @@ impl Engine {
     }
 
     /// The next job, as soon as there is one; `None` when there will be none.
-    pub(crate) fn next(&self) -> Option<(Order, Job)> {
+    pub(crate) fn next(&self) -> Option<(Meta, Job)> {
         let mut state = self.state();
         loop {
             state.busy_since = None;
@@ -209,14 +209,14 @@ impl Engine {
         self.count(&state);
     }
 
-    fn dismiss(&self, left: Left<Job>) {
+    fn dismiss(&self, left: Evicted<Job>) {
         for (job, why) in left {
             let error = match why {
-                Gone::Superseded => {
+                Dropped::Superseded => {
                     self.metrics().superseded.inc();
                     Error::new(Code::Superseded, "the same client sent a newer observation")
                 }
-                Gone::Late => {
+                Dropped::Late => {
                     self.metrics().dropped.inc();
                     Error::new(Code::DeadlineExceeded, "no turn came before the deadline")
                 }
@@ -267,19 +267,19 @@ impl State {
 }
 
 /// What a request is told that was not served in time.
-pub(crate) fn late(order: &Order) -> Error {
-    let allowed = order.deadline.saturating_duration_since(order.arrived).as_millis();
+pub(crate) fn late(meta: &Meta) -> Error {
+    let allowed = meta.deadline.saturating_duration_since(meta.arrived).as_millis();
     let message = format!("there was no motion within the {allowed} ms that the request allowed");
     Error::new(Code::DeadlineExceeded, message)
 }
 
-/// A place in the line, left when the request goes away.
-struct Place<'a> {
+/// A slot in the queue, freed when the request goes away.
+struct QueueSlot<'a> {
     engine: &'a Engine,
     ticket: Ticket,
 }
 
-impl Drop for Place<'_> {
+impl Drop for QueueSlot<'_> {
     fn drop(&mut self) {
         let mut state = self.engine.state();
         if state.queue.cancel(self.ticket).is_some() {

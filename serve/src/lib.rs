@@ -3,23 +3,23 @@
 //! ```text
 //! connection ─ routes ─┬─ act ────┐                        ┌──────── worker ────────┐
 //!   server             ├─ plain ──┼─ Observation ─ engine ─┤ model ─ safety ─ Answer ├─ back
-//!                      └─ openpi ─┘      + Order    queue  └────────────────────────┘
+//!                      └─ openpi ─┘      + Meta     queue  └────────────────────────┘
 //! ```
 //!
 //! | file | what it is |
 //! |---|---|
 //! | `options` | the command line |
 //! | `server` | listener, connections and their limits, the end |
-//! | `routes` | counting and logging of every request, and its form |
+//! | `routes` | counting and logging of every request, and its protocol |
 //! | `app` | what all requests share: token, limits, bodies, pictures |
 //! | `auth` | who may ask |
-//! | `act`, `compat` | the reference's form, and its errors |
+//! | `act`, `compat` | the reference's protocol, and its errors |
 //! | `openpi` | openpi's websocket |
 //! | `plain` | a picture file in, a JSON object out |
 //! | `json` | JSON as Python writes it |
 //! | `message`, `field` | the fields of a message, and what is wrong with them |
 //! | `numpy` | numpy's arrays in JSON and msgpack |
-//! | `observation` | what all forms decode to and encode from |
+//! | `observation` | what all protocols decode to and encode from |
 //! | `engine` | where a request waits for its answer |
 //! | `queue`, `recent` | who is next, what is too late, what is forgotten; pure |
 //! | `turns` | whose body is decoded next |
@@ -32,7 +32,7 @@
 //!
 //! # What is deliberately absent
 //!
-//! - No form knows the model; each makes one `Observation` and reads one `Answer`. `plain` shares with `act`
+//! - No protocol knows the model; each makes one `Observation` and reads one `Answer`. `plain` shares with `act`
 //!   how a JSON object is read.
 //! - Nothing is batched: a robot's step is worth most alone, and as soon as can be.
 //! - No TLS: a proxy in front of it has that.

@@ -12,7 +12,7 @@ use crate::field::Field;
 
 /// The names that fields have in messages of one kind.
 #[derive(Debug, Clone, Copy)]
-pub struct Form {
+pub struct Schema {
     /// Names of the image. The first is the one to use.
     pub image: &'static [&'static str],
     /// Whether images may be named after cameras, in a map `images` or as `images.NAME`.
@@ -28,7 +28,7 @@ pub struct Form {
 /// The fields of a message, not looked into yet.
 #[derive(Debug)]
 pub struct Message<'a> {
-    form: &'static Form,
+    form: &'static Schema,
     images: Vec<Named<'a>>,
     /// Images that are named after cameras.
     cameras: Vec<Named<'a>>,
@@ -49,7 +49,7 @@ impl<'a> Message<'a> {
     ///
     /// # Errors
     /// [`Code::BadJson`], [`Code::BadRequest`].
-    pub fn from_json(form: &'static Form, json: &'a [u8]) -> Result<Self, Error> {
+    pub fn from_json(form: &'static Schema, json: &'a [u8]) -> Result<Self, Error> {
         let mut from = serde_json::Deserializer::from_slice(json);
         let message = form.deserialize(&mut from);
         let message = message.and_then(|message| from.end().map(|()| message));
@@ -63,7 +63,7 @@ impl<'a> Message<'a> {
     ///
     /// # Errors
     /// [`Code::BadRequest`].
-    pub fn from_msgpack(form: &'static Form, frame: &'a [u8]) -> Result<Self, Error> {
+    pub fn from_msgpack(form: &'static Schema, frame: &'a [u8]) -> Result<Self, Error> {
         let message = form.deserialize(&mut rmp_serde::Deserializer::from_read_ref(frame));
         let wrong = |why| format!("the frame cannot be read: {why}");
         message.map_err(|why| Error::bad_request(wrong(why)).hint(form.hint))
@@ -134,7 +134,7 @@ fn list<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     short.collect::<Vec<_>>().join(", ")
 }
 
-impl<'de> DeserializeSeed<'de> for &'static Form {
+impl<'de> DeserializeSeed<'de> for &'static Schema {
     type Value = Message<'de>;
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Message<'de>, D::Error> {
@@ -142,7 +142,7 @@ impl<'de> DeserializeSeed<'de> for &'static Form {
     }
 }
 
-impl<'de> Visitor<'de> for &'static Form {
+impl<'de> Visitor<'de> for &'static Schema {
     type Value = Message<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -245,7 +245,7 @@ mod tests {
     use super::*;
     use crate::numpy::{Msgpack, Ndarray};
 
-    static FORM: Form = Form {
+    static SCHEMA: Schema = Schema {
         image: &["observation/image", "image"],
         cameras: true,
         instruction: &["prompt", "instruction"],
@@ -292,7 +292,7 @@ mod tests {
             ("seq", Map(scalar(Number(7)))),
             ("timestamp", array("<f4", &[1], b"\0\0\0\x3f")),
         ]);
-        let mut message = Message::from_msgpack(&FORM, &frame).unwrap();
+        let mut message = Message::from_msgpack(&SCHEMA, &frame).unwrap();
         assert_eq!(message.instruction().unwrap(), "go");
         assert_eq!(message.option("seq", Field::integer).unwrap(), Some(7));
         assert_eq!(message.option("timestamp", Field::float).unwrap(), Some(0.5));
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn the_image_is_found_by_its_name_or_because_it_is_the_only_one() {
         let name = |frame: Vec<u8>| {
-            let image = Message::from_msgpack(&FORM, &frame).unwrap().image();
+            let image = Message::from_msgpack(&SCHEMA, &frame).unwrap().image();
             image.map(|(name, field)| (name, field.array("").unwrap().data.into_owned()))
         };
         let found = |name: &str| (name.to_owned(), b"rgb".to_vec());
@@ -337,7 +337,7 @@ mod tests {
     #[test]
     fn instructions_are_one_text() {
         let instruction = |frame: Vec<u8>| {
-            Message::from_msgpack(&FORM, &frame).unwrap().instruction().map_err(|why| why.message)
+            Message::from_msgpack(&SCHEMA, &frame).unwrap().instruction().map_err(|why| why.message)
         };
         assert_eq!(instruction(frame([("instruction", Text("go"))])).unwrap(), "go");
         let both = instruction(frame([("prompt", Text("go")), ("instruction", Text("stop"))]));
@@ -352,7 +352,7 @@ mod tests {
         let names: BTreeMap<String, u8> =
             (0..1000).map(|i| (format!("{}{i:4}", "x".repeat(500)), 0)).collect();
         let frame = rmp_serde::to_vec_named(&names).unwrap();
-        let error = Message::from_msgpack(&FORM, &frame).unwrap().image().unwrap_err();
+        let error = Message::from_msgpack(&SCHEMA, &frame).unwrap().image().unwrap_err();
         assert!(error.message.len() < 2000, "{error}");
     }
 }

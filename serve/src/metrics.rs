@@ -14,7 +14,7 @@ use crate::observation::{Draft, Times};
 /// Which requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
-    /// The form: `act`, `openpi`, `plain`, or `other`.
+    /// The protocol: `act`, `openpi`, `plain`, or `other`.
     pub form: &'static str,
     /// `ok`, or the error's code.
     pub outcome: &'static str,

@@ -1,4 +1,4 @@
-//! What every form decodes to, and what it encodes: one observation, one answer.
+//! What every protocol decodes to, and what it encodes: one observation, one answer.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use openvla::{Timing, Unconstrained};
 use serde::Serialize;
 
 use crate::error::{Code, Error};
-use crate::queue::{Client, Order};
+use crate::queue::{Client, Meta};
 use crate::safety;
 
 /// What a robot sees, and what it is asked to do.
@@ -50,7 +50,7 @@ impl Observation {
 
 /// What a request may say about itself: headers of HTTP, fields of a websocket message.
 #[derive(Debug, Clone, Default)]
-pub struct Note {
+pub struct Headers {
     /// `X-Client-Id`: the robot's name. Without it, whoever is at the end of the connection.
     pub client_id: Option<String>,
     /// `X-Seq`: the client's own count.
@@ -64,7 +64,7 @@ pub struct Note {
 /// The longest deadline, in milliseconds: an hour.
 pub const MAX_DEADLINE_MS: u64 = 3_600_000;
 
-impl Note {
+impl Headers {
     /// What the headers say.
     ///
     /// # Errors
@@ -78,16 +78,16 @@ impl Note {
         })
     }
 
-    /// The order of a request that came at `arrived` on the connection of this number.
+    /// The metadata of a request that came at `arrived` on the connection of this number.
     ///
     /// # Errors
     /// [`Code::BadRequest`] names the part that makes no sense.
-    pub fn order(
+    pub fn meta(
         self,
         arrived: Instant,
         connection: u64,
         default_deadline: Duration,
-    ) -> Result<Order, Error> {
+    ) -> Result<Meta, Error> {
         let client = match self.client_id {
             Some(name) if (1..=128).contains(&name.len()) => Client::Named(name),
             Some(name) => {
@@ -114,7 +114,7 @@ impl Note {
             None => default_deadline,
         };
         let (seq, timestamp) = (self.seq, self.timestamp);
-        Ok(Order { client, seq, timestamp, arrived, deadline: arrived + deadline })
+        Ok(Meta { client, seq, timestamp, arrived, deadline: arrived + deadline })
     }
 }
 
@@ -256,17 +256,17 @@ impl Times {
 mod tests {
     use super::*;
 
-    fn order(headers: &[(&'static str, &str)]) -> Result<Order, Error> {
+    fn meta(headers: &[(&'static str, &str)]) -> Result<Meta, Error> {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.insert(*name, value.parse().unwrap());
         }
-        Note::of(&map)?.order(Instant::now(), 7, Duration::from_secs(60))
+        Headers::of(&map)?.meta(Instant::now(), 7, Duration::from_secs(60))
     }
 
     #[test]
     fn headers_say_who_and_when() {
-        let named = order(&[
+        let named = meta(&[
             ("x-client-id", "arm"),
             ("x-seq", "18446744073709551615"),
             ("x-timestamp", "1700000000.25"),
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(named.client, Client::Named("arm".into()));
         assert_eq!((named.seq, named.timestamp), (Some(u64::MAX), Some(1_700_000_000.25)));
         assert_eq!(named.deadline - named.arrived, Duration::from_millis(200));
-        let silent = order(&[]).unwrap();
+        let silent = meta(&[]).unwrap();
         assert_eq!(silent.client, Client::Connection(7));
         assert_eq!(silent.deadline - silent.arrived, Duration::from_secs(60));
     }
@@ -289,7 +289,7 @@ mod tests {
             ("x-timestamp", "noon"),
             ("x-deadline-ms", "9999999999999999999999"),
         ] {
-            let error = order(&[(name, value)]).unwrap_err();
+            let error = meta(&[(name, value)]).unwrap_err();
             assert!(error.message.contains(name) && error.message.contains(value), "{error}");
         }
         for (name, value) in [
@@ -299,7 +299,7 @@ mod tests {
             ("x-deadline-ms", "3600001"),
             ("x-client-id", ""),
         ] {
-            assert_eq!(order(&[(name, value)]).unwrap_err().code, Code::BadRequest, "{name}");
+            assert_eq!(meta(&[(name, value)]).unwrap_err().code, Code::BadRequest, "{name}");
         }
     }
 
@@ -312,13 +312,13 @@ mod tests {
             ("1700000000000000000", "nanoseconds"),
             ("1e300", "nanoseconds"),
         ] {
-            let error = order(&[("x-timestamp", timestamp)]).unwrap_err();
+            let error = meta(&[("x-timestamp", timestamp)]).unwrap_err();
             assert_eq!(error.code, Code::BadRequest);
             assert!(error.message.ends_with(unit), "{timestamp}: {error}");
             assert!(error.hint.unwrap().contains("seconds since 1970"));
         }
         for timestamp in ["0", "99999999999.5", "-1"] {
-            assert!(order(&[("x-timestamp", timestamp)]).is_ok(), "{timestamp}");
+            assert!(meta(&[("x-timestamp", timestamp)]).is_ok(), "{timestamp}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! openpi's form: a websocket at `/`, one msgpack frame each way for each step.
+//! openpi's protocol: a websocket at `/`, one msgpack frame each way for each step.
 //!
 //! The server speaks first and says what it serves. A text frame is an error. Observations are maps
 //! with an image and a `prompt`; who sends the next one before the answer to the last gets both, or
@@ -22,9 +22,9 @@ use tokio::time::{interval_at, timeout};
 use crate::app::{App, Connection};
 use crate::error::{Code, Error};
 use crate::field::Field;
-use crate::message::{self, Form};
+use crate::message::{self, Schema};
 use crate::numpy::{Convention, Msgpack, Ndarray};
-use crate::observation::{Answer, Draft, Note, Observation};
+use crate::observation::{Answer, Draft, Headers, Observation};
 use crate::safety;
 
 /// Observations of one connection that may be under way: one at the model, one in line, and news.
@@ -48,7 +48,7 @@ struct Metadata<'a> {
 }
 
 /// What a client sends. Other keys, such as `observation/state`, are not looked at.
-static FORM: Form = Form {
+static SCHEMA: Schema = Schema {
     image: &["observation/image", "image", "full_image", "observation/exterior_image_1_left"],
     cameras: true,
     instruction: &["prompt", "instruction"],
@@ -103,12 +103,12 @@ pub async fn upgrade(
     let upgrade = upgrade.read_buffer_size(READ_BUFFER);
     upgrade.on_upgrade(async move |socket| {
         let (steps, begun) = (JoinSet::new(), BTreeMap::new());
-        let talk = Talk { app, connection, socket, steps, begun, next: 0, last: None };
+        let talk = Websocket { app, connection, socket, steps, begun, next: 0, last: None };
         talk.run().await;
     })
 }
 
-struct Talk {
+struct Websocket {
     app: Arc<App>,
     connection: Connection,
     socket: WebSocket,
@@ -127,9 +127,9 @@ struct Talk {
 type Motion = (Instant, Answer);
 
 /// The connection is over.
-struct Over;
+struct Disconnected;
 
-impl Talk {
+impl Websocket {
     async fn run(mut self) {
         // An error means that the client is gone, which is no concern of ours.
         if self.greet().await.is_ok() {
@@ -137,8 +137,8 @@ impl Talk {
         }
     }
 
-    async fn greet(&mut self) -> Result<(), Over> {
-        let model = self.app.engine.model().ok_or(Over)?;
+    async fn greet(&mut self) -> Result<(), Disconnected> {
+        let model = self.app.engine.model().ok_or(Disconnected)?;
         let keys: Vec<&str> = model.statistics.datasets().keys().map(String::as_str).collect();
         let only = (keys.len() == 1).then(|| keys[0]);
         let metadata = Metadata {
@@ -148,11 +148,11 @@ impl Talk {
             unnorm_key: self.app.settings.unnorm_key.as_deref().or(only),
             unnorm_keys: keys,
         };
-        let frame = rmp_serde::to_vec_named(&metadata).map_err(|_| Over)?;
+        let frame = rmp_serde::to_vec_named(&metadata).map_err(|_| Disconnected)?;
         self.send(Message::Binary(frame.into())).await
     }
 
-    async fn converse(&mut self) -> Result<(), Over> {
+    async fn converse(&mut self) -> Result<(), Disconnected> {
         let mut draining = self.app.draining.clone();
         let (mut ping, mut heard) = (interval_at((Instant::now() + PING).into(), PING), true);
         loop {
@@ -163,20 +163,20 @@ impl Talk {
             tokio::select! {
                 message = self.socket.recv(), if self.steps.len() < MAX_PENDING => {
                     heard = true;
-                    match message.ok_or(Over)?.map_err(|_| Over)? {
+                    match message.ok_or(Disconnected)?.map_err(|_| Disconnected)? {
                         Message::Binary(frame) => self.begin(frame),
                         Message::Text(_) => {
                             let wrong = "a text frame came; binary frames of msgpack are wanted";
                             self.refuse(&Error::bad_request(wrong)).await?;
                         }
                         Message::Ping(_) | Message::Pong(_) => {}
-                        Message::Close(_) => return Err(Over),
+                        Message::Close(_) => return Err(Disconnected),
                     }
                 }
                 Some(done) = self.steps.join_next() => self.done(done).await?,
                 _ = ping.tick() => {
                     if !heard && self.steps.is_empty() {
-                        return Err(Over);
+                        return Err(Disconnected);
                     }
                     heard = false;
                     self.send(Message::Ping(Bytes::new())).await?;
@@ -194,22 +194,23 @@ impl Talk {
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
-                let order =
-                    |note: Note| note.order(arrived, connection.number, app.settings.deadline());
+                let meta = |headers: Headers| {
+                    headers.meta(arrived, connection.number, app.settings.deadline())
+                };
                 let n = frame.len();
                 // Whose turn it is must be known before the frame is decoded; what is wrong with it
                 // is said then.
                 let read = move || {
-                    let step = message::Message::from_msgpack(&FORM, &frame);
-                    let note = step.and_then(|mut step| note(&mut step)).unwrap_or_default();
-                    Ok((note, frame))
+                    let step = message::Message::from_msgpack(&SCHEMA, &frame);
+                    let headers = step.and_then(|mut step| headers(&mut step)).unwrap_or_default();
+                    Ok((headers, frame))
                 };
-                let (note, frame) = app.read(&order(Note::default())?, n, read).await?;
-                let turn = order(note)?;
+                let (headers, frame) = app.read(&meta(Headers::default())?, n, read).await?;
+                let turn = meta(headers)?;
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
-                let (observation, note) = decoded.await?;
-                let order = order(note)?;
-                app.act(observation, order).await
+                let (observation, headers) = decoded.await?;
+                let meta = meta(headers)?;
+                app.act(observation, meta).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))
         });
@@ -219,8 +220,8 @@ impl Talk {
     async fn done(
         &mut self,
         done: Result<(u64, Result<Motion, Error>), JoinError>,
-    ) -> Result<(), Over> {
-        let (number, motion) = done.map_err(|_| Over)?;
+    ) -> Result<(), Disconnected> {
+        let (number, motion) = done.map_err(|_| Disconnected)?;
         match motion {
             Ok(motion) => {
                 self.begun.insert(number, Some(motion));
@@ -238,7 +239,7 @@ impl Talk {
         Ok(())
     }
 
-    async fn answer(&mut self, arrived: Instant, answer: &Answer) -> Result<(), Over> {
+    async fn answer(&mut self, arrived: Instant, answer: &Answer) -> Result<(), Disconnected> {
         let n = answer.action.len();
         let times = answer.timing_ms;
         let reply = Reply {
@@ -257,7 +258,7 @@ impl Talk {
                 prev_total_ms: self.last,
             },
         };
-        let frame = rmp_serde::to_vec_named(&reply).map_err(|_| Over)?;
+        let frame = rmp_serde::to_vec_named(&reply).map_err(|_| Disconnected)?;
         self.app.engine.metrics().answered("openpi", "ok");
         self.send(Message::Binary(frame.into())).await?;
         self.last = Some(arrived.elapsed().as_secs_f64() * 1e3);
@@ -265,9 +266,9 @@ impl Talk {
     }
 
     /// An error ends the conversation only where the reference's would.
-    async fn refuse(&mut self, error: &Error) -> Result<(), Over> {
+    async fn refuse(&mut self, error: &Error) -> Result<(), Disconnected> {
         self.app.engine.metrics().answered("openpi", error.code.name());
-        let text = serde_json::to_string(error).map_err(|_| Over)?;
+        let text = serde_json::to_string(error).map_err(|_| Disconnected)?;
         self.send(Message::Text(text.into())).await?;
         match self.app.settings.compat_errors {
             true => self.close(close_code::ERROR, "Internal server error").await,
@@ -276,23 +277,23 @@ impl Talk {
     }
 
     /// Says why it ends, and waits a little for the client to agree.
-    async fn close(&mut self, code: u16, reason: &'static str) -> Result<(), Over> {
+    async fn close(&mut self, code: u16, reason: &'static str) -> Result<(), Disconnected> {
         let frame = CloseFrame { code, reason: reason.into() };
         self.send(Message::Close(Some(frame))).await?;
         let agreed = async { while let Some(Ok(_)) = self.socket.recv().await {} };
         let _ = timeout(Duration::from_secs(1), agreed).await; // it need not
-        Err(Over)
+        Err(Disconnected)
     }
 
-    async fn send(&mut self, message: Message) -> Result<(), Over> {
+    async fn send(&mut self, message: Message) -> Result<(), Disconnected> {
         let sent = timeout(self.app.settings.patience(), self.socket.send(message)).await;
-        sent.map_err(|_| Over)?.map_err(|_| Over)
+        sent.map_err(|_| Disconnected)?.map_err(|_| Disconnected)
     }
 }
 
 /// What the message says about itself.
-fn note(step: &mut message::Message<'_>) -> Result<Note, Error> {
-    Ok(Note {
+fn headers(step: &mut message::Message<'_>) -> Result<Headers, Error> {
+    Ok(Headers {
         client_id: step.option("client_id", Field::text)?,
         seq: step.option("seq", Field::integer)?,
         timestamp: step.option("timestamp", Field::float)?,
@@ -300,13 +301,13 @@ fn note(step: &mut message::Message<'_>) -> Result<Note, Error> {
     })
 }
 
-fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Note), Error> {
-    let mut step = message::Message::from_msgpack(&FORM, frame)?;
+fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Headers), Error> {
+    let mut step = message::Message::from_msgpack(&SCHEMA, frame)?;
     let (name, image) = step.image()?;
-    let image = image.array(&name).map_err(|error| error.hint(FORM.hint))?;
+    let image = image.array(&name).map_err(|error| error.hint(SCHEMA.hint))?;
     let instruction = step.instruction()?;
-    let note = note(&mut step)?;
+    let headers = headers(&mut step)?;
     let unnorm_key = step.option("unnorm_key", Field::text)?;
     let image = image.image(Convention::OpenPi, app.settings.max_pixels)?;
-    Ok((Observation::new(image, instruction, unnorm_key)?, note))
+    Ok((Observation::new(image, instruction, unnorm_key)?, headers))
 }

@@ -1,4 +1,4 @@
-//! The form for everyone else: `POST /v1/act`, a picture file in, a JSON object out.
+//! The protocol for everyone else: `POST /v1/act`, a picture file in, a JSON object out.
 //!
 //! in   JSON `{"image": base64 of a PNG or JPEG, "instruction": text, "unnorm_key": text}`, or
 //!      multipart/form-data with the same fields, `image` being the file itself
@@ -17,10 +17,10 @@ use crate::app::App;
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::json::standard;
-use crate::message::{Form, Message};
+use crate::message::{Message, Schema};
 use crate::observation::{Answer, Observation};
 
-static FORM: Form = Form {
+static SCHEMA: Schema = Schema {
     image: &["image"],
     cameras: false,
     instruction: &["instruction"],
@@ -35,7 +35,7 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
-    let order = app.order(&request)?;
+    let meta = app.meta(&request)?;
     let headers = request.headers().clone();
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or("").trim().to_lowercase();
@@ -43,13 +43,13 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
         "application/json" => {
             let body = app.body(request).await?;
             let n = body.len();
-            app.read(&order, n, move || Draft::new(from_json(&body)?)).await?
+            app.read(&meta, n, move || Draft::new(from_json(&body)?)).await?
         }
         "multipart/form-data" => {
             let body = app.body(request).await?;
             let n = body.len();
             let fields = fields(&headers, body).await?;
-            app.read(&order, n, move || Draft::new(fields)).await?
+            app.read(&meta, n, move || Draft::new(fields)).await?
         }
         other => {
             let message = format!("the body is `{other}`");
@@ -58,15 +58,15 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
         }
     };
     let max_pixels = app.settings.max_pixels;
-    let observation = app.decode(&order, draft.samples, move || draft.decode(max_pixels)).await?;
-    app.act(observation, order).await
+    let observation = app.decode(&meta, draft.samples, move || draft.decode(max_pixels)).await?;
+    app.act(observation, meta).await
 }
 
 fn from_json(body: &[u8]) -> Result<Fields, Error> {
     let json = standard(body)?;
-    let mut message = Message::from_json(&FORM, &json)?;
+    let mut message = Message::from_json(&SCHEMA, &json)?;
     let (name, image) = message.image()?;
-    let file = image.file(&name).map_err(|error| error.hint(FORM.hint))?;
+    let file = image.file(&name).map_err(|error| error.hint(SCHEMA.hint))?;
     Ok(Fields {
         image: Some(file.into()),
         instruction: Some(message.instruction()?),

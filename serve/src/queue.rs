@@ -1,6 +1,6 @@
-//! What waits for the model: a bounded line that knows about time. Pure; the clock is an argument.
+//! What waits for the model: a bounded queue that knows about time. Pure; the clock is an argument.
 //!
-//! - A client waits once. Its newer observation takes the place in line of the older one, so a fast
+//! - A client waits once. Its newer observation takes the older one's slot, so a fast
 //!   client neither waits longer for being fast nor keeps others from their turn.
 //! - What is too late is never handed out.
 //! - What is older than what the client sent before, or than the operator bears, is refused.
@@ -21,7 +21,7 @@ pub enum Client {
 
 /// When an observation was made, and until when a motion is worth something.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct Meta {
     /// Who wants the motion.
     pub client: Client,
     /// The client's own count.
@@ -45,7 +45,7 @@ pub struct Limits {
     pub memory: Duration,
 }
 
-/// Why an observation never got into the line.
+/// Why an observation never got into the queue.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Refused {
     /// As many wait as may.
@@ -56,22 +56,22 @@ pub enum Refused {
     OutOfOrder(String),
 }
 
-/// Why an observation left the line without reaching the model.
+/// Why an observation left the queue without reaching the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Gone {
+pub enum Dropped {
     /// The same client sent a newer one.
     Superseded,
     /// Its deadline passed.
     Late,
 }
 
-/// A place in the line.
+/// A slot in the queue.
 pub type Ticket = u64;
 
-/// Items that left the line without reaching the model, and why.
-pub type Left<T> = Vec<(T, Gone)>;
+/// Items that left the queue without reaching the model, and why.
+pub type Evicted<T> = Vec<(T, Dropped)>;
 
-/// The line.
+/// The queue.
 #[derive(Debug)]
 pub struct Queue<T> {
     limits: Limits,
@@ -83,7 +83,7 @@ pub struct Queue<T> {
 #[derive(Debug)]
 struct Waiting<T> {
     ticket: Ticket,
-    order: Order,
+    meta: Meta,
     item: T,
 }
 
@@ -94,7 +94,7 @@ struct Seen {
 }
 
 impl<T> Queue<T> {
-    /// An empty line.
+    /// An empty queue.
     pub fn new(limits: Limits) -> Self {
         let seen = Recent::new(limits.memory);
         Self { limits, waiting: VecDeque::new(), seen, tickets: 0 }
@@ -110,41 +110,41 @@ impl<T> Queue<T> {
         self.waiting.is_empty()
     }
 
-    /// Lines up. `now` and `unix`, in seconds since 1970, are the same moment.
+    /// Enqueues. `now` and `unix`, in seconds since 1970, are the same moment.
     ///
     /// # Errors
-    /// [`Refused`]; the line is then as before.
+    /// [`Refused`]; the queue is then as before.
     pub fn push(
         &mut self,
-        order: Order,
+        meta: Meta,
         item: T,
         now: Instant,
         unix: f64,
-    ) -> Result<(Ticket, Left<T>), Refused> {
-        if let (Some(max), Some(timestamp)) = (self.limits.max_age, order.timestamp) {
+    ) -> Result<(Ticket, Evicted<T>), Refused> {
+        if let (Some(max), Some(timestamp)) = (self.limits.max_age, meta.timestamp) {
             let age = Duration::try_from_secs_f64(unix - timestamp).unwrap_or_default();
             if age > max {
                 return Err(Refused::Stale(age - max));
             }
         }
-        self.check_order(&order, now)?;
-        let same = |waiting: &Waiting<T>| waiting.order.client == order.client;
+        self.check_order(&meta, now)?;
+        let same = |waiting: &Waiting<T>| waiting.meta.client == meta.client;
         let place = self.waiting.iter().position(same);
-        let in_time = self.waiting.iter().filter(|waiting| waiting.order.deadline > now).count();
+        let in_time = self.waiting.iter().filter(|waiting| waiting.meta.deadline > now).count();
         if place.is_none() && in_time >= self.limits.waiting {
             return Err(Refused::Full);
         }
-        let seen = self.seen.entry(order.client.clone(), now);
-        seen.seq = order.seq.or(seen.seq);
-        seen.timestamp = order.timestamp.or(seen.timestamp);
+        let seen = self.seen.entry(meta.client.clone(), now);
+        seen.seq = meta.seq.or(seen.seq);
+        seen.timestamp = meta.timestamp.or(seen.timestamp);
         self.tickets += 1;
         let ticket = self.tickets;
-        let new = Waiting { ticket, order, item };
+        let new = Waiting { ticket, meta, item };
         let mut left = Vec::new();
         match place {
             Some(place) => {
                 let old = std::mem::replace(&mut self.waiting[place], new);
-                left.push((old.item, Gone::Superseded));
+                left.push((old.item, Dropped::Superseded));
             }
             None => self.waiting.push_back(new),
         }
@@ -152,37 +152,37 @@ impl<T> Queue<T> {
         Ok((ticket, left))
     }
 
-    /// The next in line, and those for whom it is too late.
-    pub fn pop(&mut self, now: Instant) -> (Option<(Order, T)>, Left<T>) {
+    /// The next in the queue, and those for whom it is too late.
+    pub fn pop(&mut self, now: Instant) -> (Option<(Meta, T)>, Evicted<T>) {
         let late = self.take_late(now);
-        (self.waiting.pop_front().map(|waiting| (waiting.order, waiting.item)), late)
+        (self.waiting.pop_front().map(|waiting| (waiting.meta, waiting.item)), late)
     }
 
-    /// Leaves the line, if still in it.
+    /// Leaves the queue, if still in it.
     pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
         let place = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
         self.waiting.remove(place).map(|waiting| waiting.item)
     }
 
-    fn take_late(&mut self, now: Instant) -> Left<T> {
+    fn take_late(&mut self, now: Instant) -> Evicted<T> {
         let mut late = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
-            match waiting.order.deadline > now {
+            match waiting.meta.deadline > now {
                 true => self.waiting.push_back(waiting),
-                false => late.push((waiting.item, Gone::Late)),
+                false => late.push((waiting.item, Dropped::Late)),
             }
         }
         late
     }
 
-    fn check_order(&mut self, order: &Order, now: Instant) -> Result<(), Refused> {
-        let Some(seen) = self.seen.get(&order.client, now) else { return Ok(()) };
-        if let (Some(new), Some(old)) = (order.seq, seen.seq)
+    fn check_order(&mut self, meta: &Meta, now: Instant) -> Result<(), Refused> {
+        let Some(seen) = self.seen.get(&meta.client, now) else { return Ok(()) };
+        if let (Some(new), Some(old)) = (meta.seq, seen.seq)
             && new <= old
         {
             return Err(Refused::OutOfOrder(format!("seq {new} came after seq {old}")));
         }
-        if let (Some(new), Some(old)) = (order.timestamp, seen.timestamp)
+        if let (Some(new), Some(old)) = (meta.timestamp, seen.timestamp)
             && new < old
         {
             let why = format!("it was made {:.3} s before one that came earlier", old - new);
@@ -204,9 +204,9 @@ mod tests {
         Queue::new(Limits { waiting, max_age, memory: 60 * SECOND })
     }
 
-    fn order(client: &str, now: Instant) -> Order {
+    fn meta(client: &str, now: Instant) -> Meta {
         let client = Client::Named(client.into());
-        Order { client, seq: None, timestamp: None, arrived: now, deadline: now + SECOND }
+        Meta { client, seq: None, timestamp: None, arrived: now, deadline: now + SECOND }
     }
 
     fn next(queue: &mut Queue<&'static str>, now: Instant) -> Option<&'static str> {
@@ -216,10 +216,10 @@ mod tests {
     #[test]
     fn the_newest_of_a_client_wins_and_keeps_the_place() {
         let (mut queue, now) = (queue(8), Instant::now());
-        queue.push(order("a", now), "a1", now, 0.0).unwrap();
-        queue.push(order("b", now), "b1", now, 0.0).unwrap();
-        let (_, left) = queue.push(order("a", now), "a2", now, 0.0).unwrap();
-        assert_eq!(left, [("a1", Gone::Superseded)]);
+        queue.push(meta("a", now), "a1", now, 0.0).unwrap();
+        queue.push(meta("b", now), "b1", now, 0.0).unwrap();
+        let (_, left) = queue.push(meta("a", now), "a2", now, 0.0).unwrap();
+        assert_eq!(left, [("a1", Dropped::Superseded)]);
         assert_eq!([next(&mut queue, now), next(&mut queue, now)], [Some("a2"), Some("b1")]);
         assert_eq!(next(&mut queue, now), None);
     }
@@ -228,14 +228,14 @@ mod tests {
     fn a_client_that_floods_gets_every_other_turn() {
         let (mut queue, now) = (queue(8), Instant::now());
         let mut turns = Vec::new();
-        queue.push(order("slow", now), "slow", now, 0.0).unwrap();
+        queue.push(meta("slow", now), "slow", now, 0.0).unwrap();
         for _ in 0..6 {
             for _ in 0..100 {
-                queue.push(order("fast", now), "fast", now, 0.0).unwrap();
+                queue.push(meta("fast", now), "fast", now, 0.0).unwrap();
             }
             let turn = next(&mut queue, now).unwrap();
             if turn == "slow" {
-                queue.push(order("slow", now), "slow", now, 0.0).unwrap();
+                queue.push(meta("slow", now), "slow", now, 0.0).unwrap();
             }
             turns.push(turn);
         }
@@ -245,31 +245,31 @@ mod tests {
     #[test]
     fn late_work_is_handed_back_and_makes_room() {
         let (mut queue, now) = (queue(1), Instant::now());
-        queue.push(order("a", now), "a", now, 0.0).unwrap();
-        assert_eq!(queue.push(order("b", now), "b", now, 0.0).unwrap_err(), Refused::Full);
+        queue.push(meta("a", now), "a", now, 0.0).unwrap();
+        assert_eq!(queue.push(meta("b", now), "b", now, 0.0).unwrap_err(), Refused::Full);
         let later = now + SECOND;
-        let (_, left) = queue.push(order("b", later), "b", later, 0.0).unwrap();
-        assert_eq!(left, [("a", Gone::Late)]);
+        let (_, left) = queue.push(meta("b", later), "b", later, 0.0).unwrap();
+        assert_eq!(left, [("a", Dropped::Late)]);
         let (next, left) = queue.pop(later + SECOND);
         assert!(next.is_none());
-        assert_eq!(left, [("b", Gone::Late)], "its deadline is over at the very moment");
+        assert_eq!(left, [("b", Dropped::Late)], "its deadline is over at the very moment");
     }
 
     #[test]
     fn a_full_line_still_takes_news_of_those_in_it() {
         let (mut queue, now) = (queue(2), Instant::now());
         for client in ["a", "b"] {
-            queue.push(order(client, now), "old", now, 0.0).unwrap();
+            queue.push(meta(client, now), "old", now, 0.0).unwrap();
         }
-        assert_eq!(queue.push(order("c", now), "c", now, 0.0).unwrap_err(), Refused::Full);
-        assert!(queue.push(order("b", now), "new", now, 0.0).is_ok());
+        assert_eq!(queue.push(meta("c", now), "c", now, 0.0).unwrap_err(), Refused::Full);
+        assert!(queue.push(meta("b", now), "new", now, 0.0).is_ok());
         assert_eq!(queue.len(), 2);
     }
 
     #[test]
     fn a_seq_or_a_timestamp_never_goes_back() {
         let (mut queue, now) = (queue(8), Instant::now());
-        let at = |seq, timestamp| Order { seq, timestamp, ..order("a", now) };
+        let at = |seq, timestamp| Meta { seq, timestamp, ..meta("a", now) };
         queue.push(at(Some(5), Some(100.0)), "5", now, 100.0).unwrap();
         for (seq, timestamp) in [(Some(5), None), (Some(4), Some(101.0)), (Some(6), Some(99.9))] {
             let refused = queue.push(at(seq, timestamp), "old", now, 100.0).unwrap_err();
@@ -278,7 +278,7 @@ mod tests {
         queue.push(at(None, None), "none given", now, 100.0).unwrap();
         assert!(queue.push(at(Some(5), None), "5", now, 100.0).is_err(), "still known");
         queue.push(at(Some(6), Some(100.0)), "6", now, 100.0).unwrap();
-        let b = Order { seq: Some(1), ..order("b", now) };
+        let b = Meta { seq: Some(1), ..meta("b", now) };
         queue.push(b, "another client counts for itself", now, 100.0).unwrap();
         let later = now + 61 * SECOND;
         queue.push(at(Some(0), None), "forgotten", later, 100.0).unwrap();
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn what_is_stale_when_it_comes_is_refused() {
         let (mut queue, now) = (queue(8), Instant::now());
-        let at = |timestamp| Order { timestamp: Some(timestamp), ..order("a", now) };
+        let at = |timestamp| Meta { timestamp: Some(timestamp), ..meta("a", now) };
         let refused = queue.push(at(99.0), "old", now, 100.0).unwrap_err();
         assert_eq!(refused, Refused::Stale(Duration::from_millis(800)));
         queue.push(at(99.9), "young", now, 100.0).unwrap();
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn who_leaves_is_not_served() {
         let (mut queue, now) = (queue(8), Instant::now());
-        let (ticket, _) = queue.push(order("a", now), "a", now, 0.0).unwrap();
+        let (ticket, _) = queue.push(meta("a", now), "a", now, 0.0).unwrap();
         assert_eq!(queue.cancel(ticket), Some("a"));
         assert_eq!(queue.cancel(ticket), None);
         assert!(next(&mut queue, now).is_none());
@@ -319,17 +319,17 @@ mod tests {
                 if client == 5 {
                     let (next, left) = queue.pop(now);
                     for (item, why) in left {
-                        prop_assert!(why == Gone::Late && deadlines[item] <= now);
+                        prop_assert!(why == Dropped::Late && deadlines[item] <= now);
                         out.push(item);
                     }
-                    if let Some((order, item)) = next {
-                        prop_assert!(order.deadline > now);
+                    if let Some((meta, item)) = next {
+                        prop_assert!(meta.deadline > now);
                         out.push(item);
                     }
                 } else {
                     let deadline = now + life * SECOND;
-                    let order = Order { deadline, ..order(&client.to_string(), now) };
-                    if let Ok((_, left)) = queue.push(order, pushed, now, 0.0) {
+                    let meta = Meta { deadline, ..meta(&client.to_string(), now) };
+                    if let Ok((_, left)) = queue.push(meta, pushed, now, 0.0) {
                         deadlines.push(deadline);
                         pushed += 1;
                         out.extend(left.into_iter().map(|(item, _)| item));

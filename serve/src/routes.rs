@@ -1,4 +1,4 @@
-//! What a request meets before and after its form: token, limits, counting, logging.
+//! What a request meets before and after its protocol: token, limits, counting, logging.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -15,7 +15,7 @@ use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
 use crate::observation::{Answer, Observation, Times, UNSURE};
 use crate::policy::{ModelInfo, Policy};
-use crate::queue::{Client, Order};
+use crate::queue::{Client, Meta};
 use crate::recent::Recent;
 use crate::safety::Safety;
 
@@ -90,14 +90,14 @@ struct Worker<'a> {
 impl Worker<'_> {
     /// One life of the model: opened, warmed up, and used until the end or a failure.
     fn live<P: Policy>(&mut self, open: &mut impl FnMut() -> Result<P>) -> Result<()> {
-        let mut policy = sound(open)??;
+        let mut policy = catch_panic(open)??;
         let model = policy.info();
         self.warm_up(&mut policy, &model)?;
         self.engine.open(model.clone());
         tracing::info!(model = model.name, "ready");
-        while let Some((order, job)) = self.engine.next() {
+        while let Some((meta, job)) = self.engine.next() {
             let begun = Instant::now();
-            match sound(|| self.step(&mut policy, &model, &order, &job.observation)) {
+            match catch_panic(|| self.step(&mut policy, &model, &meta, &job.observation)) {
                 Ok(Err(error)) if error.code == Code::ModelFailed => {
                     let why = anyhow!(error.message.clone());
                     return Err(self.fail(why, error, job));
@@ -134,7 +134,7 @@ impl Worker<'_> {
         let observation =
             Observation { image, instruction: "warm up".into(), unnorm_key: Some(key.into()) };
         let act = || policy.act(&mut Session::default(), &observation, Some(key));
-        sound(act)?.context("the warm-up step failed")?;
+        catch_panic(act)?.context("the warm-up step failed")?;
         Ok(())
     }
 
@@ -142,11 +142,11 @@ impl Worker<'_> {
         &mut self,
         policy: &mut impl Policy,
         model: &ModelInfo,
-        order: &Order,
+        meta: &Meta,
         observation: &Observation,
     ) -> Result<Answer, Error> {
         let begun = Instant::now();
-        let known = self.clients.entry(order.client.clone(), begun);
+        let known = self.clients.entry(meta.client.clone(), begun);
         // A step that fails half way leaves no session behind.
         let mut session = std::mem::take(&mut known.session);
         let key = observation.unnorm_key.as_ref().or(self.rules.unnorm_key.as_ref());
@@ -159,11 +159,11 @@ impl Worker<'_> {
         let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
         let last = last.map(|(_, motion)| motion.as_slice());
         let safety = self.rules.safety.check(&mut action, &ranges, last)?;
-        let timing_ms = Times::new(begun.saturating_duration_since(order.arrived), &motion.timing);
+        let timing_ms = Times::new(begun.saturating_duration_since(meta.arrived), &motion.timing);
         self.engine.metrics().step(&timing_ms, &motion.draft);
-        if Instant::now() >= order.deadline {
+        if Instant::now() >= meta.deadline {
             self.engine.metrics().dropped.inc();
-            return Err(late(order));
+            return Err(late(meta));
         }
         known.last = Some((motion.unnorm_key.clone(), action.clone()));
         self.engine.metrics().sessions.set(self.clients.len() as i64);
@@ -180,7 +180,7 @@ impl Worker<'_> {
             safety,
             draft: motion.draft,
             timing_ms,
-            seq: order.seq,
+            seq: meta.seq,
         })
     }
 }
@@ -192,7 +192,7 @@ fn warning(model: &ModelInfo, instruction: &str, all_actions: bool) -> Option<&'
 }
 
 /// What a call returns, or the panic it ended with as an error.
-fn sound<T>(call: impl FnOnce() -> T) -> Result<T> {
+fn catch_panic<T>(call: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());

@@ -1,4 +1,4 @@
-//! The reference's form, byte for byte.
+//! The reference's protocol, byte for byte.
 
 mod common;
 

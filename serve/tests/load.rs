@@ -53,7 +53,7 @@ fn timed(call: &mut dyn FnMut()) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
 }
 
-/// The library and each form in turns, one call at a time, all with one thread.
+/// The library and each protocol in turns, one call at a time, all with one thread.
 #[test]
 #[ignore = "measures"]
 fn what_the_server_adds_to_a_step() {

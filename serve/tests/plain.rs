@@ -1,4 +1,4 @@
-//! The form for everyone else.
+//! The protocol for everyone else.
 
 mod common;
 

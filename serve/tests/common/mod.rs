@@ -202,7 +202,7 @@ impl Server {
         read(request.send(body).unwrap())
     }
 
-    /// A step of the plain form with a picture of 2 x 2 pixels.
+    /// A step of the plain protocol with a picture of 2 x 2 pixels.
     pub fn step(&self, instruction: &str, headers: &[(&str, &str)]) -> Answer {
         let body = json!({ "image": STANDARD.encode(png(2, 2)), "instruction": instruction });
         let headers = [headers, &[("content-type", "application/json")]].concat();
@@ -330,7 +330,7 @@ pub fn png(width: u32, height: u32) -> Vec<u8> {
     file.into_inner()
 }
 
-/// A body of the reference's form.
+/// A body of the reference's protocol.
 pub fn numpy_body(instruction: &str) -> String {
     let array =
         json!({ "__numpy__": "AAECAwQFBgcICQoLDA0ODxAR", "dtype": "|u1", "shape": [2, 3, 3] });

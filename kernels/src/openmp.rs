@@ -11,6 +11,10 @@
 //! libgomp reads the environment once, in its constructor. It is linked statically (the feature
 //! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, so a
 //! constructor of our own with a higher priority comes first in both.
+//!
+//! ggml sets a variable too, when its first backend is opened, unless it is set already: `KMP_BLOCKTIME`, for
+//! other compilers' OpenMP. By then the program may have threads, and one that starts a process meanwhile
+//! would hand it an environment that is being moved. So it is set here as well.
 
 use std::ffi::CStr;
 
@@ -21,14 +25,15 @@ const SPINS: &CStr = c"100";
 /// 100 are the implementation's.
 #[used]
 #[unsafe(link_section = ".init_array.00101")]
-static CONSTRUCTOR: extern "C" fn() = limit_spinning;
+static CONSTRUCTOR: extern "C" fn() = set_variables;
 
-/// Sets `GOMP_SPINCOUNT`, unless the user has chosen how threads wait.
-extern "C" fn limit_spinning() {
+/// Sets `GOMP_SPINCOUNT`, unless the user has chosen how threads wait, and what ggml would set later.
+extern "C" fn set_variables() {
     // SAFETY: C strings. Before `main` and without other threads, nothing else uses the environment.
     unsafe {
         if libc::getenv(c"OMP_WAIT_POLICY".as_ptr()).is_null() {
             libc::setenv(c"GOMP_SPINCOUNT".as_ptr(), SPINS.as_ptr(), 0);
         }
+        libc::setenv(c"KMP_BLOCKTIME".as_ptr(), c"200".as_ptr(), 0); // ggml's own value
     }
 }

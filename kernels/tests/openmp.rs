@@ -20,9 +20,13 @@ fn spins(set: Option<(&str, &str)>) -> String {
     value.unwrap_or_else(|| panic!("libgomp does not tell how long it spins: {said}")).to_owned()
 }
 
+/// Another thread may be starting a process from it. In one test, whose process has no other threads.
 #[test]
-fn threads_spin_for_a_moment() {
+fn threads_spin_for_a_moment_and_the_environment_stays_as_it_is() {
+    let environment = || std::env::vars_os().collect::<Vec<_>>();
+    let before = environment();
     let _ggml = Backend::cpu(2).unwrap(); // a dynamic build loads libgomp with it
+    assert_eq!(environment(), before);
     if std::env::var_os(CHILD).is_some() {
         return;
     }

@@ -50,20 +50,22 @@ impl Bench {
         group.bench_function("preprocess 640x480", |b| {
             b.iter(|| config.preprocess.planes(image).unwrap());
         });
-        group.bench_function("vision", |b| b.iter(|| network.see(&planes).unwrap()));
-        group.bench_function("projector", |b| b.iter(|| network.project().unwrap()));
+        group.bench_function("vision", |b| b.iter(|| network.encode(&planes).unwrap()));
+        let features = network.encode(&planes).unwrap();
+        group.bench_function("projector", |b| b.iter(|| network.project(&features).unwrap()));
+        let soft = network.project(&features).unwrap();
         group.bench_function(format!("prefill {n_row} rows"), |b| {
-            b.iter(|| network.prefill(ids).unwrap());
+            b.iter(|| drop(network.prefill(ids, &soft).unwrap()));
         });
         let step = work::decode_step(&config, &self.file, n_row);
         group.throughput(Throughput::Bytes(step.bytes));
-        network.prefill(ids).unwrap();
+        let mut sequence = network.prefill(ids, &soft).unwrap();
         for n in [1, n_step] {
             let tokens = vec![token; n];
             group.bench_function(format!("decode, rows at once: {n}"), |b| {
                 b.iter(|| {
-                    network.step_drafted(&tokens).unwrap();
-                    network.forget(n);
+                    sequence.step_drafted(&tokens).unwrap();
+                    sequence.forget(n);
                 });
             });
         }

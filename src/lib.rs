@@ -20,8 +20,9 @@
 //! | `vision` | DINOv2 and SigLIP | `[2176, 256]` patch features |
 //! | `projector` | an MLP | `[4096, 256]` soft tokens |
 //! | `prompt`, `tokenizer` | template, SentencePiece BPE | ids: BOS … 29871 |
-//! | `session` | the motion before | a guess of the tokens |
-//! | `llama` | Llama-2: BOS, soft tokens, the other ids; guesses | `[32064]` logits, seven times |
+//! | `session` | what is remembered of a robot | the motion before |
+//! | `speculative` | drafts of tokens, and their verification | the tokens |
+//! | `llama` | Llama-2: BOS, soft tokens, the other ids; drafts | `[32064]` logits, seven times |
 //! | `action` | bins, data-set statistics | seven numbers |
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
@@ -37,7 +38,7 @@
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
 //!   length changed, or a pass has a number of drafts that no pass before it had.
 //! - Graphs are the same on every device. What depends on it is where weights lie (`placement`) and what
-//!   drafts cost (`policy`).
+//!   drafts cost (`speculative`).
 //! - No code here is unsafe: that is a matter of `openvla-kernels`.
 
 mod action;
@@ -54,6 +55,7 @@ mod preprocess;
 mod projector;
 pub mod prompt;
 mod session;
+mod speculative;
 pub mod streamed;
 pub mod tokenizer;
 mod vision;
@@ -69,9 +71,10 @@ pub use config::{
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use error::{Error, Result};
 pub use image;
-pub use network::Network;
+pub use network::{Features, Network, Sequence, SoftTokens};
 pub use openvla_kernels::{Device, Kernels, Usage};
 pub use placement::Devices;
-pub use policy::{Action, Decoding, Draft, OpenVla, Options, Timing, Unconstrained};
+pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
 pub use session::{Drafted, Session, Totals};
+pub use speculative::Draft;

@@ -101,12 +101,6 @@ impl Llama {
         Ok(Self { model, backend: backend.clone(), n_token_max, run: None })
     }
 
-    /// Drafts that a prefill of `n_row` rows takes nearly for free: ggml's CUDA kernels compute
-    /// whole tiles, 288 rows in the time of 257, and 336 in that of 289.
-    pub fn room(n_row: usize) -> usize {
-        (n_row.next_multiple_of(48) - n_row).min(Self::MAX_ROWS - 1)
-    }
-
     /// Reads the prompt `ids`, with the soft tokens after the first, and then `drafts`. Gives the
     /// logits of the first token, `[n_vocab]`, and of the one after each draft.
     ///

@@ -4,8 +4,8 @@
 //! planes [size, size, 6] ─vision→ features [2176, 256] ─projector→ soft [4096, 256] ─Llama→ logits
 //! ```
 //!
-//! Each stage is a graph that is built once. [`crate::OpenVla`] runs them in order; tests and
-//! benches run them one by one.
+//! Each stage is a graph that is built once, and hands on proof that it ran: what it computed stays on the
+//! device. [`crate::OpenVla`] runs them in order; tests and benches run them one by one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +30,67 @@ pub struct Network {
     projector: Graph,
     llama: Llama,
     observer: Observer,
+}
+
+/// Patch features, on the device until the next picture: [`Network::encode`] was there.
+#[derive(Debug)]
+#[must_use]
+pub struct Features(());
+
+/// Soft tokens, on the device until the next picture: [`Network::project`] was there.
+#[derive(Debug)]
+#[must_use]
+pub struct SoftTokens(());
+
+/// A prompt that the Llama has read, the tokens after it, and what may come next.
+pub struct Sequence<'n> {
+    llama: &'n mut Llama,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Sequence<'_> {
+    /// Logits of the next token, `[n_vocab]`.
+    pub fn logits(&self) -> &[f32] {
+        self.logits.last().expect("a pass has a row or more")
+    }
+
+    /// Those after each row of the last forward pass: after the prompt or a token, and after each draft that
+    /// followed it.
+    pub fn all_logits(&self) -> &[Vec<f32>] {
+        &self.logits
+    }
+
+    /// Appends a token, and gives the logits of the next, `[n_vocab]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    ///
+    /// # Panics
+    /// After more tokens than the longest motion has, or if the token is no row of the embedding.
+    pub fn step(&mut self, token: u32) -> Result<&[f32]> {
+        self.step_drafted(&[token])?;
+        Ok(self.logits())
+    }
+
+    /// Appends a token and drafts in one forward pass, and gives the logits after each, `[n_vocab]` each.
+    ///
+    /// # Errors
+    /// As [`Sequence::step`].
+    ///
+    /// # Panics
+    /// As [`Sequence::step`], or without any token.
+    pub fn step_drafted(&mut self, tokens: &[u32]) -> Result<&[Vec<f32>]> {
+        self.logits = self.llama.step(tokens)?;
+        Ok(&self.logits)
+    }
+
+    /// Takes the last `n` tokens back: drafts that were wrong.
+    ///
+    /// # Panics
+    /// If there are fewer after the prompt.
+    pub fn forget(&mut self, n: usize) {
+        self.llama.forget(n);
+    }
 }
 
 impl Network {
@@ -69,34 +130,37 @@ impl Network {
         Ok(Self { backend, planes, features, soft, vision, projector, llama, observer })
     }
 
-    /// Vision: normalised planes `[size, size, 3 · n_tower]` to patch features.
+    /// Vision: normalized planes `[size, size, 3 · n_tower]` to patch features.
     ///
     /// # Errors
     /// [`crate::Error::Kernels`] if the device fails.
-    pub fn see(&mut self, planes: &[f32]) -> Result<()> {
+    pub fn encode(&mut self, planes: &[f32]) -> Result<Features> {
         self.planes.write(planes);
-        Ok(self.vision.compute()?)
+        self.vision.compute()?;
+        Ok(Features(()))
     }
 
     /// Projector: patch features to soft tokens.
     ///
     /// # Errors
     /// [`crate::Error::Kernels`] if the device fails.
-    pub fn project(&mut self) -> Result<()> {
-        Ok(self.projector.compute()?)
+    pub fn project(&mut self, _: &Features) -> Result<SoftTokens> {
+        self.projector.compute()?;
+        Ok(SoftTokens(()))
     }
 
-    /// Puts soft tokens `[dim, n_patch]` where the projector leaves its own.
+    /// Takes soft tokens `[dim, n_patch]` that come from elsewhere.
     ///
     /// # Panics
     /// If there are more or fewer numbers.
-    pub fn set_soft_tokens(&mut self, soft: &[f32]) {
+    pub fn set_soft_tokens(&mut self, soft: &[f32]) -> SoftTokens {
         let n = self.soft.shape().iter().product::<usize>();
         assert_eq!(soft.len(), n, "soft tokens of {:?}", self.soft.shape());
         self.soft.write(soft);
+        SoftTokens(())
     }
 
-    /// Llama: soft tokens and prompt ids to the logits of the motion's first token, `[n_vocab]`.
+    /// Llama: reads a prompt, its first id, the soft tokens and its other ids.
     ///
     /// # Errors
     /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room
@@ -104,51 +168,25 @@ impl Network {
     ///
     /// # Panics
     /// If there are fewer than two ids, or one is no row of the embedding.
-    pub fn prefill(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        Ok(self.prefill_drafted(ids, &[])?.remove(0))
+    pub fn prefill(&mut self, ids: &[u32], soft: &SoftTokens) -> Result<Sequence<'_>> {
+        self.prefill_drafted(ids, soft, &[])
     }
 
-    /// The same with `drafts` after the prompt: guesses of the first tokens. Gives the logits of the
-    /// first token and of the one after each draft, `[n_vocab]` each.
+    /// The same with drafts of the first tokens after the prompt.
     ///
     /// # Errors
     /// As [`Network::prefill`].
     ///
     /// # Panics
     /// As [`Network::prefill`], or if there are as many drafts as the longest motion has tokens.
-    pub fn prefill_drafted(&mut self, ids: &[u32], drafts: &[u32]) -> Result<Vec<Vec<f32>>> {
-        self.llama.prefill(ids, &self.soft, drafts)
-    }
-
-    /// Llama: one more token to the logits of the next, `[n_vocab]`.
-    ///
-    /// # Errors
-    /// [`crate::Error::Kernels`] if the device fails.
-    ///
-    /// # Panics
-    /// Without a prefill before, after more tokens than the longest motion has, or if the token is
-    /// no row of the embedding.
-    pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
-        Ok(self.step_drafted(&[token])?.remove(0))
-    }
-
-    /// The same with drafts after the token. Gives the logits after each, `[n_vocab]` each.
-    ///
-    /// # Errors
-    /// As [`Network::step`].
-    ///
-    /// # Panics
-    /// As [`Network::step`], or without any token.
-    pub fn step_drafted(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
-        self.llama.step(tokens)
-    }
-
-    /// Takes the last `n` tokens back: drafts that were wrong.
-    ///
-    /// # Panics
-    /// If there are fewer after the prompt.
-    pub fn forget(&mut self, n: usize) {
-        self.llama.forget(n);
+    pub fn prefill_drafted(
+        &mut self,
+        ids: &[u32],
+        _: &SoftTokens,
+        drafts: &[u32],
+    ) -> Result<Sequence<'_>> {
+        let logits = self.llama.prefill(ids, &self.soft, drafts)?;
+        Ok(Sequence { llama: &mut self.llama, logits })
     }
 
     /// What each matrix was multiplied by so far, if the network was loaded to observe it.

@@ -9,12 +9,11 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::action::argmax;
-use crate::cli::Threads;
 use crate::config::Config;
-use crate::llama::Llama;
 use crate::network::Network;
 use crate::placement::{Devices, Needs, Placement};
 use crate::session::{Drafted, Session};
+use crate::speculative::{self, Choice, Draft, TokenCost};
 use crate::tokenizer::Tokenizer;
 
 /// How a model is opened.
@@ -29,7 +28,7 @@ pub struct Options {
     pub n_threads: usize,
     /// What a token may be.
     pub decoding: Decoding,
-    /// Whether tokens are guessed ahead in a session.
+    /// Whether tokens are drafted in a session.
     pub draft: Draft,
     /// Whose functions a CPU computes with.
     pub kernels: Kernels,
@@ -42,7 +41,7 @@ impl Default for Options {
         Self {
             devices: Devices::default(),
             n_gpu_layers: None,
-            n_threads: Threads::default().count(),
+            n_threads: std::thread::available_parallelism().map_or(1, usize::from),
             decoding: Decoding::default(),
             draft: Draft::default(),
             kernels: Kernels::default(),
@@ -50,25 +49,6 @@ impl Default for Options {
         }
     }
 }
-
-/// Whether tokens are guessed ahead, for the Llama to check several in one pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum Draft {
-    /// One pass for each token.
-    #[default]
-    Off,
-    /// The tokens of the session's motion before, as long as that pays.
-    Auto,
-}
-
-/// What a row more costs in a pass of few rows, in passes of one: see `benches/SPEED.md`.
-const ROW_COST_CPU: f64 = 0.6;
-
-/// The same with kernels of our own.
-const ROW_COST_OWN: f64 = 0.1;
-
-/// The same on a GPU, where eight rows should cost a tenth more than one. Not yet measured.
-const ROW_COST_GPU: f64 = 0.015;
 
 /// What the next token is chosen among.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,9 +73,9 @@ pub struct Action {
     pub tokens: Vec<u32>,
     /// The data set whose units it is in.
     pub unnorm_key: String,
-    /// What all ids together would have chosen.
+    /// What all ids together would have decoded.
     pub unconstrained: Unconstrained,
-    /// How many of the tokens were guessed.
+    /// How many of the tokens were drafted.
     pub draft: Drafted,
     /// Where the time went.
     pub timing_ms: Timing,
@@ -137,7 +117,7 @@ pub struct OpenVla {
     network: Network,
     decoding: Decoding,
     draft: Draft,
-    row_cost: f64,
+    token_cost: TokenCost,
 }
 
 impl OpenVla {
@@ -168,13 +148,13 @@ impl OpenVla {
         let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
         let place = |name: &str| placement.device(name);
         let network = Network::load(file, &config, &backend, &place, options.observe)?;
-        let row_cost = match gpus.is_empty() {
-            true if backend.has_own_kernels() => ROW_COST_OWN,
-            true => ROW_COST_CPU,
-            false => ROW_COST_GPU,
+        let token_cost = match gpus.is_empty() {
+            true if backend.has_own_kernels() => TokenCost::OWN,
+            true => TokenCost::GGML,
+            false => TokenCost::GPU,
         };
         let (decoding, draft) = (options.decoding, options.draft);
-        Ok(Self { config, tokenizer, network, decoding, draft, row_cost })
+        Ok(Self { config, tokenizer, network, decoding, draft, token_cost })
     }
 
     /// One control step: what the camera sees and what was asked for, to one motion. It depends on
@@ -197,7 +177,7 @@ impl OpenVla {
     }
 
     /// One step of a session: what [`OpenVla::act`] does, in fewer passes of the Llama if
-    /// [`Options::draft`] lets it guess from the steps before. Each token is the best one after those
+    /// [`Options::draft`] lets it draft from the steps before. Each token is the best one after those
     /// before it, in the numbers of the pass that it comes of. Where ggml rounds many rows otherwise
     /// than one, near-ties may fall otherwise than in `act`.
     ///
@@ -218,35 +198,36 @@ impl OpenVla {
 
         let planes = self.config.preprocess.planes(image)?; // [224, 224, 6]
         let preprocess = clock.lap();
-        self.network.see(&planes)?; // [2176, 256]
+        let features = self.network.encode(&planes)?; // [2176, 256]
         let vision = clock.lap();
-        self.network.project()?; // [4096, 256]
+        let soft = self.network.project(&features)?; // [4096, 256]
         let projector = clock.lap();
         let ids = self.config.prompt.ids(&self.tokenizer, instruction)?; // BOS … 29871
         let n = dataset.q01.len();
-        let guess = self.guess(session, n);
-        let room = Llama::room(self.config.n_patch() + ids.len());
-        let first = self.network.prefill_drafted(&ids, ahead(&guess, 0, room))?; // [32064] each
+        let draft = self.draft(session, n);
+        let drafts = speculative::drafts_of_prefill(&draft, self.config.n_patch() + ids.len());
+        let sequence = self.network.prefill_drafted(&ids, &soft, drafts)?;
         let prefill = clock.lap();
-        let chosen = self.decode(&guess, first, n)?; // one token per dimension
+        let choose = |logits: &[f32], step| choose(&self.config, self.decoding, logits, step);
+        let decoded = speculative::decode(sequence, &draft, n, choose)?; // one token per dimension
         let decode = clock.lap();
 
         let total = milliseconds(start.elapsed());
         let timing = Timing { preprocess, vision, projector, prefill, decode, total };
-        let draft = session.end(chosen.tokens.clone(), chosen.passes, chosen.accepted);
+        let draft = session.end(decoded.tokens.clone(), decoded.passes, decoded.accepted);
         // ref: `predict_action` takes the last n ids of prompt and tokens together, whichever they
         // are.
-        let all = [ids, chosen.tokens].concat();
+        let all = [ids, decoded.tokens].concat();
         let tokens = all[all.len().saturating_sub(n)..].to_vec();
         let actions = self.config.actions;
         let normalized = actions.normalized(&tokens);
-        let all_actions = chosen.unconstrained.iter().all(|id| actions.ids().contains(id));
+        let all_actions = decoded.unconstrained.iter().all(|id| actions.ids().contains(id));
         Ok(Action {
             action: dataset.unnormalise(&normalized),
             normalized,
             tokens,
             unnorm_key: key,
-            unconstrained: Unconstrained { tokens: chosen.unconstrained, all_actions },
+            unconstrained: Unconstrained { tokens: decoded.unconstrained, all_actions },
             draft,
             timing_ms: timing,
         })
@@ -275,63 +256,30 @@ impl OpenVla {
         &mut self.network
     }
 
-    /// What the session guesses of `n` tokens: not the last, after which nothing is computed.
-    fn guess(&self, session: &Session, n: usize) -> Vec<u32> {
-        let guess = match self.draft {
+    /// What is drafted of `n` tokens. A resumed session may hold ids of another vocabulary.
+    fn draft(&self, session: &Session, n: usize) -> Vec<u32> {
+        let draft = match self.draft {
             Draft::Off => Vec::new(),
-            Draft::Auto => session.guess(self.row_cost),
+            Draft::Auto => speculative::draft(session.history(), self.token_cost, n),
         };
         let n_vocab = self.config.llama.n_vocab;
-        guess.into_iter().take(n - 1).take_while(|id| (*id as usize) < n_vocab).collect()
+        draft.into_iter().take_while(|id| (*id as usize) < n_vocab).collect()
     }
+}
 
-    /// Greedy decoding of `n` tokens, from the logits of the prefill. A pass gives the token after
-    /// each of its rows, up to the first that was guessed wrongly; the next pass begins there.
-    fn decode(&mut self, guess: &[u32], mut logits: Vec<Vec<f32>>, n: usize) -> Result<Chosen> {
-        let mut chosen = Chosen::default();
-        loop {
-            chosen.passes += 1;
-            let n_draft = logits.len() - 1;
-            for (i, row) in logits.iter().enumerate() {
-                let step = chosen.tokens.len();
-                let best = argmax(row, 0..self.config.llama.n_vocab as u32, step)?;
-                let token = match self.decoding {
-                    Decoding::Reference => best,
-                    Decoding::Actions => argmax(row, self.config.actions.ids(), step)?,
-                };
-                chosen.unconstrained.push(best);
-                chosen.tokens.push(token);
-                let eos = self.config.vocabulary.eos;
-                if step + 1 == n || (self.decoding == Decoding::Reference && token == eos) {
-                    return Ok(chosen);
-                }
-                let right = i < n_draft && guess[step] == token;
-                chosen.accepted.push(right);
-                if !right {
-                    self.network.forget(n_draft - i);
-                    break;
-                }
-            }
-            let at = chosen.tokens.len();
-            let drafts = ahead(guess, at, Llama::MAX_ROWS - 1);
-            logits = self.network.step_drafted(&[&chosen.tokens[at - 1..], drafts].concat())?;
+/// Chooses the token of a step greedily.
+fn choose(config: &Config, decoding: Decoding, logits: &[f32], step: usize) -> Result<Choice> {
+    let unconstrained = argmax(logits, 0..config.llama.n_vocab as u32, step)?;
+    Ok(match decoding {
+        Decoding::Reference => {
+            let is_end = unconstrained == config.vocabulary.eos;
+            Choice { token: unconstrained, unconstrained, is_end }
         }
-    }
-}
-
-/// What is guessed of the tokens from `at` on, at most `room` of them.
-fn ahead(guess: &[u32], at: usize, room: usize) -> &[u32] {
-    let rest = guess.get(at..).unwrap_or_default();
-    &rest[..rest.len().min(room)]
-}
-
-#[derive(Default)]
-struct Chosen {
-    tokens: Vec<u32>,
-    unconstrained: Vec<u32>,
-    passes: usize,
-    /// Whether each token but the last was guessed.
-    accepted: Vec<bool>,
+        Decoding::Actions => {
+            let token = argmax(logits, config.actions.ids(), step)?;
+            Choice { token, unconstrained, is_end: false }
+        }
+    })
 }
 
 struct Clock(Instant);

@@ -1,7 +1,4 @@
-//! What is remembered from one step to the next, and what the next motion is guessed to be.
-//!
-//! A robot that moves smoothly repeats itself, so the guess is the motion before. The Llama checks
-//! many guessed tokens in one pass; which tokens are chosen does not depend on the guess.
+//! What is remembered of a robot from one step to the next.
 
 use std::collections::VecDeque;
 
@@ -47,7 +44,7 @@ pub struct Totals {
 }
 
 impl Session {
-    /// Motions that are looked back at to see whether drafts pay.
+    /// Motions that are looked back at to see whether drafts pay: 16 pairs.
     const WINDOW: usize = 17;
 
     /// A session that goes on after `motions`, the latest last: [`crate::Action::tokens`] of each.
@@ -66,22 +63,9 @@ impl Session {
         self.task = task;
     }
 
-    /// The tokens that the next motion is guessed to have. None after motions for which guessing
-    /// did not pay, where a row more costs `row_cost` of a pass.
-    pub(crate) fn guess(&self, row_cost: f64) -> Vec<u32> {
-        let (mut saved, mut rows) = (0, 0);
-        for (guess, tokens) in self.history.iter().zip(self.history.iter().skip(1)) {
-            let n = tokens.len().saturating_sub(1); // the last needs no draft
-            rows += n;
-            for (i, token) in tokens[..n].iter().enumerate() {
-                match guess.get(i) == Some(token) {
-                    true => saved += 1,
-                    false => rows += n - 1 - i, // drafted again
-                }
-            }
-        }
-        let pays = f64::from(saved) >= row_cost * rows as f64;
-        self.history.back().filter(|_| pays).cloned().unwrap_or_default()
+    /// Tokens of the last motions, the latest last.
+    pub(crate) fn history(&self) -> &VecDeque<Vec<u32>> {
+        &self.history
     }
 
     /// Ends a motion, which took so many passes.
@@ -110,41 +94,6 @@ mod tests {
 
     const STILL: [u32; 7] = [1; 7];
 
-    fn moving(i: u32) -> Vec<u32> {
-        vec![i, i, i, i, i, i, 1]
-    }
-
-    #[test]
-    fn the_guess_is_the_motion_before() {
-        assert!(Session::default().guess(0.1).is_empty());
-        assert_eq!(Session::with_history([moving(3), moving(3)]).guess(0.1), moving(3));
-        assert_eq!(
-            Session::with_history([moving(3)]).guess(9.0),
-            moving(3),
-            "nothing speaks against"
-        );
-    }
-
-    /// Six rows save six passes where all is repeated; where nothing is, 21 save none.
-    #[test]
-    fn guessing_ends_where_it_does_not_pay_and_begins_again() {
-        let mut session = Session::with_history([moving(0), moving(0)]);
-        assert!(session.guess(1.01).is_empty() && !session.guess(0.99).is_empty());
-        let mut guessed = |tokens: Vec<u32>| {
-            session.end(tokens, 1, vec![]);
-            !session.guess(0.2).is_empty()
-        };
-        let moves: Vec<bool> = (1..=20).map(|i| guessed(moving(i))).collect();
-        assert_eq!(moves.iter().position(|drafts| !drafts), Some(1), "6 of 6 + 21 rows, 6 of 48");
-        assert!(moves[1..].iter().all(|drafts| !drafts));
-        let stills: Vec<bool> = (0..20).map(|_| guessed(STILL.to_vec())).collect();
-        let first = stills.iter().position(|drafts| *drafts).unwrap();
-        assert!(
-            stills[first..].iter().all(|drafts| *drafts) && (4..16).contains(&first),
-            "{first}"
-        );
-    }
-
     #[test]
     fn another_task_begins_anew() {
         let mut session = Session::default();
@@ -157,11 +106,15 @@ mod tests {
         for (instruction, key) in [("wave again", "bridge"), ("wave", "fractal")] {
             let mut session = session.clone();
             session.begin(instruction, key);
-            assert!(session.guess(0.0).is_empty());
+            assert!(session.history().is_empty());
             assert_eq!(session.totals, Totals::default());
         }
         let mut resumed = Session::with_history([STILL.to_vec()]);
         resumed.begin("wave", "bridge");
-        assert_eq!(resumed.guess(0.0), STILL, "the first task is whatever comes first");
+        assert_eq!(
+            resumed.history().back().unwrap(),
+            &STILL,
+            "the first task is whatever comes first"
+        );
     }
 }

@@ -53,14 +53,16 @@ fn greedy(policy: &mut OpenVla, guess: &[u32], decoding: Decoding) -> Vec<u32> {
         Decoding::Actions => argmax(logits, config.actions.ids(), 0).unwrap(),
     };
     let network = policy.network();
-    network.see(&config.preprocess.planes(&table()).unwrap()).unwrap();
-    network.project().unwrap();
-    let mut tokens = vec![best(&network.prefill(&ids).unwrap())];
+    let features = network.encode(&config.preprocess.planes(&table()).unwrap()).unwrap();
+    let soft = network.project(&features).unwrap();
+    let mut sequence = network.prefill(&ids, &soft).unwrap();
+    let mut tokens = vec![best(sequence.logits())];
     while tokens.len() < 7 && guess.starts_with(&tokens) {
-        tokens.push(best(network.prefill_drafted(&ids, &tokens).unwrap().last().unwrap()));
+        sequence = network.prefill_drafted(&ids, &soft, &tokens).unwrap();
+        tokens.push(best(sequence.logits()));
     }
     while tokens.len() < 7 {
-        tokens.push(best(&network.step(*tokens.last().unwrap()).unwrap()));
+        tokens.push(best(sequence.step(*tokens.last().unwrap()).unwrap()));
     }
     tokens
 }
@@ -178,19 +180,23 @@ fn rows_together_have_the_logits_that_they_have_one_by_one() {
         let planes = policy.config().preprocess.planes(&table()).unwrap();
         let tokens: Vec<u32> = policy.config().actions.ids().step_by(41).take(6).collect();
         let network = policy.network();
-        network.see(&planes).unwrap();
-        network.project().unwrap();
-        let first = network.prefill(&ids).unwrap();
-        let alone: Vec<_> = tokens.iter().map(|token| network.step(*token).unwrap()).collect();
+        let features = network.encode(&planes).unwrap();
+        let soft = network.project(&features).unwrap();
+        let mut sequence = network.prefill(&ids, &soft).unwrap();
+        let first = sequence.logits().to_vec();
+        let alone: Vec<_> =
+            tokens.iter().map(|token| sequence.step(*token).unwrap().to_vec()).collect();
         let mut worst = [0.0_f64; 3];
         let mut at_most = |part: usize, error: f64| worst[part] = worst[part].max(error);
         for n in 1..=6 {
-            network.forget(6);
-            let together = tokens.chunks(n).flat_map(|rows| network.step_drafted(rows).unwrap());
+            sequence.forget(6);
+            let together =
+                tokens.chunks(n).flat_map(|rows| sequence.step_drafted(rows).unwrap().to_vec());
             at_most(2, difference(&together.collect::<Vec<_>>(), &alone));
         }
         for n in 1..=6 {
-            let together = network.prefill_drafted(&ids, &tokens[..n]).unwrap();
+            let sequence = network.prefill_drafted(&ids, &soft, &tokens[..n]).unwrap();
+            let together = sequence.all_logits();
             at_most(0, difference(&together[..1], std::slice::from_ref(&first)));
             at_most(1, difference(&together[1..], &alone));
         }

@@ -57,22 +57,23 @@ fn every_stage_is_the_independent_implementations() {
         assert_eq!(hash, expected["pixels_sha256"].as_str().unwrap());
 
         let config = policy.config().clone();
-        policy.network().see(&planes).unwrap();
-        let features = policy.network().features();
+        let network = policy.network();
+        let encoded = network.encode(&planes).unwrap();
+        let features = network.features();
         let mut start = 0;
         for (i, t) in config.towers.iter().enumerate() {
             let got = tower(&features, config.projector[0], start, t.dim);
             assert_probes(&t.name, &got, &expected[format!("vit{i}")], 5e-6);
             start += t.dim;
         }
-        policy.network().project().unwrap();
+        let soft = policy.network().project(&encoded).unwrap();
         assert_probes("projector", &policy.network().soft_tokens(), &expected["projector"], 5e-6);
 
         for case in expected["cases"].as_array().unwrap() {
             let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
             assert_eq!(prompt, ids(&case["prompt_ids"]));
-            let logits = policy.network().prefill(&prompt).unwrap();
-            assert_probes("logits", &logits, &case["logits_first"], 1e-3);
+            let sequence = policy.network().prefill(&prompt, &soft).unwrap();
+            assert_probes("logits", sequence.logits(), &case["logits_first"], 1e-3);
         }
     }
 }
@@ -102,9 +103,10 @@ fn narrower_types_stay_near_f32() {
         let mut policy = open(&example().join("openvla-example"), encoding, Decoding::Actions);
         let planes = policy.config().preprocess.planes(&image).unwrap();
         let prompt = policy.prompt_ids("put eggplant into pot").unwrap();
-        policy.network().see(&planes).unwrap();
-        policy.network().project().unwrap();
-        policy.network().prefill(&prompt).unwrap()
+        let network = policy.network();
+        let features = network.encode(&planes).unwrap();
+        let soft = network.project(&features).unwrap();
+        network.prefill(&prompt, &soft).unwrap().logits().to_vec()
     };
     let exact = first("F32");
     let error = |encoding: &str| {

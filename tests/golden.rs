@@ -67,26 +67,32 @@ fn stages(golden: &Path, name: &str, encoding: &str) -> [f64; 3] {
         let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
         assert_eq!(prompt, ids(&case["prompt_ids"]), "{id}: prompt ids");
         let network = policy.network();
-        network.see(&planes).unwrap();
+        let encoded = network.encode(&planes).unwrap();
         let got = network.features();
         let error = assert_close(id, encoding, Stage::Features, &got, &features(&want));
         worst[0] = worst[0].max(error);
-        network.project().unwrap();
+        let soft = network.project(&encoded).unwrap();
         let got = network.soft_tokens();
         let error = assert_close(id, encoding, Stage::Soft, &got, &want["projector_output"]);
         worst[1] = worst[1].max(error);
-        let mut logits = network.prefill(&prompt).unwrap();
+        let mut sequence = network.prefill(&prompt, &soft).unwrap();
         if encoding == "F32" {
-            assert_close(id, encoding, Stage::Logits, &logits, &want["logits_first"]);
+            assert_close(id, encoding, Stage::Logits, sequence.logits(), &want["logits_first"]);
         }
         let tokens = ids(&case["generated_ids"]);
         let rows = want["logits_action_range"].chunks(320);
         for (step, (row, token)) in rows.zip(&tokens).enumerate() {
             let what = format!("{id} step {step}");
-            let error = assert_close(&what, encoding, Stage::Logits, &logits[31_744..32_064], row);
+            let error = assert_close(
+                &what,
+                encoding,
+                Stage::Logits,
+                &sequence.logits()[31_744..32_064],
+                row,
+            );
             worst[2] = worst[2].max(error);
             if step + 1 < tokens.len() {
-                logits = network.step(*token).unwrap();
+                sequence.step(*token).unwrap();
             }
         }
     }

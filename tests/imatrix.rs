@@ -159,17 +159,18 @@ fn tokens(model: &Path) -> Tokens {
 fn logits(model: &Path, tokens: &Tokens) -> Vec<Vec<f32>> {
     let mut policy = OpenVla::open(model, &options()).unwrap();
     let ids = policy.config().actions.ids();
-    let actions = |logits: Vec<f32>| logits[ids.start as usize..ids.end as usize].to_vec();
+    let actions = |logits: &[f32]| logits[ids.start as usize..ids.end as usize].to_vec();
     let mut all = Vec::new();
     for ((image, instruction), tokens) in scenes(true).iter().zip(EVALUATION).zip(tokens) {
         let planes = policy.config().preprocess.planes(image).unwrap();
         let prompt = policy.prompt_ids(instruction).unwrap();
         let network = policy.network();
-        network.see(&planes).unwrap();
-        network.project().unwrap();
-        all.push(actions(network.prefill(&prompt).unwrap()));
+        let features = network.encode(&planes).unwrap();
+        let soft = network.project(&features).unwrap();
+        let mut sequence = network.prefill(&prompt, &soft).unwrap();
+        all.push(actions(sequence.logits()));
         for token in &tokens[..tokens.len() - 1] {
-            all.push(actions(network.step(*token).unwrap()));
+            all.push(actions(sequence.step(*token).unwrap()));
         }
     }
     all
@@ -292,7 +293,7 @@ fn sums_are_of_what_went_in() {
     for i in 0..CALIBRATION.len() {
         let image = picture(&subject.dir.path().join(format!("images/{i}.png")));
         let planes = policy.config().preprocess.planes(&image).unwrap();
-        policy.network().see(&planes).unwrap();
+        let _ = policy.network().encode(&planes).unwrap();
         for row in policy.network().features().chunks(want.len()) {
             want.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x).powi(2));
         }
@@ -312,10 +313,11 @@ fn an_observed_policy_computes_the_same() {
         let planes = policy.config().preprocess.planes(&table_image()).unwrap();
         let prompt = policy.prompt_ids(CALIBRATION[0]).unwrap();
         let network = policy.network();
-        network.see(&planes).unwrap();
-        network.project().unwrap();
-        let first = network.prefill(&prompt).unwrap();
-        let second = network.step(prompt[1]).unwrap();
+        let features = network.encode(&planes).unwrap();
+        let soft = network.project(&features).unwrap();
+        let mut sequence = network.prefill(&prompt, &soft).unwrap();
+        let first = sequence.logits().to_vec();
+        let second = sequence.step(prompt[1]).unwrap().to_vec();
         ([network.features(), network.soft_tokens(), first, second], network.squares().len())
     });
     assert!(plain.0 == observed.0, "bit for bit");

@@ -50,9 +50,10 @@ fn holds(policy: &mut OpenVla, case: &Value, dir: &Path) {
     let planes = policy.config().preprocess.planes(&image).unwrap();
     let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
     let network = policy.network();
-    network.see(&planes).unwrap();
-    network.project().unwrap();
-    let (soft, logits) = (network.soft_tokens(), network.prefill(&prompt).unwrap());
+    let features = network.encode(&planes).unwrap();
+    let projected = network.project(&features).unwrap();
+    let soft = network.soft_tokens();
+    let logits = network.prefill(&prompt, &projected).unwrap().logits().to_vec();
     assert_close("merged", "F32", Stage::Soft, &soft, &want["projector_output"]);
     assert_close("merged", "F32", Stage::Logits, &logits, &want["logits_first"]);
     let instruction = case["instruction"].as_str().unwrap();

@@ -142,7 +142,7 @@ fn steps(model: &mut Model, plan: &Plan) -> Result<Vec<(World, Vec<u32>)>> {
         worlds.extend(own);
     }
     let answer = |world: World| {
-        let tokens = model.answer(&model.look(&world), &world.scene.instruction)?.tokens;
+        let tokens = model.answer(&model.render_view(&world), &world.scene.instruction)?.tokens;
         Ok((world, tokens))
     };
     worlds.into_iter().map(answer).collect()
@@ -219,7 +219,7 @@ pub fn svg(comparison: &Comparison) -> Result<String> {
 fn agreement(model: &mut Model, seen: &[(World, Vec<u32>)]) -> Result<(f64, f64)> {
     let (mut same, mut all, mut seconds) = (0, 0, 0.0);
     for (world, tokens) in seen {
-        let picture = model.look(world);
+        let picture = model.render_view(world);
         let start = Instant::now();
         let own = model.answer(&picture, &world.scene.instruction)?.tokens;
         seconds += start.elapsed().as_secs_f64();

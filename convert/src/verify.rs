@@ -118,15 +118,16 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
     let planes = config.preprocess.planes(&picture)?;
     let prompt = policy.prompt_ids(&case.instruction)?;
     let network = policy.network();
-    network.see(&planes)?;
-    network.project()?;
-    let mut logits = network.prefill(&prompt)?;
+    let features = network.encode(&planes)?;
+    let soft = network.project(&features)?;
+    let mut sequence = network.prefill(&prompt, &soft)?;
     let (mut tokens, mut worst) = (Vec::new(), 0.0_f64);
     for (step, (expected, wanted)) in case.tokens.iter().zip(&case.logits).enumerate() {
-        tokens.push(argmax(&logits, actions.ids(), step)?);
+        let logits = sequence.logits();
+        tokens.push(argmax(logits, actions.ids(), step)?);
         worst = worst.max(relative_error(&logits[actions.rows()], wanted));
         if step + 1 < case.tokens.len() {
-            logits = network.step(*expected)?;
+            sequence.step(*expected)?;
         }
     }
     let motion = |tokens: &[u32]| dataset.unnormalise(&actions.normalized(tokens));

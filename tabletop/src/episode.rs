@@ -62,7 +62,7 @@ impl Model {
     }
 
     /// What it sees.
-    pub fn look(&self, world: &World) -> RgbImage {
+    pub fn render_view(&self, world: &World) -> RgbImage {
         picture(world, self.vla.config().preprocess.size)
     }
 
@@ -83,7 +83,7 @@ impl Model {
 
 impl Policy for Model {
     fn act(&mut self, world: &World) -> Result<Action> {
-        let action = self.answer(&self.look(world), &world.scene.instruction)?;
+        let action = self.answer(&self.render_view(world), &world.scene.instruction)?;
         self.drafted = action.draft.session;
         Ok(std::array::from_fn(|i| action.action[i]))
     }
@@ -169,7 +169,7 @@ pub fn run(
 ) -> Result<Outcome> {
     policy.begin();
     let mut errors = Vec::new();
-    let mut going = Going { action: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], left: 0 };
+    let mut pending = PendingStep { action: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], left: 0 };
     let mut time = 0; // in ticks
     while !world.is_done() && time < most * TICKS {
         seen(&world);
@@ -184,13 +184,13 @@ pub fn run(
             }
         };
         let period = delay.div_ceil(TICKS).max(1) * TICKS;
-        going.on(&mut world, delay);
-        going = Going { action, left: TICKS };
-        going.on(&mut world, period - delay);
+        pending.advance(&mut world, delay);
+        pending = PendingStep { action, left: TICKS };
+        pending.advance(&mut world, period - delay);
         time += period;
     }
     if !world.is_done() {
-        going.on(&mut world, going.left);
+        pending.advance(&mut world, pending.left);
     }
     seen(&world);
     let error = Difference::mean(&errors);
@@ -198,14 +198,14 @@ pub fn run(
 }
 
 /// A step, and how many ticks of it are still to come.
-struct Going {
+struct PendingStep {
     action: Action,
     left: usize,
 }
 
-impl Going {
+impl PendingStep {
     /// Lets time pass: the step goes on to its end, then the gripper stands still.
-    fn on(&mut self, world: &mut World, ticks: usize) {
+    fn advance(&mut self, world: &mut World, ticks: usize) {
         for _ in 0..ticks {
             if self.left == 0 {
                 self.action[..6].fill(0.0);

@@ -44,7 +44,7 @@ pub use record::{NAME, quantile, record, statistics};
 pub use remote::Remote;
 pub use render::picture;
 pub use scene::{
-    DISTRACTORS, Dice, Item, Look, OBJECTS, Object, RECEPTACLES, Receptacle, Scene, Suite,
+    DISTRACTORS, Item, Look, OBJECTS, Object, RECEPTACLES, Receptacle, Scene, SceneRng, Suite,
     instructions,
 };
 pub use steps::{Step, Steps, bytes, step_bytes};

@@ -148,9 +148,9 @@ pub struct Scene {
 }
 
 /// Random numbers that are the same on every machine.
-pub struct Dice(ChaCha8Rng);
+pub struct SceneRng(ChaCha8Rng);
 
-impl Dice {
+impl SceneRng {
     /// The numbers of a seed.
     pub fn new(seed: u64) -> Self {
         Self(ChaCha8Rng::seed_from_u64(seed))
@@ -223,33 +223,33 @@ const GAP: f64 = 0.055;
 impl Scene {
     /// The scene of a suite and a seed.
     pub fn new(suite: Suite, seed: u64) -> Self {
-        let mut dice = Dice::new(seed);
+        let mut rng = SceneRng::new(seed);
         loop {
-            if let Some(scene) = Self::draw(suite, &mut dice) {
+            if let Some(scene) = Self::draw(suite, &mut rng) {
                 return scene;
             }
         }
     }
 
     /// `None` if there was no room for something.
-    fn draw(suite: Suite, dice: &mut Dice) -> Option<Self> {
-        let receptacle = dice.pick(&RECEPTACLES);
-        let n_object = if suite == Suite::Language { 2 } else { 1 + dice.below(2) };
+    fn draw(suite: Suite, rng: &mut SceneRng) -> Option<Self> {
+        let receptacle = rng.pick(&RECEPTACLES);
+        let n_object = if suite == Suite::Language { 2 } else { 1 + rng.below(2) };
         let n_distractor = if suite == Suite::Visual { 1 } else { 0 };
         let (reach, turn) = if suite == Suite::Motion { (0.14, 0.5) } else { (0.12, 0.3) };
-        let place = |dice: &mut Dice| [dice.within(-reach, reach), dice.within(-reach, reach)];
-        let receptacle_at = place(dice).map(|x| x.clamp(-0.12, 0.12));
+        let place = |rng: &mut SceneRng| [rng.within(-reach, reach), rng.within(-reach, reach)];
+        let receptacle_at = place(rng).map(|x| x.clamp(-0.12, 0.12));
         let mut items: Vec<Item> = Vec::new();
         for i in 0..n_object + n_distractor {
             let kinds = if i < n_object { &OBJECTS[..] } else { &DISTRACTORS[..] };
-            let object = dice.pick(kinds);
+            let object = rng.pick(kinds);
             let size = match suite {
-                Suite::Physical if dice.chance(0.5) => dice.within(0.75, 0.85),
-                Suite::Physical => dice.within(1.15, 1.25),
-                _ => dice.within(0.95, 1.05),
+                Suite::Physical if rng.chance(0.5) => rng.within(0.75, 0.85),
+                Suite::Physical => rng.within(1.15, 1.25),
+                _ => rng.within(0.95, 1.05),
             };
-            let mut item = Item { object, size, at: place(dice), z: 0.0, yaw: 0.0 };
-            item.yaw = dice.within(-turn, turn);
+            let mut item = Item { object, size, at: place(rng), z: 0.0, yaw: 0.0 };
+            item.yaw = rng.within(-turn, turn);
             let rod = Rod { radius: item.rod().radius + GAP, ..item.rod() };
             let near = items.iter().any(|other| rod.overlaps(&other.rod()));
             let same = items.iter().any(|other| other.object == object);
@@ -258,13 +258,13 @@ impl Scene {
             }
             items.push(item);
         }
-        let target = dice.below(n_object);
+        let target = rng.below(n_object);
         let wordings = if suite == Suite::Semantic { &UNSEEN_WORDINGS[..] } else { &WORDINGS[..] };
-        let (wording, into) = (dice.pick(wordings), dice.pick(&receptacle.into));
+        let (wording, into) = (rng.pick(wordings), rng.pick(&receptacle.into));
         let instruction = fill(wording, items[target].object, receptacle, into);
-        let start = [dice.within(-0.1, 0.1), dice.within(-0.1, 0.1), dice.within(0.09, 0.12), 0.0];
+        let start = [rng.within(-0.1, 0.1), rng.within(-0.1, 0.1), rng.within(0.09, 0.12), 0.0];
         let clear = items.iter().all(|item| length(sub(item.at, [start[0], start[1]])) > 0.03);
-        let look = Look::draw(suite, dice);
+        let look = Look::draw(suite, rng);
         clear.then_some(Self { items, receptacle, receptacle_at, target, instruction, look, start })
     }
 }
@@ -274,15 +274,15 @@ const TABLES: [[u8; 3]; 1] = [[190, 170, 140]];
 const UNSEEN_TABLES: [[u8; 3]; 3] = [[120, 150, 165], [205, 190, 200], [110, 100, 90]];
 
 impl Look {
-    fn draw(suite: Suite, dice: &mut Dice) -> Self {
+    fn draw(suite: Suite, rng: &mut SceneRng) -> Self {
         let unseen = suite == Suite::Visual;
-        let base = *dice.pick(if unseen { &UNSEEN_TABLES } else { &TABLES });
-        let table = base.map(|level| (f64::from(level) + dice.within(-5.0, 5.0)) as u8);
+        let base = *rng.pick(if unseen { &UNSEEN_TABLES } else { &TABLES });
+        let table = base.map(|level| (f64::from(level) + rng.within(-5.0, 5.0)) as u8);
         let brightness = match unseen {
-            true => dice.within(0.75, 0.9),
-            false => dice.within(0.97, 1.03),
+            true => rng.within(0.75, 0.9),
+            false => rng.within(0.97, 1.03),
         };
-        let light = [dice.within(0.55, 0.65), dice.within(0.0, 0.05)];
+        let light = [rng.within(0.55, 0.65), rng.within(0.0, 0.05)];
         Self { table, brightness, light }
     }
 }

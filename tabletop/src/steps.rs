@@ -6,7 +6,7 @@
 use crate::expert;
 use crate::geometry::add;
 use crate::render::{picture, seen};
-use crate::scene::{Dice, OBJECTS, Scene, Suite};
+use crate::scene::{OBJECTS, Scene, SceneRng, Suite};
 use crate::world::{Action, CEILING, LIMITS, OPEN, REACH, World};
 
 /// An episode ends here at the latest.
@@ -20,7 +20,7 @@ const N_STATE: usize = 8 + 3 * OBJECTS.len();
 const TEXT: usize = 96;
 /// An endless stream of steps.
 pub struct Steps {
-    dice: Dice,
+    rng: SceneRng,
     worlds: Vec<Running>,
     next: usize,
 }
@@ -47,10 +47,10 @@ pub struct Step<'a> {
 impl Steps {
     /// The stream of a seed, in which `n_world` worlds take turns.
     pub fn new(seed: u64, n_world: usize) -> Self {
-        let mut dice = Dice::new(seed);
-        let begin = |episode| Running { world: begin(&mut dice), episode, n: 0 };
+        let mut rng = SceneRng::new(seed);
+        let begin = |episode| Running { world: begin(&mut rng), episode, n: 0 };
         let worlds = (0..n_world).map(begin).collect();
-        Self { dice, worlds, next: 0 }
+        Self { rng, worlds, next: 0 }
     }
 
     /// Shows the next step, then makes it.
@@ -59,11 +59,11 @@ impl Steps {
         let Running { world, episode, n } = &mut self.worlds[self.next];
         let action = expert(world);
         let seen = see(&Step { episode: *episode, n: *n, world, action });
-        world.step(&noisy(&action, &mut self.dice));
+        world.step(&noisy(&action, &mut self.rng));
         *n += 1;
         // Of the time after success, little is to be learnt.
-        if *n == LONGEST || (world.is_done() && self.dice.chance(0.9)) {
-            (*world, *episode, *n) = (begin(&mut self.dice), newest + 1, 0);
+        if *n == LONGEST || (world.is_done() && self.rng.chance(0.9)) {
+            (*world, *episode, *n) = (begin(&mut self.rng), newest + 1, 0);
         }
         self.next = (self.next + 1) % self.worlds.len();
         seen
@@ -71,36 +71,36 @@ impl Steps {
 }
 
 /// Half of them as an episode begins, the others anywhere.
-fn begin(dice: &mut Dice) -> World {
-    let suite = if dice.chance(0.5) { Suite::Base } else { Suite::Language };
-    let mut world = World::new(Scene::new(suite, dice.seed()));
-    if dice.chance(0.5) {
+fn begin(rng: &mut SceneRng) -> World {
+    let suite = if rng.chance(0.5) { Suite::Base } else { Suite::Language };
+    let mut world = World::new(Scene::new(suite, rng.seed()));
+    if rng.chance(0.5) {
         return world;
     }
-    let near = world.scene.items[dice.below(world.scene.items.len())].at;
-    let at = match dice.chance(0.5) {
-        true => [dice.within(-REACH, REACH), dice.within(-REACH, REACH)],
-        false => add(near, [0.02 * dice.normal(), 0.02 * dice.normal()]),
+    let near = world.scene.items[rng.below(world.scene.items.len())].at;
+    let at = match rng.chance(0.5) {
+        true => [rng.within(-REACH, REACH), rng.within(-REACH, REACH)],
+        false => add(near, [0.02 * rng.normal(), 0.02 * rng.normal()]),
     };
     world.gripper.at = at.map(|x| x.clamp(-REACH, REACH));
-    world.gripper.z = dice.within(0.07, CEILING);
-    if dice.chance(0.5) {
-        world.step(&[0.0, 0.0, dice.within(-LIMITS[2], 0.0), 0.0, 0.0, 0.0, 1.0]);
+    world.gripper.z = rng.within(0.07, CEILING);
+    if rng.chance(0.5) {
+        world.step(&[0.0, 0.0, rng.within(-LIMITS[2], 0.0), 0.0, 0.0, 0.0, 1.0]);
     }
-    if dice.chance(0.1) {
+    if rng.chance(0.1) {
         world.step(&[0.0; 7]); // closes, mostly on nothing
     }
     world
 }
 
-fn noisy(action: &Action, dice: &mut Dice) -> Action {
+fn noisy(action: &Action, rng: &mut SceneRng) -> Action {
     let mut noisy = *action;
-    if dice.chance(0.4) {
+    if rng.chance(0.4) {
         for (i, deviation) in [(0, 0.015), (1, 0.015), (2, 0.01)] {
-            noisy[i] += deviation * dice.normal();
+            noisy[i] += deviation * rng.normal();
         }
     }
-    if dice.chance(0.02) {
+    if rng.chance(0.02) {
         noisy[6] = 1.0 - noisy[6];
     }
     noisy

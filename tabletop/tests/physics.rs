@@ -4,21 +4,21 @@ use std::hash::Hasher;
 
 use clap::ValueEnum;
 use openvla_tabletop::{
-    Action, CEILING, DISTRACTORS, Dice, FINGER, Gripper, LIMITS, OBJECTS, OPEN, Object, REACH, Rod,
-    Scene, Suite, TABLE, World, expert, picture,
+    Action, CEILING, DISTRACTORS, FINGER, Gripper, LIMITS, OBJECTS, OPEN, Object, REACH, Rod,
+    Scene, SceneRng, Suite, TABLE, World, expert, picture,
 };
 use twox_hash::XxHash64;
 
 const STILL: Action = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0];
 
 /// Any motion; the gripper mostly stays as it is.
-fn random(dice: &mut Dice, closed: &mut bool) -> Action {
-    if dice.chance(0.15) {
+fn random(rng: &mut SceneRng, closed: &mut bool) -> Action {
+    if rng.chance(0.15) {
         *closed = !*closed;
     }
     let mut action: Action = std::array::from_fn(|i| {
         let limit = LIMITS.get(i).copied().unwrap_or(0.0);
-        dice.within(-1.5, 1.5) * limit
+        rng.within(-1.5, 1.5) * limit
     });
     action[2] -= 0.008; // down among the things
     action[6] = f64::from(u8::from(!*closed));
@@ -63,11 +63,11 @@ fn nothing_goes_through_walls_or_hangs_in_the_air_whatever_is_done() {
     for suite in Suite::value_variants() {
         for seed in 0..25 {
             let mut world = World::new(Scene::new(*suite, seed));
-            let (mut dice, mut closed) = (Dice::new(seed), false);
+            let (mut rng, mut closed) = (SceneRng::new(seed), false);
             for step in 0..60 {
                 // Half of the time as the expert, so that things are carried about.
                 let action = match (step / 8) % 2 {
-                    0 => random(&mut dice, &mut closed),
+                    0 => random(&mut rng, &mut closed),
                     _ => expert(&world),
                 };
                 for _ in 0..10 {
@@ -113,10 +113,10 @@ fn only_what_is_between_the_fingers_is_grasped() {
 fn a_grasped_thing_was_inside_the_opening() {
     let mut grasped = 0;
     for seed in 0..2000 {
-        let mut dice = Dice::new(seed);
-        let at = [dice.within(-0.06, 0.06), dice.within(-0.06, 0.06)];
-        let object = &OBJECTS[dice.below(OBJECTS.len())];
-        let mut world = alone(object, dice.within(-1.5, 1.5), at, dice.within(0.0, 0.05));
+        let mut rng = SceneRng::new(seed);
+        let at = [rng.within(-0.06, 0.06), rng.within(-0.06, 0.06)];
+        let object = &OBJECTS[rng.below(OBJECTS.len())];
+        let mut world = alone(object, rng.within(-1.5, 1.5), at, rng.within(0.0, 0.05));
         let (before, item) = (world.gripper, world.scene.items[0].clone());
         world.step(&CLOSE);
         let along = [1.0, 0.0];

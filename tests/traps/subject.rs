@@ -159,9 +159,9 @@ impl Case {
         self.write(&path);
         let (file, backend) = (Gguf::open(&path).unwrap(), Backend::cpu(1).unwrap());
         let mut network = Network::load(&file, &self.config, &backend, &|_| 0, false).unwrap();
-        network.see(&self.planes).unwrap();
-        network.project().unwrap();
-        let logits = network.prefill(&self.ids).unwrap();
+        let features = network.encode(&self.planes).unwrap();
+        let soft = network.project(&features).unwrap();
+        let logits = network.prefill(&self.ids, &soft).unwrap().logits().to_vec();
         [network.features(), network.soft_tokens(), logits]
     }
 

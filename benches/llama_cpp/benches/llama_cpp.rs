@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use llama_cpp_2::context::LlamaContext;
-use openvla::{Network, Options};
+use openvla::{Network, Options, SoftTokens};
 use openvla_bench::results::Summary;
 use openvla_bench::workload::{ModelFile, Workload};
 use openvla_convert::inspect::inspect;
@@ -56,15 +56,16 @@ fn main() {
     let rows = Rows { prompt: workload.ids.clone(), image: llama::image(&config), tokens };
     let soft = llama::embeddings(&Gguf::open(&model.path).unwrap(), &rows.image);
     let network = workload.policy.network();
-    network.set_soft_tokens(&soft);
+    let soft = network.set_soft_tokens(&soft);
 
-    let (a, b) = (ours(network, &rows), their_turn(&mut context, &rows));
+    let (a, b) = (ours(network, &soft, &rows), their_turn(&mut context, &rows));
     let error = relative_error(&a.logits, &b.logits, config.actions.rows());
     // Rounding to 8 bits turns last-bit differences into 0.11 in random weights (SPEED.md).
     assert!(error < 0.3, "the logits differ by {error:.1e}: these are not the same models");
     let mut samples = [const { [const { Vec::new() }; 2] }; 2];
     for _ in 0..n {
-        let turns = [second(|| ours(network, &rows)), second(|| their_turn(&mut context, &rows))];
+        let turns =
+            [second(|| ours(network, &soft, &rows)), second(|| their_turn(&mut context, &rows))];
         for (samples, turn) in samples.iter_mut().zip(turns) {
             samples.iter_mut().zip(turn.ms).for_each(|(samples, ms)| samples.push(ms));
         }
@@ -94,15 +95,16 @@ fn second(mut run: impl FnMut() -> Turn) -> Turn {
     run()
 }
 
-fn ours(network: &mut Network, rows: &Rows) -> Turn {
+fn ours(network: &mut Network, soft: &SoftTokens, rows: &Rows) -> Turn {
     let start = Instant::now();
-    let mut logits = network.prefill(&rows.prompt).unwrap();
+    let mut sequence = network.prefill(&rows.prompt, soft).unwrap();
     let prefill = milliseconds(start);
     let start = Instant::now();
     for token in &rows.tokens {
-        logits = network.step(*token).unwrap();
+        sequence.step(*token).unwrap();
     }
-    Turn { ms: [prefill, milliseconds(start)], logits }
+    let ms = [prefill, milliseconds(start)];
+    Turn { ms, logits: sequence.logits().to_vec() }
 }
 
 fn their_turn(context: &mut LlamaContext<'_>, rows: &Rows) -> Turn {

@@ -49,9 +49,11 @@ fn theirs(model: &LlamaModel, encoding: &str, ids: &[u32], tokens: &[u32]) -> Ve
 /// Our own, with `soft` between the first of `prompt` and the others.
 fn ours(policy: &mut OpenVla, soft: &[f32], prompt: &[u32], tokens: &[u32]) -> Vec<Vec<f32>> {
     let network = policy.network();
-    network.set_soft_tokens(soft);
-    let first = network.prefill(prompt).unwrap();
-    iter::once(first).chain(tokens.iter().map(|t| network.step(*t).unwrap())).collect()
+    let soft = network.set_soft_tokens(soft);
+    let mut sequence = network.prefill(prompt, &soft).unwrap();
+    let mut all = vec![sequence.logits().to_vec()];
+    all.extend(tokens.iter().map(|token| sequence.step(*token).unwrap().to_vec()));
+    all
 }
 
 /// Without the action ids, whose rows of the head our files have in a better type once more.

@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{goldens, of, picture};
+use common::{of, picture};
 use half::bf16;
 use image::{DynamicImage, RgbImage};
 use openvla::{OpenVla, Options};
@@ -222,15 +222,6 @@ fn it_lowers_the_error_of_four_bits() {
     assert!(mean > 0.05, "{mean}");
 }
 
-#[test]
-fn it_lowers_the_error_of_four_bits_on_the_references_checkpoint() {
-    let Some(golden) = goldens() else { return };
-    let even = Subject::new(golden.join("public/ckpt"));
-    let (plain, uneven) = (gain("golden", &even), gain("golden, uneven", &even.uneven()));
-    assert!(plain > 0.02, "{plain}");
-    assert!(uneven > 0.05, "{uneven}");
-}
-
 /// Sums and counts of every matrix that may be quantised, and of nothing else. The embedding's rows
 /// are looked up, so nothing is multiplied by it.
 #[test]
@@ -333,4 +324,17 @@ fn another_models_matrix_is_refused() {
     let said = format!("{error:#}");
     let words = ["calibration.gguf", "projector.fc1.weight", "96", "64 columns", "another model"];
     assert!(words.iter().all(|word| said.contains(word)), "{said}");
+}
+
+mod shared {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn it_lowers_the_error_of_four_bits_on_the_references_checkpoint() {
+        let even = Subject::new(common::shared().join("public/ckpt"));
+        let (plain, uneven) = (gain("golden", &even), gain("golden, uneven", &even.uneven()));
+        assert!(plain > 0.02, "{plain}");
+        assert!(uneven > 0.05, "{uneven}");
+    }
 }

@@ -1,11 +1,13 @@
 //! LoRA adapters: merged as the reference merges them, and refused where they do not fit.
 
 mod common;
+#[path = "common/suite.rs"]
+mod suite;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{Stage, assert_close, floats, goldens, ids, json, picture, tensors};
+use common::{Stage, assert_close, floats, ids, picture};
 use half::bf16;
 use openvla::{Decoding, OpenVla};
 use openvla_convert::{Conversion, Options};
@@ -13,6 +15,7 @@ use openvla_kernels::Gguf;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
+use suite::Suite;
 
 /// F32, with an adapter.
 fn merging(adapter: &Path) -> Options {
@@ -25,28 +28,27 @@ fn merge(checkpoint: &Path, adapter: &Path, out: &Path) -> anyhow::Result<()> {
     conversion.write(out, &indicatif::ProgressBar::hidden())
 }
 
-/// Every stage and every token of the reference, for adapters with and without the copy of the
-/// head that peft saves beside its own tensors.
+/// Every stage and every token of the reference, for an adapter as peft saves it.
 #[test]
 fn merged_models_are_the_references() {
-    let Some(golden) = goldens() else { return };
-    let index = json(&golden.join("public/lora/cases.json"));
+    let suite = Suite::committed("lora");
+    merged_as_the_reference(&suite, &suite.dir.join("adapter"));
+}
+
+fn merged_as_the_reference(suite: &Suite, adapter: &Path) {
     let dir = tempfile::tempdir().unwrap();
-    for adapter in ["public/lora_adapter", "extra/lora_adapter_as_saved"] {
-        let path = dir.path().join("model.gguf");
-        merge(&golden.join("public/ckpt"), &golden.join(adapter), &path).unwrap();
-        let mut options = openvla::Options::default();
-        options.decoding = Decoding::Reference;
-        let mut policy = OpenVla::open(&path, &options).unwrap();
-        for case in index["cases"].as_array().unwrap() {
-            holds(&mut policy, case, &golden.join("public/lora"));
-        }
+    let path = dir.path().join("model.gguf");
+    merge(&suite.checkpoint, adapter, &path).unwrap();
+    let mut options = openvla::Options::default();
+    options.decoding = Decoding::Reference;
+    let mut policy = OpenVla::open(&path, &options).unwrap();
+    for case in &suite.cases {
+        holds(&mut policy, case, suite);
     }
 }
 
-fn holds(policy: &mut OpenVla, case: &Value, dir: &Path) {
-    let file = |key: &str| dir.join(case[key].as_str().unwrap());
-    let (want, image) = (tensors(&file("tensors")), picture(&file("image")));
+fn holds(policy: &mut OpenVla, case: &Value, suite: &Suite) {
+    let (want, image) = (suite.want(case), picture(&suite.file(case, "image")));
     let planes = policy.config().preprocess.planes(&image).unwrap();
     let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
     let network = policy.network();
@@ -54,12 +56,26 @@ fn holds(policy: &mut OpenVla, case: &Value, dir: &Path) {
     let projected = network.project(&features).unwrap();
     let soft = network.soft_tokens();
     let logits = network.prefill(&prompt, &projected).unwrap().logits().to_vec();
-    assert_close("merged", "F32", Stage::Soft, &soft, &want["projector_output"]);
-    assert_close("merged", "F32", Stage::Logits, &logits, &want["logits_first"]);
+    assert_close("merged", "F32", Stage::Soft, &soft, &want.soft);
+    assert_close("merged", "F32", Stage::Logits, &logits, &want.first_logits);
     let instruction = case["instruction"].as_str().unwrap();
     let got = policy.act(&image, instruction, case["unnorm_key"].as_str()).unwrap();
     assert_eq!(got.tokens, ids(&case["last_n_ids_used_by_reference"]));
     assert_eq!(got.action, floats(&case["action"]));
+}
+
+mod shared {
+    use super::*;
+
+    /// With and without the copy of the head that peft saves beside its own tensors.
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn merged_models_are_the_references() {
+        let suite = Suite::shared("public/lora");
+        for adapter in ["public/lora_adapter", "extra/lora_adapter_as_saved"] {
+            merged_as_the_reference(&suite, &common::shared().join(adapter));
+        }
+    }
 }
 
 /// Modules of the example that an adapter here changes: a permuted matrix, a padded one, a

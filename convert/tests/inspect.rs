@@ -228,89 +228,92 @@ proptest! {
     }
 }
 
-/// The published files around openvla-7b, or `None` with a loud word.
-fn shared() -> Option<PathBuf> {
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");
-    let there = shared.join("real_configs").is_dir() && shared.join("golden/facts.json").is_file();
-    if !there {
-        eprintln!("SKIPPED: the published files (../shared/real_configs) are not here");
-    }
-    there.then_some(shared)
-}
+/// With the published files around openvla-7b, which are beside the repository.
+mod shared {
+    use super::*;
 
-fn json_of(path: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
+    fn shared(file: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(file)
+    }
 
-#[test]
-fn every_published_data_set_has_a_card_and_none_has_an_invented_rate() {
-    let Some(shared) = shared() else { return };
-    let dir = shared.join("real_configs");
-    let of = |json: &Value| cards(&Statistics::parse(json.to_string()).unwrap());
-    let published = json_of(&dir.join("openvla-7b/config.json"))["norm_stats"].take();
-    let base = of(&published);
-    assert_eq!(
-        base.keys().collect::<Vec<_>>(),
-        published.as_object().unwrap().keys().collect::<Vec<_>>()
-    );
-    let libero = of(&json_of(&dir.join("lora-merged-libero/dataset_statistics.json")));
-    assert_eq!(libero.len(), 4);
-    for (name, card) in base.iter().chain(&libero) {
-        let ActionCard { dimensions, rate_hz, gripper, .. } = card;
-        let names: Vec<&str> = dimensions.iter().map(|d| d.name.as_str()).collect();
-        assert_eq!(names, ["x", "y", "z", "roll", "pitch", "yaw", "gripper"], "{name}");
-        // The one data set whose rate sources disagree about.
-        assert_eq!(rate_hz.is_none(), name == "dobbe", "{name}");
-        let constant = dimensions[6].q01 == dimensions[6].q99;
-        assert!(!(constant && gripper.is_some()), "{name}: nothing is known of a still gripper");
-        let units = dimensions[..6].iter().all(|d| d.unit == "as recorded");
-        assert_eq!(units, !libero.contains_key(name), "{name}");
+    fn json_of(path: &Path) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
     }
-    let rate = |name: &str| base.get(name).or_else(|| libero.get(name)).unwrap().rate_hz;
-    for (name, hz) in [
-        ("bridge_orig", 5.0),
-        ("fractal20220817_data", 3.0),
-        ("libero_goal_no_noops", 20.0),
-        ("ucsd_kitchen_dataset_converted_externally_to_rlds", 2.0),
-    ] {
-        assert_eq!(rate(name), Some(hz), "{name}");
-    }
-}
 
-/// The published files, described as a download whose LoRA adapter was merged; no tensors.
-#[test]
-fn the_published_model_is_listed_and_found_by_name() {
-    let Some(shared) = shared() else { return };
-    let mut files = Files::open(&shared.join("real_configs/openvla-7b")).unwrap();
-    let facts_of_tensors =
-        json_of(&shared.join("golden/facts.json"))["dinosiglip"]["tensors"].take();
-    let tensors: Vec<(String, Vec<usize>)> = serde_json::from_value(facts_of_tensors).unwrap();
-    let shapes: Shapes = tensors.into_iter().collect();
-    files.origin = Some(Origin {
-        repository: "openvla/openvla-7b".into(),
-        revision: "47a0ec7fc4ec123775a391911046cf33cf9ed83f".into(),
-    });
-    files.adapter = Some("openvla-7b+my_robot+b16".into());
-    let layout = layout(&files.config, &shapes).unwrap();
-    let statistics = StatisticsText::of(&files).unwrap().parse().unwrap();
-    let config = describe(&files, statistics, &shapes, &layout, "Q8_0".parse().unwrap()).unwrap();
-    let mut header = Header::default();
-    config.write(&mut header);
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("model.gguf");
-    std::fs::write(&file, header.encode()).unwrap();
-    let said = stdout(&inspect(&file, &[]));
-    for line in [
-        "OpenVLA 7B my-robot-b16 v1.0\n",
-        "tuned from  OpenVLA 7B, v1.0, OpenVLA, https://huggingface.co/openvla/openvla-7b\n",
-        "source      openvla/openvla-7b at 47a0ec7fc4ec123775a391911046cf33cf9ed83f\n",
-        "25 data sets; --dataset KEY shows one\n",
-        "  bridge_orig: 7 dimensions, 5 Hz, gripper 1 open, 0 closed\n",
-        "  dobbe: 7 dimensions, rate unknown, gripper unknown\n",
-    ] {
-        assert!(said.contains(line), "{line:?} is missing in:\n{said}");
+    #[test]
+    #[ignore = "needs ../shared"]
+    fn every_published_data_set_has_a_card_and_none_has_an_invented_rate() {
+        let dir = shared("real_configs");
+        let of = |json: &Value| cards(&Statistics::parse(json.to_string()).unwrap());
+        let published = json_of(&dir.join("openvla-7b/config.json"))["norm_stats"].take();
+        let base = of(&published);
+        assert_eq!(
+            base.keys().collect::<Vec<_>>(),
+            published.as_object().unwrap().keys().collect::<Vec<_>>()
+        );
+        let libero = of(&json_of(&dir.join("lora-merged-libero/dataset_statistics.json")));
+        assert_eq!(libero.len(), 4);
+        for (name, card) in base.iter().chain(&libero) {
+            let ActionCard { dimensions, rate_hz, gripper, .. } = card;
+            let names: Vec<&str> = dimensions.iter().map(|d| d.name.as_str()).collect();
+            assert_eq!(names, ["x", "y", "z", "roll", "pitch", "yaw", "gripper"], "{name}");
+            // The one data set whose rate sources disagree about.
+            assert_eq!(rate_hz.is_none(), name == "dobbe", "{name}");
+            let constant = dimensions[6].q01 == dimensions[6].q99;
+            assert!(
+                !(constant && gripper.is_some()),
+                "{name}: nothing is known of a still gripper"
+            );
+            let units = dimensions[..6].iter().all(|d| d.unit == "as recorded");
+            assert_eq!(units, !libero.contains_key(name), "{name}");
+        }
+        let rate = |name: &str| base.get(name).or_else(|| libero.get(name)).unwrap().rate_hz;
+        for (name, hz) in [
+            ("bridge_orig", 5.0),
+            ("fractal20220817_data", 3.0),
+            ("libero_goal_no_noops", 20.0),
+            ("ucsd_kitchen_dataset_converted_externally_to_rlds", 2.0),
+        ] {
+            assert_eq!(rate(name), Some(hz), "{name}");
+        }
     }
-    let said = stdout(&inspect(&file, &["--dataset", "toto"]));
-    assert!(said.contains("note: x to yaw are where to be, not how far to move"), "{said}");
-    assert_eq!(facts(&file)["general"]["base_models"][0]["name"], "OpenVLA 7B");
+
+    /// The published files, described as a download whose LoRA adapter was merged; no tensors.
+    #[test]
+    #[ignore = "needs ../shared"]
+    fn the_published_model_is_listed_and_found_by_name() {
+        let mut files = Files::open(&shared("real_configs/openvla-7b")).unwrap();
+        let facts_of_tensors =
+            json_of(&shared("golden/facts.json"))["dinosiglip"]["tensors"].take();
+        let tensors: Vec<(String, Vec<usize>)> = serde_json::from_value(facts_of_tensors).unwrap();
+        let shapes: Shapes = tensors.into_iter().collect();
+        files.origin = Some(Origin {
+            repository: "openvla/openvla-7b".into(),
+            revision: "47a0ec7fc4ec123775a391911046cf33cf9ed83f".into(),
+        });
+        files.adapter = Some("openvla-7b+my_robot+b16".into());
+        let layout = layout(&files.config, &shapes).unwrap();
+        let statistics = StatisticsText::of(&files).unwrap().parse().unwrap();
+        let config =
+            describe(&files, statistics, &shapes, &layout, "Q8_0".parse().unwrap()).unwrap();
+        let mut header = Header::default();
+        config.write(&mut header);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.gguf");
+        std::fs::write(&file, header.encode()).unwrap();
+        let said = stdout(&inspect(&file, &[]));
+        for line in [
+            "OpenVLA 7B my-robot-b16 v1.0\n",
+            "tuned from  OpenVLA 7B, v1.0, OpenVLA, https://huggingface.co/openvla/openvla-7b\n",
+            "source      openvla/openvla-7b at 47a0ec7fc4ec123775a391911046cf33cf9ed83f\n",
+            "25 data sets; --dataset KEY shows one\n",
+            "  bridge_orig: 7 dimensions, 5 Hz, gripper 1 open, 0 closed\n",
+            "  dobbe: 7 dimensions, rate unknown, gripper unknown\n",
+        ] {
+            assert!(said.contains(line), "{line:?} is missing in:\n{said}");
+        }
+        let said = stdout(&inspect(&file, &["--dataset", "toto"]));
+        assert!(said.contains("note: x to yaw are where to be, not how far to move"), "{said}");
+        assert_eq!(facts(&file)["general"]["base_models"][0]["name"], "OpenVLA 7B");
+    }
 }

@@ -9,44 +9,17 @@ use openvla_serve::field::Field;
 use openvla_serve::numpy::Ndarray;
 use serde_json::{Value, json};
 
-/// As the reference's server answered `ACTION`.
-const ANSWER: &str = r#"{"__numpy__":"mpmZmZmZib+3Yn/ZPXmYP95xio7k8o+/Z9Xnaiv2p7/c14FzRpSmP0vIBz2bVb8/MIbf39/f7z8=","dtype":"<f8","shape":[7]}"#;
-
-/// Name, request, status and answer of the reference.
+/// Name, request, status and answer of the reference's server, for a model that gives `ACTION`.
 fn captures() -> Vec<(String, Option<String>, u16, String)> {
-    let own = [
-        ("plain", Some(numpy_body("do something")), 200, ANSWER.to_owned()),
-        ("no instruction", Some(r#"{"image": {}}"#.into()), 200, "\"error\"".into()),
-        (
-            "not json",
-            Some("hello".into()),
-            422,
-            r#"{"detail":[{"type":"json_invalid","loc":["body",0],"msg":"JSON decode error","input":{},"ctx":{"error":"Expecting value"}}]}"#.into(),
-        ),
-        // Python reads NaN, and only then finds that there is no image.
-        ("nan", Some(r#"{"instruction": "x", "state": NaN}"#.into()), 200, "\"error\"".into()),
-        ("byte-order mark", Some("\u{feff}{}".into()), 200, "\"error\"".into()),
-        ("get", None, 405, r#"{"detail":"Method Not Allowed"}"#.into()),
-    ];
-    let mut all: Vec<_> = own
-        .into_iter()
-        .map(|(name, body, status, want)| (name.into(), body, status, want))
-        .collect();
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");
-    let file = shared.join("golden/public/rest_wire.json");
-    let Ok(text) = std::fs::read_to_string(&file) else {
-        eprintln!("SKIPPED: the reference's captures ({}) are not here", file.display());
-        return all;
-    };
-    let wire: Value = serde_json::from_str(&text).unwrap();
+    let wire = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/wire.json");
+    let wire: Value = serde_json::from_str(&std::fs::read_to_string(wire).unwrap()).unwrap();
     assert_eq!(wire["action_returned"], json!(ACTION));
-    for case in wire["cases"].as_array().unwrap() {
+    let capture = |case: &Value| {
         let text = |key: &str| case[key].as_str().map(str::to_owned);
         let status = case["status"].as_u64().unwrap() as u16;
-        let (name, want) = (text("name").unwrap(), text("response_body").unwrap());
-        all.push((name, text("request_body"), status, want));
-    }
-    all
+        (text("name").unwrap(), text("request_body"), status, text("response_body").unwrap())
+    };
+    wire["cases"].as_array().unwrap().iter().map(capture).collect()
 }
 
 fn answer(server: &Server, body: Option<&str>) -> common::Answer {

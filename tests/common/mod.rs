@@ -20,7 +20,7 @@ use serde_json::Value;
 /// largest absolute difference of any element. The other types are held by the relative error, the
 /// root mean square of the difference over that of the reference, worst case and step; logits are
 /// the 320 around the actions, each token forced to the reference's. The goldens are random
-/// networks of 64 to 256 channels, far harder to quantise than a trained one of 4096.
+/// networks of 32 to 256 channels, far harder to quantise than a trained one of 4096.
 ///
 /// On a GPU ([`devices`]), F32 is held as F16 is: ggml's attention there has keys and values in F16.
 /// The other types keep their rows. No GPU has seen this table yet.
@@ -46,20 +46,27 @@ pub enum Stage {
     Logits,
 }
 
-/// The reference's goldens, or `None` with a loud word where they are not.
-pub fn goldens() -> Option<PathBuf> {
-    // Beside the repository; this file belongs to tests of several packages in it.
-    let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1);
-    let golden = above.map(|up| up.join("shared/golden")).find(|g| g.is_dir());
-    if golden.is_none() {
-        eprintln!("SKIPPED: the reference's goldens (../shared/golden) are not here");
-    }
-    golden
+/// The goldens in the repository: what the reference computed of the example's checkpoints.
+pub fn committed() -> PathBuf {
+    found("tests/reference")
 }
 
-/// The published files around openvla-7b, or `None` with a loud word.
-pub fn real_configs() -> Option<PathBuf> {
-    goldens().and_then(|golden| golden.parent().map(|shared| shared.join("real_configs")))
+/// The goldens beside the repository, of checkpoints with Llama-2's own vocabulary.
+///
+/// Tests that need them are in a `mod shared` and ignored; `tests/run` runs them where it can.
+pub fn shared() -> PathBuf {
+    found("shared/golden")
+}
+
+/// The published files around openvla-7b, beside the repository.
+pub fn real_configs() -> PathBuf {
+    found("shared/real_configs")
+}
+
+/// In or beside the repository; this file belongs to tests of several packages in it.
+fn found(folder: &str) -> PathBuf {
+    let mut above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|up| up.join(folder));
+    above.find(|path| path.is_dir()).unwrap_or_else(|| panic!("{folder} is not here"))
 }
 
 pub fn json(path: &Path) -> Value {

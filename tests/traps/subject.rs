@@ -14,7 +14,8 @@ use openvla_kernels::{ALIGNMENT, Backend, DType, Gguf, Header, Shape, TensorInfo
 use serde_json::Value;
 
 use crate::by_hand::worst;
-use crate::common::{Stage, TOLERANCE, floats, goldens, ids, json, of, picture, tensors};
+use crate::common::{Stage, TOLERANCE, floats, ids, json, of, picture};
+use crate::suite::{Suite, Want};
 
 /// A broken fact is off by this many times what the engine may be.
 pub const FAR: f64 = 10.0;
@@ -46,11 +47,7 @@ pub struct Subject {
     pub got: Stages<Vec<f32>>,
 }
 
-pub static SUBJECTS: LazyLock<Vec<Subject>> = LazyLock::new(|| {
-    let mut subjects = vec![example()];
-    subjects.extend(goldens().map(|golden| of_reference(&golden)));
-    subjects
-});
+pub static SUBJECTS: LazyLock<[Subject; 2]> = LazyLock::new(|| [example(), of_reference()]);
 
 pub fn example() -> Subject {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -76,17 +73,14 @@ pub fn example() -> Subject {
     Subject::new("example", dir, &table_image(), case, want)
 }
 
-pub fn of_reference(golden: &Path) -> Subject {
-    let dir = golden.join("public");
-    let case = &json(&dir.join("cases.json"))["cases"][2];
-    let fixture = tensors(&dir.join(case["tensors"].as_str().unwrap()));
-    let towers = ["vit0_patch_features", "vit1_patch_features"].map(|name| &fixture[name]);
-    let patch = |i: usize| towers.iter().flat_map(move |t| t.chunks(t.len() / 256).nth(i).unwrap());
-    let features: Vec<f32> = (0..256).flat_map(patch).copied().collect();
-    let want = [&features, &fixture["projector_output"], &fixture["logits_first"]]
-        .map(|values| values.iter().copied().enumerate().collect());
-    let image = picture(&dir.join(case["image"].as_str().unwrap()));
-    Subject::new("reference", dir.join("ckpt"), &image, case, want)
+pub fn of_reference() -> Subject {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("traps_reference");
+    let suite = Suite::written_to(&dir, "openvla");
+    let case = &suite.cases[0];
+    let Want { features, soft, first_logits, .. } = suite.want(case);
+    let want = [features, soft, first_logits].map(|all| all.into_iter().enumerate().collect());
+    let image = picture(&suite.file(case, "image"));
+    Subject::new("reference", dir, &image, case, want)
 }
 
 impl Subject {

@@ -10,7 +10,6 @@ use std::iter;
 use std::ops::Range;
 use std::path::Path;
 
-use common::goldens;
 use llama_cpp_2::model::LlamaModel;
 use openvla::{Kernels, OpenVla, Options};
 use openvla_example::{COMMITTED, Size, Spec};
@@ -116,24 +115,35 @@ fn llama_cpp_computes_the_same_logits_at_the_wide_size() {
     agree(dir.path());
 }
 
-#[test]
-fn llama_cpp_computes_the_same_logits_for_the_goldens() {
-    let Some(golden) = goldens() else { return };
-    agree(&golden.join("public/ckpt"));
-}
-
 /// Through the scores, where ours goes by the merges.
 #[test]
 fn llama_cpp_cuts_prompts_into_the_same_ids() {
-    let golden = goldens().map(|golden| golden.join("public/ckpt"));
-    for checkpoint in iter::once(example().to_owned()).chain(golden) {
-        let (_, policy, model) = both(&checkpoint, "Q8_0");
-        let prompt = &policy.config().prompt;
-        for instruction in [INSTRUCTION, "pick up the  2nd naïve cup, é忠!"] {
-            let text = prompt.text(instruction);
-            let ids = model.vocab().tokenize(text.as_bytes(), true, false);
-            let ids = ids.iter().map(|id| id.0 as u32).chain([prompt.suffix]);
-            assert_eq!(ids.collect::<Vec<_>>(), policy.prompt_ids(instruction).unwrap(), "{text}");
-        }
+    cut_alike(example());
+}
+
+fn cut_alike(checkpoint: &Path) {
+    let (_, policy, model) = both(checkpoint, "Q8_0");
+    let prompt = &policy.config().prompt;
+    for instruction in [INSTRUCTION, "pick up the  2nd naïve cup, é忠!"] {
+        let text = prompt.text(instruction);
+        let ids = model.vocab().tokenize(text.as_bytes(), true, false);
+        let ids = ids.iter().map(|id| id.0 as u32).chain([prompt.suffix]);
+        assert_eq!(ids.collect::<Vec<_>>(), policy.prompt_ids(instruction).unwrap(), "{text}");
+    }
+}
+
+mod shared {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn llama_cpp_computes_the_same_logits() {
+        agree(&common::shared().join("public/ckpt"));
+    }
+
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn llama_cpp_cuts_prompts_into_the_same_ids() {
+        cut_alike(&common::shared().join("public/ckpt"));
     }
 }

@@ -4,12 +4,14 @@ use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    check_only_ggml();
+    // Set by llama-cpp-sys-2: OUT/lib/cmake, or OUT/lib64/cmake.
+    let cmake = std::env::var("DEP_LLAMA_GGML_CMAKE_DIR").expect("llama-cpp-sys-2 installs ggml");
+    let libraries = Path::new(&cmake).parent().expect("a folder of the build");
+    check_only_ggml(libraries);
     // Set by llama-cpp-sys-2 if it was built with `dynamic-backends`.
     let Ok(modules) = std::env::var("DEP_LLAMA_BACKENDS_DIR") else { return };
-    let out = Path::new(&modules).parent().expect("a folder of the build");
     println!("cargo:rustc-env=OPENVLA_GGML_MODULES={modules}");
-    println!("cargo:libraries={}", out.join("lib").display());
+    println!("cargo:libraries={}", libraries.display());
     let own = std::env::var("OUT_DIR").expect("cargo sets it");
     let programs = Path::new(&own).ancestors().nth(3).expect("target/PROFILE/build/CRATE/out");
     for folder in ["", "deps", "examples"] {
@@ -18,13 +20,10 @@ fn main() {
 }
 
 /// `.cargo/config.toml` makes llama-cpp-sys-2 build ggml alone. Cargo reads it only inside this repository.
-fn check_only_ggml() {
-    // Set by llama-cpp-sys-2: OUT/lib/cmake.
-    let Some(cmake) = std::env::var_os("DEP_LLAMA_GGML_CMAKE_DIR") else { return };
-    let out = Path::new(&cmake).ancestors().nth(2).expect("a folder of the build");
-    let library = out.join("lib/libllama.a");
-    let is_whole = library.metadata().is_ok_and(|library| library.len() > 100_000);
-    let is_wanted = out.join("build/common").is_dir(); // with the crate's feature `common`
+fn check_only_ggml(libraries: &Path) {
+    let is_large = |path: std::path::PathBuf| path.metadata().is_ok_and(|it| it.len() > 100_000);
+    let is_whole = ["libllama.a", "libllama.so"].map(|name| libraries.join(name)).into_iter().any(is_large);
+    let is_wanted = libraries.with_file_name("build/common").is_dir(); // with the crate's feature `common`
     if is_whole && !is_wanted {
         println!(
             "cargo:warning=all of llama.cpp was built, where ggml is enough: set CMAKE_PROJECT_INCLUDE to {} \

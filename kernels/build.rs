@@ -22,7 +22,8 @@ fn main() {
 /// `.cargo/config.toml` makes llama-cpp-sys-2 build ggml alone. Cargo reads it only inside this repository.
 fn check_only_ggml(libraries: &Path) {
     let is_large = |path: std::path::PathBuf| path.metadata().is_ok_and(|it| it.len() > 100_000);
-    let is_whole = ["libllama.a", "libllama.so"].map(|name| libraries.join(name)).into_iter().any(is_large);
+    let is_whole =
+        ["libllama.a", "libllama.so"].map(|name| libraries.join(name)).into_iter().any(is_large);
     let is_wanted = libraries.with_file_name("build/common").is_dir(); // with the crate's feature `common`
     if is_whole && !is_wanted {
         println!(

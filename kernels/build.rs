@@ -4,9 +4,13 @@ use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/exceptions.cpp");
     // Set by llama-cpp-sys-2: OUT/lib/cmake, or OUT/lib64/cmake.
     let cmake = std::env::var("DEP_LLAMA_GGML_CMAKE_DIR").expect("llama-cpp-sys-2 installs ggml");
     let libraries = Path::new(&cmake).parent().expect("a folder of the build");
+    let mut exceptions = cc::Build::new();
+    exceptions.cpp(true).std("c++17").include(libraries.with_file_name("include"));
+    exceptions.file("src/exceptions.cpp").compile("openvla-exceptions");
     check_only_ggml(libraries);
     // Set by llama-cpp-sys-2 if it was built with `dynamic-backends`.
     let Ok(modules) = std::env::var("DEP_LLAMA_BACKENDS_DIR") else { return };

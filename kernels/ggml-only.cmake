@@ -15,3 +15,7 @@ if(PROJECT_NAME STREQUAL "llama.cpp" AND NOT LLAMA_BUILD_COMMON)
         endif()
     endmacro()
 endif()
+# For tests of GPUs: one module for CPUs that have AVX2 in place of one for each generation, 14 in all.
+if(PROJECT_NAME STREQUAL "llama.cpp" AND DEFINED ENV{OPENVLA_ONE_CPU})
+    set(GGML_CPU_ALL_VARIANTS OFF CACHE BOOL "" FORCE)
+endif()

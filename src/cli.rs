@@ -43,7 +43,7 @@ impl Threads {
 /// Where to compute.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Place {
-    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N
+    /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N, vulkan, vulkan:N
     #[arg(long, value_name = "NAME", default_value = "auto")]
     device: Devices,
     /// Layers of the Llama to keep on GPUs, the rest on the CPU [default: all]; also -ngl N
@@ -105,6 +105,9 @@ impl Model {
         options.draft = self.draft;
         if self.reference_decoding {
             options.decoding = Decoding::Reference;
+        }
+        if let Some(why) = options.devices.left_alone() {
+            say(why);
         }
         Ok(match self.path() {
             Some(path) => {

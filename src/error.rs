@@ -109,12 +109,7 @@ impl Error {
             Self::NotFinite { .. } | Self::Kernels(openvla_kernels::Error::NotFinite { .. }) => {
                 Some("the file may be damaged; try a wider type, such as --bf16".into())
             }
-            Self::NoDevice { found, .. } if found.is_empty() => Some(
-                "--device auto takes what there is; a program built with `--features cuda` and its \
-                 libraries beside it uses NVIDIA GPUs"
-                    .into(),
-            ),
-            Self::NoDevice { found, .. } => Some(format!("there are: {}", found.join(", "))),
+            Self::NoDevice { wanted, found, .. } => Some(other_devices(wanted, found)),
             Self::DeviceMemory { fits: Some(n), .. } => Some(format!(
                 "--n-gpu-layers {n} keeps {n} layers on GPUs and the rest on the CPU; a file of a smaller \
                  type, such as --q4, needs less"
@@ -122,8 +117,31 @@ impl Error {
             Self::DeviceMemory { fits: None, .. } => {
                 Some("not even the vision towers fit; --device cpu needs no GPU".into())
             }
-            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } | Self::Decoder { .. } => None,
+            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } | Self::Decoder { .. } => {
+                None
+            }
         }
+    }
+}
+
+/// What there is in place of a device, and what a program needs for its kind if there is none of it.
+fn other_devices(wanted: &str, found: &[String]) -> String {
+    let kind = wanted.split(':').next().unwrap_or(wanted);
+    let build = match kind {
+        "cuda" => {
+            "a program built with `--features cuda` and its libraries beside it uses NVIDIA GPUs"
+        }
+        "vulkan" => {
+            "a program built with `--features vulkan` and its libraries beside it uses GPUs that have a \
+             Vulkan driver (`vulkaninfo --summary` lists them)"
+        }
+        _ => "the kinds are cuda and vulkan; vulkan:1 is the second of its kind",
+    };
+    let is_of_kind = |name: &String| name.to_lowercase().starts_with(kind);
+    match found.join(", ") {
+        names if found.iter().any(is_of_kind) => format!("there are: {names}"),
+        names if names.is_empty() => format!("--device auto takes what there is; {build}"),
+        names => format!("there are: {names}; {build}"),
     }
 }
 
@@ -145,6 +163,24 @@ fn suggest(key: &str, known: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_device_is_told_what_there_is_and_what_its_kind_needs() {
+        let hint = |wanted: &str, found: &[&str]| {
+            let found = found.iter().map(|name| (*name).to_owned()).collect();
+            Error::NoDevice { wanted: wanted.to_owned(), found, why: None }.hint().unwrap()
+        };
+        assert!(hint("cuda", &[]).contains("--features cuda"), "{}", hint("cuda", &[]));
+        assert!(hint("vulkan:1", &[]).contains("--features vulkan"), "{}", hint("vulkan:1", &[]));
+        assert!(hint("vulcan", &[]).contains("cuda and vulkan"), "{}", hint("vulcan", &[]));
+        let intel = ["Vulkan0 (Intel Arc)"];
+        assert_eq!(hint("vulkan:1", &intel), "there are: Vulkan0 (Intel Arc)");
+        let both = hint("cuda", &intel);
+        assert!(
+            both.contains("Vulkan0 (Intel Arc); a program built with `--features cuda`"),
+            "{both}"
+        );
+    }
 
     #[test]
     fn a_near_miss_is_suggested_and_a_wild_guess_is_not() {

@@ -20,7 +20,7 @@ pub enum Devices {
     Auto,
     /// The CPU alone.
     Cpu,
-    /// All GPUs of a kind, such as `cuda`, or the one of that number.
+    /// All GPUs of a kind, `cuda` or `vulkan`, or the one of that number.
     Gpu(String, Option<usize>),
 }
 
@@ -40,7 +40,10 @@ impl FromStr for Devices {
             ("auto", None) => Ok(Self::Auto),
             ("cpu", None) => Ok(Self::Cpu),
             ("auto" | "cpu", Some(_)) => Err(format!("`{kind}` takes no number")),
-            ("", _) => Err("auto, cpu, cuda or cuda:N is wanted".to_owned()),
+            ("", _) => {
+                Err("auto, cpu, cuda, vulkan or one of several, such as cuda:1, is wanted"
+                    .to_owned())
+            }
             (kind, number) => Ok(Self::Gpu(kind.to_owned(), number)),
         }
     }
@@ -69,6 +72,22 @@ impl Devices {
         let mut i = 0..;
         all.retain(|_| chosen.contains(&i.next().expect("counts on")));
         Ok(all)
+    }
+
+    /// Why `auto` takes no GPU, where there is one or ggml says why there is none.
+    pub fn left_alone(&self) -> Option<String> {
+        if *self != Self::Auto {
+            return None;
+        }
+        let all = Device::all();
+        match all.first() {
+            _ if all.iter().any(|gpu| gpu.is_discrete) => None,
+            Some(Device { name, description, kind, .. }) => Some(format!(
+                "{name} ({description}) has no memory of its own and is taken only by --device {}",
+                kind.to_lowercase()
+            )),
+            None => Device::complaint().map(|why| format!("no GPU is used: {why}")),
+        }
     }
 
     /// Which of the GPUs, given their kinds and whether they have memory of their own.

@@ -6,12 +6,14 @@
 //! | [`work`] | the bytes and operations of each stage, computed |
 //! | [`machine`] | what this machine is, and what it reaches at best |
 //! | [`measure`] | the measurement |
+//! | [`compare`] | what a device computes, held against the CPU |
 //! | [`results`] | what it gives: one versioned object, to write and to read |
 //! | [`report`] | that as tables |
 //! | [`plot`] | that as a picture |
 //! | [`project`] | what cards that were not measured might reach |
 //! | [`types`] | one checkpoint at every type, on the simulated table |
 
+pub mod compare;
 pub mod machine;
 pub mod measure;
 pub mod plot;

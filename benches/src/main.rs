@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use openvla::Draft;
 use openvla::cli::{self, Place, write};
+use openvla_bench::compare::compare;
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
@@ -63,6 +64,14 @@ enum Command {
         /// Results that `-o json` printed
         results: Vec<PathBuf>,
     },
+    /// Prints how far a device's numbers are from a CPU's, stage by stage, as JSON
+    Compare {
+        /// Model file
+        #[arg(short, long, value_name = "MODEL.gguf")]
+        model: PathBuf,
+        #[command(flatten)]
+        place: Place,
+    },
     /// Prints what cards that were not measured might reach with the same file
     Project {
         /// A result that `-o json` printed
@@ -104,6 +113,9 @@ fn run(args: Args) -> Result<()> {
         }
         Some(Command::Types { checkpoint, episodes, seed, output }) => {
             types(&checkpoint, episodes, seed, output)?
+        }
+        Some(Command::Compare { model, place }) => {
+            serde_json::to_string_pretty(&compare(&model, &place.options())?)? + "\n"
         }
         None => args.measure.run()?,
     };

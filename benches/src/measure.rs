@@ -20,6 +20,8 @@ use crate::workload::Workload;
 /// # Errors
 /// What is wrong with the file, or if a step gives other tokens than the one before it.
 pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
+    let gpus = options.devices.gpus()?;
+    let free: Vec<usize> = gpus.iter().map(|gpu| gpu.memory().0).collect();
     let origin = Origin::now("openvla-bench", options)?;
     let file = inspect(model)?;
     // Two first steps, one to draft from, and the limits.
@@ -42,7 +44,11 @@ pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
     }
     let (drafted_step, drafted_passes) = drafted(&mut workload, n, &progress)?;
     let peak_bytes = machine::peak_bytes();
-    let (mut stages, memory) = (stages(&workload, &file, &timings), memory(&workload, &file));
+    let (mut stages, mut memory) = (stages(&workload, &file, &timings), memory(&workload, &file));
+    for (gpu, free) in gpus.iter().zip(free) {
+        let component = format!("{}: taken, as its driver says", gpu.name);
+        memory.push(Memory { component, bytes: free.saturating_sub(gpu.memory().0) as u64 });
+    }
     stages.push(drafted_step);
     drop(workload); // gives its memory back
     let limits = machine::limits(options)?;

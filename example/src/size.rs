@@ -9,6 +9,9 @@ use clap::ValueEnum;
 pub enum Size {
     /// 423 thousand weights: the committed checkpoint.
     Tiny,
+    /// Tiny, but for heads as large as the published model's, 64, 72 and 128 numbers: towers of its width and
+    /// one block, and a Llama of two narrow layers. 55 million weights.
+    Heads,
     /// Tiny, but for a Llama of four layers whose rows are multiples of 256, as K-quants need.
     Wide,
     /// The published model's tensors, files and numbers of pieces: 7.54 billion weights, 15 GB.
@@ -67,6 +70,15 @@ impl Size {
     pub fn sizes(self) -> Sizes {
         match self {
             Self::Tiny => TINY,
+            Self::Heads => {
+                let Sizes { dinov2, siglip, .. } = Self::Full.sizes();
+                Sizes {
+                    dinov2: Tower { depth: 2, ..dinov2 },
+                    siglip: Tower { depth: 2, ..siglip },
+                    llama: Llama { dim: 512, hidden: 1024, n_layer: 2, n_head: 4 },
+                    ..TINY
+                }
+            }
             Self::Wide => {
                 Sizes { llama: Llama { dim: 256, hidden: 512, n_layer: 4, n_head: 4 }, ..TINY }
             }

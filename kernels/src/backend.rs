@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Usage, Use};
-use crate::device::start;
+use crate::device::{keep, start};
+use crate::exceptions::{openvla_free, openvla_start};
 use crate::{Device, Error, Result, panel, threads};
 
 /// Whose functions a CPU computes with.
@@ -207,11 +208,10 @@ impl Backend {
 
 impl Place {
     fn new(device: sys::ggml_backend_dev_t) -> Result<Self> {
-        // SAFETY: a device of the registry, whose name is a C string that lives as long; a null
-        // parameter string is ggml's documented default.
+        // SAFETY: a device of the registry, whose name is a C string that lives as long.
         let (name, raw) = unsafe {
             let name = CStr::from_ptr(sys::ggml_backend_dev_name(device));
-            let raw = sys::ggml_backend_dev_init(device, std::ptr::null());
+            let raw = openvla_start(device, keep);
             (name.to_string_lossy().into_owned(), raw)
         };
         let why = || Device::complaint().unwrap_or_else(|| "ggml cannot start it".to_owned());
@@ -225,7 +225,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // SAFETY: everything allocated on the backend holds an `Arc` of it, so nothing is left.
-        unsafe { sys::ggml_backend_free(self.raw.as_ptr()) }
+        unsafe { openvla_free(self.raw.as_ptr()) }
     }
 }
 

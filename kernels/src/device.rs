@@ -11,6 +11,7 @@ use llama_cpp_sys_2 as sys;
 #[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]
 use crate::Error;
 use crate::Result;
+use crate::exceptions::openvla_end_at_exceptions;
 
 /// A device other than the CPU: one GPU. The CPU is always there and needs no name.
 #[derive(Debug, Clone)]
@@ -92,6 +93,25 @@ unsafe fn text(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
+/// [`Device::complaint`] in brackets, to end a sentence with.
+pub(crate) fn complained() -> String {
+    Device::complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default()
+}
+
+/// Keeps a complaint, for [`Device::complaint`].
+///
+/// # Safety
+/// `said` must point to a C string.
+pub(crate) unsafe extern "C" fn keep(said: *const c_char) {
+    // SAFETY: the caller's promise.
+    let said = unsafe { text(said) };
+    let mut complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if complaints.len() == MAX_COMPLAINTS {
+        complaints.pop_front();
+    }
+    complaints.push_back(said.trim().to_owned());
+}
+
 static COMPLAINTS: Mutex<VecDeque<String>> = Mutex::new(VecDeque::new());
 
 /// Lines of a complaint that are kept.
@@ -103,15 +123,10 @@ const MAX_COMPLAINTS: usize = 3;
 /// # Errors
 /// [`Error::Device`] if the CPU lacks instructions that ggml was built for.
 pub(crate) fn start() -> Result<()> {
-    unsafe extern "C" fn keep(level: sys::ggml_log_level, said: *const c_char, _: *mut c_void) {
+    unsafe extern "C" fn log(level: sys::ggml_log_level, said: *const c_char, _: *mut c_void) {
         if level == sys::GGML_LOG_LEVEL_ERROR && !said.is_null() {
             // SAFETY: ggml logs C strings.
-            let said = unsafe { text(said) };
-            let mut complaints = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
-            if complaints.len() == MAX_COMPLAINTS {
-                complaints.pop_front();
-            }
-            complaints.push_back(said.trim().to_owned());
+            unsafe { keep(said) };
         }
     }
     #[cfg(all(target_arch = "x86_64", not(feature = "dynamic")))]
@@ -120,8 +135,9 @@ pub(crate) fn start() -> Result<()> {
     ONCE.call_once(|| {
         // SAFETY: the callbacks keep to their own memory, and `ONCE` to one thread.
         unsafe {
-            sys::ggml_log_set(Some(keep), std::ptr::null_mut());
+            sys::ggml_log_set(Some(log), std::ptr::null_mut());
             sys::ggml_set_abort_callback(Some(end));
+            openvla_end_at_exceptions(end);
         }
         #[cfg(feature = "dynamic")]
         load_modules();
@@ -160,11 +176,11 @@ fn check_instructions() -> Result<()> {
 
 /// Where ggml cannot go on, it aborts: a GPU out of memory in the middle of a graph, or gone. There
 /// is no way back through its frames, so the program ends here, with words and exit code 1 in place
-/// of a core dump.
+/// of a core dump. So it does where an exception has nowhere to go.
 unsafe extern "C" fn end(said: *const c_char) {
     // SAFETY: ggml passes a C string.
     let said = unsafe { text(said) };
-    let before = Device::complaint().map(|complaint| format!(" ({complaint})")).unwrap_or_default();
+    let before = complained();
     // `eprintln!` would panic where stderr cannot be written to, which has no way out of here.
     let _ = writeln!(std::io::stderr(), "error: the device failed: {said}{before}");
     // SAFETY: ends the process at once; a failed device's own clean-up might never end.
@@ -183,8 +199,12 @@ fn load_modules() {
     let built = std::path::Path::new(env!("OPENVLA_GGML_MODULES"));
     let path = |path: &std::path::Path| CString::new(path.as_os_str().as_bytes()).ok();
     for folder in beside.into_iter().chain([built]) {
-        let cuda = folder.join("libggml-cuda.so");
-        let (Some(folder), Some(cuda_path)) = (path(folder), path(&cuda)) else { continue };
+        let module = |file| Some(folder.join(file)).filter(|module| module.exists());
+        let gpus = [
+            (c"CUDA", module("libggml-cuda.so").and_then(|module| path(&module))),
+            (c"Vulkan", module("libggml-vulkan.so").and_then(|module| path(&module))),
+        ];
+        let Some(folder) = path(folder) else { continue };
         // SAFETY: C strings; the registry is used by this thread alone, see `start`.
         unsafe {
             sys::ggml_backend_load_all_from_path(folder.as_ptr());
@@ -192,8 +212,12 @@ fn load_modules() {
                 continue;
             }
             // ggml keeps to itself why a module did not load, unless it is asked for by its name.
-            if sys::ggml_backend_reg_by_name(c"CUDA".as_ptr()).is_null() && cuda.exists() {
-                sys::ggml_backend_load(cuda_path.as_ptr());
+            for (kind, module) in gpus {
+                if let Some(module) = module
+                    && sys::ggml_backend_reg_by_name(kind.as_ptr()).is_null()
+                {
+                    sys::ggml_backend_load(module.as_ptr());
+                }
             }
             return;
         }

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Counts, Use};
+use crate::device::{complained, keep};
+use crate::exceptions::{openvla_compute, openvla_free_scheduler};
 use crate::finite::Guard;
 use crate::memory::{Context, Home, Place};
 use crate::observer::{Observed, Sink};
@@ -95,9 +97,7 @@ impl Graph {
         let _idle = self.backend.lock();
         // SAFETY: the graph is allocated on these devices, its shapes were asserted node by node,
         // and nothing else runs there.
-        let status = unsafe {
-            sys::ggml_backend_sched_graph_compute(self.scheduler.as_ptr(), self.raw.as_ptr())
-        };
+        let status = unsafe { openvla_compute(self.scheduler.as_ptr(), self.raw.as_ptr(), keep) };
         if status == sys::GGML_STATUS_SUCCESS {
             self.observed.iter().for_each(Observed::add);
             let mut result = Ok(());
@@ -106,7 +106,7 @@ impl Graph {
             }
             return result;
         }
-        let why = format!("computing a graph failed with ggml's status {status}");
+        let why = format!("computing a graph failed with ggml's status {status}{}", complained());
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
     }
 
@@ -198,7 +198,7 @@ impl Drop for Graph {
     fn drop(&mut self) {
         self.count(Counts::subtract);
         // SAFETY: the scheduler is live, and nothing runs there.
-        unsafe { sys::ggml_backend_sched_free(self.scheduler.as_ptr()) }
+        unsafe { openvla_free_scheduler(self.scheduler.as_ptr()) }
     }
 }
 

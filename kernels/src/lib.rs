@@ -30,6 +30,7 @@ mod custom;
 mod device;
 mod dtype;
 mod error;
+mod exceptions;
 mod finite;
 #[cfg(target_arch = "x86_64")]
 mod floats;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 use crate::Tensor;
+use crate::exceptions::openvla_tensor_get;
 
 /// The squares of what a weight `[n_in, n_out]` was multiplied by.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -77,9 +78,7 @@ impl Observed {
         let bytes = std::mem::size_of_val(rows.as_slice());
         // SAFETY: the tensor is alive, allocated, and holds exactly that many bytes of f32; the
         // lock keeps graphs from running meanwhile.
-        unsafe {
-            sys::ggml_backend_tensor_get(self.x.as_ptr(), rows.as_mut_ptr().cast(), 0, bytes);
-        }
+        unsafe { openvla_tensor_get(self.x.as_ptr(), rows.as_mut_ptr().cast(), bytes) };
         self.sink.add(&rows, self.n_in);
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Buffer, Use};
+use crate::exceptions::openvla_tensor_set;
 use crate::memory::Context;
 use crate::{Backend, Gguf, TensorInfo, parallel_for_each};
 
@@ -168,9 +169,7 @@ impl Layout {
         let fill = |Exclusive((info, raw)): Exclusive<'_>| {
             let bytes = &file.bytes()[info.range.clone()];
             // SAFETY: the tensor is allocated and `bytes` are all of its.
-            unsafe {
-                sys::ggml_backend_tensor_set(raw.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
-            }
+            unsafe { openvla_tensor_set(raw.as_ptr(), bytes.as_ptr().cast(), bytes.len()) };
             file.forget(info.range.clone()); // there is a copy now
             Ok(())
         };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use crate::buffer::{Buffer, Use};
+use crate::exceptions::{openvla_buffer_clear, openvla_tensor_get, openvla_tensor_set};
 use crate::gguf::bytes_of;
 use crate::memory::{Context, Home, Place};
 use crate::{Backend, DType, Error, Result, Shape, Weight};
@@ -100,7 +101,7 @@ impl State {
         };
         let buffer = buffer.ok_or_else(|| no_room(bytes))?;
         // SAFETY: a live buffer; no graph knows it yet.
-        unsafe { sys::ggml_backend_buffer_clear(buffer.raw(), 0) };
+        unsafe { openvla_buffer_clear(buffer.raw()) };
         let (backend, _buffers) = (backend.clone(), vec![buffer]);
         let home =
             Arc::new(Home { _buffers, _context: context, backend, _file: None, _panels: None });
@@ -130,9 +131,7 @@ impl State {
         let _idle = self.place.home.backend.lock();
         // SAFETY: the tensor is allocated and holds at least that many bytes; the lock keeps
         // graphs from running meanwhile.
-        unsafe {
-            sys::ggml_backend_tensor_set(self.place.raw.as_ptr(), data.as_ptr().cast(), 0, bytes);
-        }
+        unsafe { openvla_tensor_set(self.place.raw.as_ptr(), data.as_ptr().cast(), bytes) };
     }
 
     /// All elements.
@@ -145,14 +144,7 @@ impl State {
         let bytes = std::mem::size_of_val(data.as_slice());
         let _idle = self.place.home.backend.lock();
         // SAFETY: the tensor is allocated and holds exactly that many bytes of plain numbers.
-        unsafe {
-            sys::ggml_backend_tensor_get(
-                self.place.raw.as_ptr(),
-                data.as_mut_ptr().cast(),
-                0,
-                bytes,
-            );
-        }
+        unsafe { openvla_tensor_get(self.place.raw.as_ptr(), data.as_mut_ptr().cast(), bytes) };
         data
     }
 

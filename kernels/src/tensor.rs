@@ -141,6 +141,11 @@ impl<'g> Tensor<'g> {
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
         let mut product =
             self.builder.node(unsafe { sys::ggml_mul_mat(context, raw, x.raw.as_ptr()) });
+        if self.dtype() == DType::F16 {
+            // Else GPUs multiply and add in 16 bits.
+            // SAFETY: the node is a live product and nobody else's yet.
+            unsafe { sys::ggml_mul_mat_set_prec(product.raw.as_ptr(), sys::GGML_PREC_F32) }
+        }
         if let Some(guard) = guard {
             // SAFETY: the node is live and nobody else's yet. A product reads two sources; a third one only
             // makes the guard run where the product does.

@@ -48,7 +48,9 @@ pub enum Stage {
 
 /// The goldens in the repository: what the reference computed of the example's checkpoints.
 pub fn committed() -> PathBuf {
-    found("tests/reference")
+    // A copy of this program may be elsewhere.
+    let named = std::env::var_os("OPENVLA_GOLDENS").map(PathBuf::from);
+    named.unwrap_or_else(|| found("tests/reference"))
 }
 
 /// The goldens beside the repository, of checkpoints with Llama-2's own vocabulary.
@@ -97,10 +99,10 @@ pub fn convert(checkpoint: &Path, encoding: &str, out: &Path) {
     conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
 }
 
-/// Where models are opened: `OPENVLA_DEVICE=cuda` runs the goldens on a GPU.
+/// Where models are opened: `OPENVLA_DEVICE=cuda` or `vulkan` runs the goldens on a GPU.
 pub fn devices() -> Devices {
     let named = std::env::var("OPENVLA_DEVICE").ok();
-    named.map_or(Devices::Cpu, |name| name.parse().expect("OPENVLA_DEVICE: cpu, cuda or cuda:N"))
+    named.map_or(Devices::Cpu, |name| name.parse().expect("OPENVLA_DEVICE"))
 }
 
 /// A converted checkpoint, opened; the folder goes with it.

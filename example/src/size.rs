@@ -14,6 +14,9 @@ pub enum Size {
     Heads,
     /// Tiny, but for a Llama of four layers whose rows are multiples of 256, as K-quants need.
     Wide,
+    /// As wide as the published model, with its heads and pieces, but two blocks in each tower and two
+    /// layers: 825 million weights.
+    Slim,
     /// The published model's tensors, files and numbers of pieces: 7.54 billion weights, 15 GB.
     Full,
 }
@@ -81,6 +84,16 @@ impl Size {
             }
             Self::Wide => {
                 Sizes { llama: Llama { dim: 256, hidden: 512, n_layer: 4, n_head: 4 }, ..TINY }
+            }
+            Self::Slim => {
+                let Sizes { dinov2, siglip, llama, .. } = Self::Full.sizes();
+                Sizes {
+                    dinov2: Tower { depth: 3, ..dinov2 },
+                    siglip: Tower { depth: 3, ..siglip },
+                    llama: Llama { n_layer: 2, ..llama },
+                    entry: TINY.entry,
+                    ..Self::Full.sizes()
+                }
             }
             Self::Full => Sizes {
                 dinov2: Tower { dim: 1024, hidden: 4096, depth: 24 },

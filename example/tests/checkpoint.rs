@@ -115,6 +115,19 @@ fn wide_differs_in_its_llama_whose_rows_are_of_whole_k_quant_blocks() -> Result<
 }
 
 #[test]
+fn slim_is_the_full_size_with_fewer_blocks() {
+    let shapes = |size| {
+        let tensors = Spec { size, ..COMMITTED }.tensors().into_iter();
+        tensors.map(|tensor| (tensor.name, tensor.shape)).collect::<BTreeMap<_, _>>()
+    };
+    let (slim, full) = (shapes(Size::Slim), shapes(Size::Full));
+    assert!(slim.len() < full.len() / 5, "{} of {}", slim.len(), full.len());
+    for (name, shape) in slim {
+        assert_eq!(full[&name], shape, "{name}");
+    }
+}
+
+#[test]
 fn impossible_shards_are_refused_before_anything_is_written() -> Result<()> {
     let dir = tempfile::tempdir()?;
     for shards in [0, 10_000] {

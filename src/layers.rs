@@ -24,6 +24,47 @@ impl Linear {
     }
 }
 
+/// Matrices `[n_in, n_i]` that are multiplied by the same rows: in as few products as their types and
+/// places in memory allow.
+pub(crate) struct Products<const N: usize> {
+    /// Each with the number of matrices that it is made of.
+    stacks: Vec<(Weight, usize)>,
+    /// The rows of each matrix.
+    rows: [usize; N],
+}
+
+impl<const N: usize> Products<N> {
+    pub fn new(matrices: &[Weight; N]) -> Self {
+        let (mut stacks, mut start) = (Vec::new(), 0);
+        while start < N {
+            let stack = |end| {
+                let parts: Vec<_> = matrices[start..end].iter().collect();
+                Some((Weight::stacked(&parts)?, end - start))
+            };
+            let stack = (start + 2..=N).rev().find_map(stack);
+            let (weight, n) = stack.unwrap_or_else(|| (matrices[start].clone(), 1));
+            stacks.push((weight, n));
+            start += n;
+        }
+        Self { stacks, rows: matrices.each_ref().map(|matrix| matrix.shape()[1]) }
+    }
+
+    /// `x [n_in, n] → [n_i, n]`, with gaps between rows.
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> [Tensor<'g>; N] {
+        let mut rows = self.rows.iter();
+        let products = self.stacks.iter().flat_map(|(weight, n)| {
+            let (product, mut start) = (g.weight(weight).mul_mat(x), 0);
+            let slices = rows.by_ref().take(*n).map(move |rows| {
+                start += rows;
+                if *n == 1 { product } else { product.slice(0, start - rows, *rows) }
+            });
+            slices.collect::<Vec<_>>()
+        });
+        let products: Vec<_> = products.collect();
+        products.try_into().unwrap_or_else(|_| unreachable!("one for each matrix"))
+    }
+}
+
 /// LayerNorm with its affine part, over rows `[dim, n]`.
 pub(crate) struct LayerNorm {
     weight: Weight,

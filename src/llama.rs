@@ -278,7 +278,10 @@ impl Model {
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
-            g.store(self.build(g, x, &inputs, cache, n_out), &logits);
+            let last = self.build(g, x, &inputs, cache, n_out);
+            g.store(g.weight(&self.head).mul_mat(last), &logits);
+            let actions = g.state(&logits).slice(0, self.actions.start, self.actions.len());
+            g.store_in(g.weight(&self.action_head).mul_mat(last), actions);
         })?;
         Ok(Pass { graph, ids, inputs, logits })
     }
@@ -301,7 +304,7 @@ impl Model {
         bos.concat(soft, 1).concat(rest, 1)
     }
 
-    /// Runs rows `x` through all layers, and the last `n` of them through the head: `[n_vocab, n]`
+    /// Runs rows `x` through all layers, and gives what the head multiplies of the last `n`: `[dim, n]`
     fn build<'g>(
         &self,
         g: &'g Builder,
@@ -320,11 +323,6 @@ impl Model {
         let x = layers.fold(x, |x, ((layer, cache), n)| {
             layer.build(g, &Rows { x, ..rows[&layer.keys().device()] }, cache, n, c)
         });
-        let last = self.norm.build(g, x);
-        let logits = g.weight(&self.head).mul_mat(last); // [n_vocab, n]
-        let actions = g.weight(&self.action_head).mul_mat(last); // [256, n]
-        let Range { start, end } = self.actions;
-        let (before, after) = (logits.slice(0, 0, start), logits.slice(0, end, c.n_vocab - end));
-        before.concat(actions, 0).concat(after, 0)
+        self.norm.build(g, x)
     }
 }

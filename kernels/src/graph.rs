@@ -296,15 +296,26 @@ impl Builder {
     /// If their shapes differ, or ggml does not convert one type to the other: integers are not converted,
     /// quantized elements only to F32, and rows with gaps not to quantized ones.
     pub fn store(&self, x: Tensor<'_>, state: &State) {
-        assert_eq!(x.shape(), state.shape(), "store: shapes differ");
+        self.store_in(x, self.state(state));
+    }
+
+    /// As [`Builder::store`], into a slice of a state. Runs after what was stored before.
+    ///
+    /// # Panics
+    /// As [`Builder::store`], or if `to` is no state's.
+    pub fn store_in(&self, x: Tensor<'_>, to: Tensor<'_>) {
+        assert_eq!(x.shape(), to.shape(), "store: shapes differ");
         assert!(std::ptr::eq(self, x.builder), "operands of two graphs");
-        let to = self.state(state);
+        assert!(std::ptr::eq(self, to.builder), "operands of two graphs");
+        assert!(to.is_leaf() && !to.is_weight(), "store: only states are written");
         let (from, into) = (x.dtype(), to.dtype());
         assert!(from.is_float() && into.is_float(), "store: not of floats");
         let converts = from == into || !from.is_quantized() || into == DType::F32;
         assert!(converts, "store: ggml does not convert {from} to {into}");
         let encodes = !into.is_quantized() || x.is_packed();
         assert!(encodes, "store: rows with gaps are not converted to {into}");
+        let fills = to.is_contiguous() || (from, into) == (DType::F32, DType::F32);
+        assert!(fills, "store: {from} is not stored in a slice of {into}");
         let (context, raw, to) = (self.context_for_one(), x.raw.as_ptr(), to.raw.as_ptr());
         // SAFETY: both tensors are live, of one shape, and of types that ggml converts.
         self.run(self.node(unsafe { sys::ggml_cpy(context, raw, to) }));

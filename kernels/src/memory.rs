@@ -25,6 +25,8 @@ pub(crate) struct Home {
     pub(crate) _file: Option<Gguf>,
     /// What the buffer of panels points into.
     pub(crate) _panels: Option<Mapped>,
+    /// What else the tensors lie in.
+    pub(crate) _parts: Option<Arc<Home>>,
 }
 
 // SAFETY: after it is built, a home's tensor headers are only read; their data is read and written
@@ -71,6 +73,61 @@ impl Weight {
     /// The device of its backend that it is on.
     pub fn device(&self) -> usize {
         self.place.device
+    }
+
+    /// Matrices `[k, m]` as one, `[k, Σ m]`, if they lie in memory as its rows would: of one type and
+    /// one after another in the file. A product by it is one launch on a GPU in place of several.
+    /// `None` too in ggml's packed layouts, and if an [`Observer`] asked what each is multiplied by.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn stacked(parts: &[&Self]) -> Option<Self> {
+        let Self { name, place: first, .. } = parts[0];
+        let backend = &first.home.backend;
+        let [k, _, rest @ ..] = first.shape;
+        let fits = |part: &&Self| {
+            let Place { home, dtype, shape, .. } = &part.place;
+            let alike = Arc::ptr_eq(home, &first.home) && *dtype == first.dtype;
+            alike && *shape == [k, shape[1], 1, 1] && rest == [1, 1] && part.sink.is_none()
+        };
+        if !parts.iter().all(fits) {
+            return None;
+        }
+        let shape = [k, parts.iter().map(|part| part.shape()[1]).sum(), 1, 1];
+        let context = Context::new(1, 0);
+        let raw = context.tensor(first.dtype, &shape);
+        // SAFETY: tensors of a home are live and have a live buffer.
+        let (head, raws) =
+            unsafe { (first.raw.as_ref(), parts.iter().map(|part| part.place.raw.as_ref())) };
+        // SAFETY: as above.
+        let size = |raw| unsafe { sys::ggml_backend_buffer_get_alloc_size(head.buffer, raw) };
+        let mut end = head.data;
+        for part in raws {
+            let follows = (part.buffer, part.data, part.extra) == (head.buffer, end, head.extra);
+            if !follows || Layout::is_one_of(&Layout::packed(backend), part) {
+                return None;
+            }
+            end = end.wrapping_byte_add(size(part));
+        }
+        if size(raw.as_ptr()) != end.addr() - head.data.addr() {
+            return None;
+        }
+        // SAFETY: the tensor has no data yet, and as many bytes as the parts, which lie in the buffer.
+        let status = unsafe {
+            (*raw.as_ptr()).extra = head.extra; // panels of rows are panels of the whole
+            sys::ggml_backend_tensor_alloc(head.buffer, raw.as_ptr(), head.data)
+        };
+        assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a buffer takes what it holds already");
+        let home = Home {
+            _buffers: Vec::new(),
+            _context: context,
+            backend: backend.clone(),
+            _file: None,
+            _panels: None,
+            _parts: Some(first.home.clone()),
+        };
+        let place = Place { raw, home: Arc::new(home), shape, ..first.clone() };
+        Some(Self { name: name.clone(), place, sink: None })
     }
 }
 
@@ -177,6 +234,7 @@ impl Weights {
             backend,
             _file: mapped,
             _panels: panels,
+            _parts: None,
         });
         let weight = |(info, raw): (&TensorInfo, &NonNull<_>)| {
             let device = devices.get(info.name.as_str()).copied();

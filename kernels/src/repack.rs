@@ -75,20 +75,22 @@ impl Layout {
     pub fn misused(packed: &[Self], node: NonNull<sys::ggml_tensor>) -> bool {
         // SAFETY: a graph's nodes, their sources and what those view are live.
         let node = unsafe { node.as_ref() };
-        let is_packed = |tensor: &sys::ggml_tensor| {
-            // SAFETY: a tensor's buffer, if it has one yet, is live.
-            let kind = NonNull::new(tensor.buffer)
-                .map(|buffer| unsafe { sys::ggml_backend_buffer_get_type(buffer.as_ptr()) });
-            packed.iter().any(|layout| Some(layout.raw.as_ptr()) == kind)
-        };
         let sources = node.src.iter().enumerate();
         sources.filter_map(|(i, source)| Some((i, NonNull::new(*source)?))).any(|(i, source)| {
             // SAFETY: as above.
             let (source, viewed) = unsafe { (source.as_ref(), source.as_ref().view_src.as_ref()) };
             let is_factor = i == 0 && node.op == sys::GGML_OP_MUL_MAT && viewed.is_none();
             let is_matrix = node.ne[2..] == [1, 1];
-            is_packed(viewed.unwrap_or(source)) && !(is_factor && is_matrix)
+            Self::is_one_of(packed, viewed.unwrap_or(source)) && !(is_factor && is_matrix)
         })
+    }
+
+    /// Whether a tensor is in one of these layouts.
+    pub fn is_one_of(layouts: &[Self], tensor: &sys::ggml_tensor) -> bool {
+        // SAFETY: a tensor's buffer, if it has one yet, is live.
+        let kind = NonNull::new(tensor.buffer)
+            .map(|buffer| unsafe { sys::ggml_backend_buffer_get_type(buffer.as_ptr()) });
+        layouts.iter().any(|layout| Some(layout.raw.as_ptr()) == kind)
     }
 
     /// Whether its device computes with this tensor, which has no data yet, in this layout: looks

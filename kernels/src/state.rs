@@ -102,9 +102,14 @@ impl State {
         let buffer = buffer.ok_or_else(|| no_room(bytes))?;
         // SAFETY: a live buffer; no graph knows it yet.
         unsafe { openvla_buffer_clear(buffer.raw()) };
-        let (backend, _buffers) = (backend.clone(), vec![buffer]);
-        let home =
-            Arc::new(Home { _buffers, _context: context, backend, _file: None, _panels: None });
+        let home = Arc::new(Home {
+            _buffers: vec![buffer],
+            _context: context,
+            backend: backend.clone(),
+            _file: None,
+            _panels: None,
+            _parts: None,
+        });
         Ok(Self { place: Place { raw, home, device, dtype, shape }, below: None })
     }
 

@@ -58,7 +58,7 @@ impl<'g> Tensor<'g> {
         DType::from_number(number).expect("graphs are made of our types")
     }
 
-    fn is_contiguous(self) -> bool {
+    pub(crate) fn is_contiguous(self) -> bool {
         // SAFETY: as in `shape`. ggml does not look at the stride of rows of one element, but its kernels do.
         self.is_packed() && unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
     }
@@ -66,8 +66,13 @@ impl<'g> Tensor<'g> {
     /// Whether ggml's activations take it for contiguous, too, which look at the stride of dimension 1 even
     /// where its size is 1.
     fn is_plainly_contiguous(self) -> bool {
+        self.is_contiguous() && self.has_plain_rows()
+    }
+
+    /// Whether ggml's activations take it for rows without gaps, between which there may be some.
+    fn has_plain_rows(self) -> bool {
         // SAFETY: as in `shape`.
-        self.is_contiguous() && unsafe { sys::ggml_is_contiguous_1(self.raw.as_ptr()) }
+        self.is_packed() && unsafe { sys::ggml_is_contiguous_1(self.raw.as_ptr()) }
     }
 
     /// Whether the elements of a row follow each other.
@@ -97,7 +102,7 @@ impl<'g> Tensor<'g> {
     }
 
     /// Whether its bytes are a weight's, which may be the file's own.
-    fn is_weight(self) -> bool {
+    pub(crate) fn is_weight(self) -> bool {
         // SAFETY: as in `shape`; a view's source lives as long as the view.
         let buffer = unsafe { self.viewed().as_ref() }.buffer;
         let weights = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
@@ -199,10 +204,10 @@ impl<'g> Tensor<'g> {
         self.same_graph(up);
         assert_eq!(self.shape(), up.shape(), "swiglu: shapes differ");
         assert!(self.is_f32() && up.is_f32(), "swiglu: operands are not f32");
-        let without_gaps = self.is_plainly_contiguous() && up.is_plainly_contiguous();
-        assert!(without_gaps, "swiglu: operands have gaps");
+        let in_rows = self.has_plain_rows() && up.has_plain_rows();
+        assert!(in_rows, "swiglu: operands have gaps in rows");
         let (context, raw) = self.args();
-        // SAFETY: both are live, f32, contiguous and of one shape.
+        // SAFETY: both are live, f32, of rows without gaps and of one shape.
         self.builder.node(unsafe { sys::ggml_swiglu_split(context, raw, up.raw.as_ptr()) })
     }
 
@@ -221,6 +226,20 @@ impl<'g> Tensor<'g> {
         let [a, b, c, d] = new.map(|n| n as i64);
         // SAFETY: live, contiguous, and of the same number of elements.
         self.builder.node(unsafe { sys::ggml_reshape_4d(context, raw, a, b, c, d) })
+    }
+
+    /// Rows `[head_dim · n_head, n]`, between which there may be gaps, by heads: `[head_dim, n_head, n]`.
+    pub fn heads(self, head_dim: usize) -> Tensor<'g> {
+        let [k, n, one, also_one] = self.shape();
+        let fit = head_dim > 0 && k.is_multiple_of(head_dim) && (one, also_one) == (1, 1);
+        assert!(fit, "heads: {:?} by {head_dim}", self.shape());
+        self.rows("heads");
+        let (context, raw, row) =
+            (self.builder.context_for_one(), self.raw.as_ptr(), self.strides()[1]);
+        let [d, n_head, n] = [head_dim, k / head_dim, n].map(|n| n as i64);
+        // SAFETY: live, and the view has the elements that its rows have.
+        let view = unsafe { sys::ggml_view_3d(context, raw, d, n_head, n, 4 * head_dim, row, 0) };
+        self.builder.node(view)
     }
 
     /// Heads `[head_dim, n_head, n]` side by side: `[head_dim · n_head, n]`. The same as a reshape, but a view,

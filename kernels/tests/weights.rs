@@ -4,7 +4,7 @@
 mod common;
 
 use common::{backend, compute, file, numbers, read, state, weight, zeros};
-use openvla_kernels::{DType, Gguf, Graph, Header, Weights, shape};
+use openvla_kernels::{DType, Gguf, Graph, Header, Weight, Weights, shape};
 
 fn weights() -> Weights {
     let mut header = Header::default();
@@ -76,6 +76,49 @@ fn mapped_and_copied_weights_hold_the_files_numbers() {
     for weight in [mapped, askew] {
         assert_eq!(compute(&[32, 2], |g| g.weight(&weight).contiguous()), data);
     }
+}
+
+/// In the file as it is and in panels, where the CPU has them; `c` is of another type than `a` and `b`,
+/// and `d` does not follow `a`.
+#[test]
+fn matrices_that_follow_each_other_are_one() {
+    let mut header = Header::default();
+    for (name, dtype) in
+        [("a", DType::Q8_0), ("b", DType::Q8_0), ("c", DType::F32), ("d", DType::Q8_0)]
+    {
+        header.tensor(name, dtype, shape(&[64, 32]));
+    }
+    let mut bytes = header.encode();
+    for tensor in read(&file(&header)).unwrap().tensors() {
+        let mut data = vec![0; tensor.range.len()];
+        tensor.dtype.encode(&numbers(64 * 32, bytes.len() as u64), 64, None, &mut data);
+        bytes.extend(data);
+    }
+    let file = read(&bytes).unwrap();
+    let x = state(&[64, 2], &numbers(128, 9));
+    let placed = Weights::placed(&file, backend(), &[], &|_| 0).unwrap();
+    let mut n_left = 0;
+    for mut w in [Weights::load(&file, backend()).unwrap(), placed] {
+        let mut take = |name| w.take(name, shape(&[64, 32])).unwrap();
+        let [a, b, c, d] = ["a", "b", "c", "d"].map(&mut take);
+        for parts in [[&b, &c], [&c, &d], [&a, &d], [&b, &a]] {
+            assert!(Weight::stacked(&parts).is_none());
+        }
+        // ggml's packed layouts are left alone.
+        let Some(stack) = Weight::stacked(&[&a, &b]) else {
+            n_left += 1;
+            continue;
+        };
+        assert_eq!((stack.dtype(), stack.shape()), (DType::Q8_0, [64, 64, 1, 1]));
+        let both = compute(&[64, 2], |g| g.weight(&stack).mul_mat(g.state(&x)));
+        let [a, b] = [a, b].map(|w| compute(&[32, 2], |g| g.weight(&w).mul_mat(g.state(&x))));
+        assert_eq!(both, [&a[..32], &b[..32], &a[32..], &b[32..]].concat());
+    }
+    assert!(n_left <= usize::from(!backend().has_own_kernels()), "{n_left} are not stacked");
+    let mut w = Weights::load(&file, backend()).unwrap();
+    let _observer = w.observe();
+    let [a, b] = ["a", "b"].map(|name| w.take(name, shape(&[64, 32])).unwrap());
+    assert!(Weight::stacked(&[&a, &b]).is_none(), "each is observed by itself");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use openvla_kernels::{Builder, Shape, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 use crate::config::LlamaConfig;
-use crate::layers::RmsNorm;
+use crate::layers::{Products, RmsNorm};
 
 /// f16 zero and minus infinity: what a mask is made of.
 const SEEN: u16 = 0x0000;
@@ -17,13 +17,12 @@ pub(crate) fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
 
 pub(crate) struct Layer {
     attn_norm: RmsNorm,
-    q: Weight,
     k: Weight,
-    v: Weight,
+    qkv: Products<3>,
     out: Weight,
     ffn_norm: RmsNorm,
-    gate: Weight,
-    up: Weight,
+    gate_up: [Weight; 2],
+    gate_and_up: Products<2>,
     down: Weight,
 }
 
@@ -54,16 +53,24 @@ impl Layer {
         let name = |part: &str| format!("blk.{i}.{part}");
         let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
         let mut matrix = |part: &str, n_in, n_out| w.take(&name(part), shape(&[n_in, n_out]));
+        let qkv = [
+            matrix("attn_q.weight", dim, dim)?,
+            matrix("attn_k.weight", dim, kv)?,
+            matrix("attn_v.weight", dim, kv)?,
+        ];
+        let out = matrix("attn_output.weight", dim, dim)?;
+        let gate_up =
+            [matrix("ffn_gate.weight", dim, c.n_ff)?, matrix("ffn_up.weight", dim, c.n_ff)?];
+        let down = matrix("ffn_down.weight", c.n_ff, dim)?;
         Ok(Self {
-            q: matrix("attn_q.weight", dim, dim)?,
-            k: matrix("attn_k.weight", dim, kv)?,
-            v: matrix("attn_v.weight", dim, kv)?,
-            out: matrix("attn_output.weight", dim, dim)?,
-            gate: matrix("ffn_gate.weight", dim, c.n_ff)?,
-            up: matrix("ffn_up.weight", dim, c.n_ff)?,
-            down: matrix("ffn_down.weight", c.n_ff, dim)?,
             attn_norm: RmsNorm::load(w, &name("attn_norm"), dim, c.eps)?,
+            qkv: Products::new(&qkv),
+            k: qkv[1].clone(),
+            out,
             ffn_norm: RmsNorm::load(w, &name("ffn_norm"), dim, c.eps)?,
+            gate_and_up: Products::new(&gate_up),
+            gate_up,
+            down,
         })
     }
 
@@ -80,8 +87,11 @@ impl Layer {
         let x = rows.x + self.attention(g, rows, cache, c);
         let x = x.slice(1, x.shape()[1] - n, n);
         let y = self.ffn_norm.build(g, x);
-        let gate = g.weight(&self.gate).mul_mat(y); // [n_ff, n]
-        let up = g.weight(&self.up).mul_mat(y); // [n_ff, n]
+        // Of a single row, CUDA multiplies by both and gates in one kernel.
+        let [gate, up] = match n {
+            1 => self.gate_up.each_ref().map(|weight| g.weight(weight).mul_mat(y)),
+            _ => self.gate_and_up.build(g, y),
+        }; // [n_ff, n]
         x + g.weight(&self.down).mul_mat(gate.swiglu(up))
     }
 
@@ -95,13 +105,9 @@ impl Layer {
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
         let (head_dim, n_head_kv) = (c.head_dim(), c.n_head_kv);
-        let turn = |x: Tensor<'g>, n_head| {
-            x.reshape(&[head_dim, n_head, n_row]).rope(rows.positions, c.rope_base)
-        };
-        let y = self.attn_norm.build(g, rows.x);
-        let q = turn(g.weight(&self.q).mul_mat(y), c.n_head); // [head_dim, n_head, n_row]
-        let k = turn(g.weight(&self.k).mul_mat(y), n_head_kv);
-        let v = g.weight(&self.v).mul_mat(y); // [n_head_kv · head_dim, n_row]
+        let turn = |x: Tensor<'g>| x.heads(head_dim).rope(rows.positions, c.rope_base);
+        let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, rows.x));
+        let (q, k) = (turn(q), turn(k)); // [head_dim, n_head, n_row]
         let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
         k_cache.set_rows(k.heads_as_rows(), rows.places);
         v_cache.set_rows(v, rows.places);

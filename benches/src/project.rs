@@ -74,11 +74,10 @@ const LLAMA_BYTES_PER_STEP: f64 = 6.476e9 * 4.5 / 8.0 + 131e6 * 6.5625 / 8.0;
 /// Launches of a stage of openvla-7b, quantized; of a decode step, those of one token. Printed by
 /// `tests/null_cuda`, for cards of compute capability 8.9.
 const LAUNCHES: [(&str, f64); 4] =
-    [("vision", 1478.0), ("projector", 15.0), ("prefill", 996.0), ("decode", 616.0)];
+    [("vision", 1478.0), ("projector", 15.0), ("prefill", 758.0), ("decode", 519.0)];
 
-fn launches(stage: &str) -> f64 {
-    LAUNCHES.iter().find(|(name, _)| *name == stage).expect("a stage that runs on a card").1
-}
+/// Launches of llama.cpp's graph, whose products are separate: of a prefill and of a decode step.
+const LLAMA_LAUNCHES: [f64; 2] = [996.0, 616.0];
 
 /// What a card makes of its peaks.
 #[derive(Debug, Clone, Copy)]
@@ -94,8 +93,9 @@ impl Card {
     fn published(&self) -> Option<Rates> {
         let (prompt, tokens) = self.llama_cpp?;
         let read = LLAMA_BYTES_PER_STEP / (self.bandwidth * READ);
-        let launch = (1.0 / tokens - read) / launches("decode");
-        let products = 512.0 / prompt - launches("prefill") * launch;
+        let [of_prefill, of_step] = LLAMA_LAUNCHES;
+        let launch = (1.0 / tokens - read) / of_step;
+        let products = 512.0 / prompt - of_prefill * launch;
         Some(Rates { products: 512.0 * LLAMA_FLOP_PER_ROW / products / self.int8, launch })
     }
 

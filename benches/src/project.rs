@@ -230,10 +230,9 @@ mod tests {
             let (Some(rates), Some((prompt, tokens))) = (card.published(), card.llama_cpp) else {
                 continue;
             };
-            let decode =
-                LLAMA_BYTES_PER_STEP / (card.bandwidth * READ) + launches("decode") * rates.launch;
-            let prefill = 512.0 * LLAMA_FLOP_PER_ROW / (card.int8 * rates.products)
-                + launches("prefill") * rates.launch;
+            let [of_prefill, of_step] = LLAMA_LAUNCHES.map(|n| n * rates.launch);
+            let decode = LLAMA_BYTES_PER_STEP / (card.bandwidth * READ) + of_step;
+            let prefill = 512.0 * LLAMA_FLOP_PER_ROW / (card.int8 * rates.products) + of_prefill;
             assert!((1.0 / decode / tokens - 1.0).abs() < 1e-9, "{}", card.name);
             assert!((512.0 / prefill / prompt - 1.0).abs() < 1e-9, "{}", card.name);
         }

@@ -82,12 +82,21 @@ fn model_code_does_not_know_the_device() {
 }
 
 #[test]
-fn the_readmes_links_lead_somewhere() {
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let links = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-    let files: Vec<_> = links.filter(|link| !link.starts_with("http")).collect();
-    assert!(files.len() > 5, "found the links");
-    for file in files {
-        assert!(root().join(file).exists(), "README.md links to {file}");
+fn links_of_documents_lead_somewhere() {
+    let folders = ["", "convert", "kernels", "serve", "tabletop", "benches", "example", "release"];
+    let mut n_link = 0;
+    for folder in folders.map(|folder| root().join(folder)) {
+        for entry in folder.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.extension().is_none_or(|ending| ending != "md") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&entry).unwrap();
+            let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+            for file in links.filter(|link| !link.starts_with("http") && !link.is_empty()) {
+                assert!(folder.join(file).exists(), "{} links to {file}", entry.display());
+                n_link += 1;
+            }
+        }
     }
+    assert!(n_link > 40, "found the links");
 }

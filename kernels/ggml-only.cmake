@@ -1,4 +1,5 @@
 # Builds ggml without llama.cpp's own library, which nothing but benches/llama_cpp calls: a quarter of the time.
+# And in shared libraries, its core without OpenMP.
 #
 # .cargo/config.toml sets CMAKE_PROJECT_INCLUDE to this file; llama-cpp-sys-2 hands it on to cmake, which
 # reads it at the end of each project(). With the crate's feature `common`, everything is built.
@@ -12,6 +13,15 @@ if(PROJECT_NAME STREQUAL "llama.cpp" AND NOT LLAMA_BUILD_COMMON)
             # What multimodal llama.cpp needs.
         else()
             _add_subdirectory(${folder} ${ARGN})
+        endif()
+        if("${folder}" STREQUAL "ggml" AND GGML_BACKEND_DL)
+            # Programs would load libgomp with ggml's core, before kernels/src/openmp.rs says how long it waits.
+            # The core uses it for tables of IQ types that nothing here has; ggml's modules load it in time.
+            foreach(property COMPILE_DEFINITIONS LINK_LIBRARIES)
+                get_target_property(values ggml-base ${property})
+                list(FILTER values EXCLUDE REGEX "OPENMP|OpenMP")
+                set_property(TARGET ggml-base PROPERTY ${property} "${values}")
+            endforeach()
         endif()
     endmacro()
 endif()

@@ -78,7 +78,7 @@ pub struct Model {
     #[command(flatten)]
     place: Place,
     /// Guess tokens from the motion before, and check several in one pass where that has paid
-    #[arg(long, value_name = "off|auto", default_value = "off", hide_possible_values = true)]
+    #[arg(long, value_name = "off|auto", default_value = "off")]
     draft: Draft,
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]

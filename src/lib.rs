@@ -42,6 +42,7 @@
 //! - No code here is unsafe: that is a matter of `openvla-kernels`.
 
 mod action;
+#[cfg(feature = "cli")]
 pub mod cli;
 mod config;
 mod decode;

@@ -6,19 +6,32 @@
 //! otherwise than one of a single token, near-ties may be resolved differently.
 
 use std::collections::VecDeque;
+use std::str::FromStr;
 
 use crate::Result;
 use crate::llama::Llama;
 use crate::network::Sequence;
 
 /// Whether tokens are drafted, for the Llama to verify several in one pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Draft {
     /// One pass for each token.
     #[default]
     Off,
     /// The tokens of the session's motion before, as long as that pays.
     Auto,
+}
+
+impl FromStr for Draft {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Auto),
+            _ => Err("off or auto is wanted".into()),
+        }
+    }
 }
 
 /// What one more token costs in a forward pass, relative to a pass of one token: see `benches/SPEED.md`.

@@ -55,7 +55,7 @@ struct Who {
     #[arg(long, value_name = "KEY", requires = "policy")]
     unnorm_key: Option<String>,
     /// Whether the motion before is tried as the next one's tokens
-    #[arg(long, default_value = "off", hide_possible_values = true, value_name = "off|auto")]
+    #[arg(long, default_value = "off", value_name = "off|auto")]
     #[arg(requires = "model")]
     draft: Draft,
 }
@@ -187,13 +187,12 @@ fn cores() -> usize {
     Threads::default().count()
 }
 
-/// The server's policy, the model, or else the expert; the `i`th of several.
-fn open(who: &Who, i: usize, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
+/// The server's policy, the model, or else the expert.
+fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
     #[cfg(feature = "remote")]
     if let Some(url) = &who.url {
-        let robot = format!("tabletop-{}-{i}", std::process::id());
         let (token_file, unnorm_key) = (who.token_file.clone(), who.unnorm_key.clone());
-        return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key, robot)?));
+        return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key)?));
     }
     let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
     let mut options = Options::default();
@@ -212,7 +211,7 @@ fn eval(args: &Eval) -> Result<()> {
     let timed = pace != Pace::Blocking && args.latency_ms.is_none();
     let (n_policy, n_thread) = if timed { (1, n_thread) } else { (n_thread, 1) };
     let mut policies =
-        (0..n_policy).map(|i| open(&args.who, i, n_thread)).collect::<Result<Vec<_>>>()?;
+        (0..n_policy).map(|_| open(&args.who, n_thread)).collect::<Result<Vec<_>>>()?;
     let plan = Plan {
         episodes: args.episodes as usize,
         seed: args.seed,
@@ -256,7 +255,7 @@ fn print(report: &Report, json: bool) -> Result<()> {
 }
 
 fn play(args: &Play) -> Result<()> {
-    let mut policy = open(&args.who, 0, cores())?;
+    let mut policy = open(&args.who, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
     if let Some(path) = &args.picture {
         let mut png = Cursor::new(Vec::new());

@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use anyhow::{Result, anyhow, bail};
@@ -25,7 +26,7 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// `robot` is the name under which it asks; each policy needs its own.
+    /// A robot of its own, whatever else asks the server.
     ///
     /// # Errors
     /// If the token's file cannot be read.
@@ -33,10 +34,11 @@ impl Remote {
         url: String,
         token_file: Option<PathBuf>,
         unnorm_key: Option<String>,
-        robot: String,
     ) -> Result<Self> {
-        let server =
-            Server { url, token_file, unnorm_key, client_id: robot, deadline_ms: DEADLINE_MS };
+        static ROBOTS: AtomicUsize = AtomicUsize::new(0);
+        let robot = ROBOTS.fetch_add(1, Ordering::Relaxed);
+        let client_id = format!("tabletop-{}-{robot}", std::process::id());
+        let server = Server { url, token_file, unnorm_key, client_id, deadline_ms: DEADLINE_MS };
         Ok(Self { client: Client::new(server)?, seq: 0 })
     }
 }

@@ -9,8 +9,8 @@
 //! each has a core. See `benches/SPEED.md`.
 //!
 //! libgomp reads the environment once, in its constructor. It is linked statically (the feature
-//! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, so a
-//! constructor of our own with a higher priority comes first in both.
+//! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, but not with
+//! its core (`ggml-only.cmake`), so a constructor of our own with a higher priority comes first in both.
 //!
 //! ggml sets a variable too, when its first backend is opened, unless it is set already: `KMP_BLOCKTIME`, for
 //! other compilers' OpenMP. By then the program may have threads, and one that starts a process meanwhile

@@ -33,7 +33,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args: Args = cli::start();
-    if args.images.iter().filter(|path| *path == STDIN).count() > 1 {
+    if args.images.iter().filter(|path| path.as_os_str() == STDIN).count() > 1 {
         let why = "\"-\" can be given once: stdin holds one image";
         Args::command().error(ErrorKind::ArgumentConflict, why).exit();
     }

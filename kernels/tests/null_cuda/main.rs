@@ -228,7 +228,7 @@ fn layers_on_the_cpu(given: &Given, _: &str) {
     let peak = |run: &Run| run.peaks[&0];
     assert!(peak(&none) < peak(&one) && peak(&one) < peak(&whole));
     assert_eq!(launches(&none)[..2], launches(&whole)[..2], "the towers stay");
-    let two = Cards { n_gpu_layers: Some(20), ..Cards::of(&[4096; 2]) };
+    let two = Cards { n_gpu_layers: Some(30), ..Cards::of(&[4096; 2]) };
     let run = given.run(&two, Size::Full, "Q4_K_M").ended_well();
     assert!(run.peaks[&0] > 1 << 30 && run.peaks[&1] > 1 << 30, "{:?}", run.peaks);
 }

@@ -197,7 +197,7 @@ impl App {
     /// Whether a request may be served: by its token, or by where a browser's page came from.
     ///
     /// # Errors
-    /// [`Code::Unauthorized`], [`Code::Forbidden`].
+    /// [`Code::Unauthorized`], [`Code::ForbiddenOrigin`].
     pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
         match &self.token {
             _ if ["/healthz", "/readyz"].contains(&path) => Ok(()),

@@ -183,14 +183,18 @@ pub fn between(least: f64, most: f64) -> impl TypedValueParser<Value = f64> {
 /// the command line is [`crate::prompt::Prompt::doubt`]'s.
 pub fn doubt(instruction: &str) -> Option<&'static str> {
     let path = Path::new(instruction);
-    let ending = path.extension().map(|ending| ending.to_ascii_lowercase());
-    let is_picture = ending.is_some_and(|ending| PICTURES.iter().any(|known| ending == *known));
-    (is_picture || path.is_file())
+    (is_picture(path) || path.is_file())
         .then_some("the instruction is the name of a file; images come first, then the instruction")
 }
 
 /// Endings of picture files that can be read.
 pub const PICTURES: [&str; 5] = ["png", "jpg", "jpeg", "webp", "bmp"];
+
+/// Whether a file's name ends like a picture's, in letters of either case.
+pub fn is_picture(path: &Path) -> bool {
+    let ending = path.extension().map(|ending| ending.to_ascii_lowercase());
+    ending.is_some_and(|ending| PICTURES.iter().any(|known| ending == *known))
+}
 
 /// How a program ends: 0, or 1 with the error and what to try on stderr.
 pub fn end(result: anyhow::Result<()>) -> ExitCode {

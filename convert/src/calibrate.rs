@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
-use openvla::cli::PICTURES;
+use openvla::cli::{PICTURES, is_picture};
 use openvla::image::RgbImage;
 use openvla::{OpenVla, Options};
 use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
@@ -139,8 +139,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut images = Vec::new();
     for entry in fs::read_dir(folder).with_context(cannot)? {
         let path = entry.with_context(cannot)?.path();
-        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-        if PICTURES.contains(&extension.as_str()) {
+        if is_picture(&path) {
             images.push(path);
         }
     }

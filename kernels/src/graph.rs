@@ -302,7 +302,7 @@ impl Builder {
     /// As [`Builder::store`], into a slice of a state. Runs after what was stored before.
     ///
     /// # Panics
-    /// As [`Builder::store`], or if `to` is no state's.
+    /// As [`Builder::store`], or if `to` does not belong to a state.
     pub fn store_in(&self, x: Tensor<'_>, to: Tensor<'_>) {
         assert_eq!(x.shape(), to.shape(), "store: shapes differ");
         assert!(std::ptr::eq(self, x.builder), "operands of two graphs");

@@ -101,10 +101,11 @@ impl Weight {
             unsafe { (first.raw.as_ref(), parts.iter().map(|part| part.place.raw.as_ref())) };
         // SAFETY: as above.
         let size = |raw| unsafe { sys::ggml_backend_buffer_get_alloc_size(head.buffer, raw) };
+        let packed = Layout::packed(backend);
         let mut end = head.data;
         for part in raws {
             let follows = (part.buffer, part.data, part.extra) == (head.buffer, end, head.extra);
-            if !follows || Layout::is_one_of(&Layout::packed(backend), part) {
+            if !follows || Layout::is_one_of(&packed, part) {
                 return None;
             }
             end = end.wrapping_byte_add(size(part));

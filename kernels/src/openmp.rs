@@ -10,7 +10,7 @@
 //!
 //! libgomp reads the environment once, in its constructor. It is linked statically (the feature
 //! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, but not with
-//! its core (`ggml-only.cmake`), so a constructor of our own with a higher priority comes first in both.
+//! its core (`ggml-only.cmake`), so our constructor, which has a higher priority, runs first in both.
 //!
 //! ggml sets a variable too, when its first backend is opened, unless it is set already: `KMP_BLOCKTIME`, for
 //! other compilers' OpenMP. By then the program may have threads, and one that starts a process meanwhile

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use openvla::cli::{self, PICTURES};
+use openvla::cli::{self, PICTURES, is_picture};
 use openvla_client::{Client, Refusal, Reply, Server};
 use serde_json::{Value, json};
 
@@ -205,8 +205,7 @@ fn pictures(paths: &[PathBuf]) -> Result<Vec<Arc<[u8]>>> {
             files.push(path.clone());
         }
     }
-    let kind = |file: &Path| file.extension().map(|kind| kind.to_string_lossy().to_lowercase());
-    files.retain(|file| kind(file).is_some_and(|kind| PICTURES.contains(&kind.as_str())));
+    files.retain(|file| is_picture(file));
     files.sort();
     ensure!(!files.is_empty(), "there are no pictures; {} are known", PICTURES.join(", "));
     let read = |file: &PathBuf| {

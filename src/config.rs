@@ -6,20 +6,23 @@
 mod cards;
 mod check;
 mod general;
+mod oft;
 mod proof;
 
 use std::collections::BTreeMap;
 
 use openvla_kernels::{Gguf, Header, Value};
 
-use crate::action::{ActionSpace, Statistics};
+use crate::action::ActionSpace;
 use crate::preprocess::{Normalize, Preprocess, Resize};
 use crate::prompt::Prompt;
+use crate::statistics::Statistics;
 use crate::tokenizer::{TokenType, Vocabulary};
 use crate::{Error, Result};
 
 pub use cards::{ActionCard, Dimension, Gripper};
 pub use general::{BaseModel, General, Source};
+pub use oft::{OftConfig, OftHead};
 pub use proof::{Proof, ProofCase};
 
 /// Everything about a model except its tensors.
@@ -47,6 +50,8 @@ pub struct Config {
     pub statistics: Statistics,
     /// What motions are, by data set. Empty if the file does not say.
     pub cards: BTreeMap<String, ActionCard>,
+    /// What makes it an OpenVLA-OFT, if it is one.
+    pub oft: Option<OftConfig>,
 }
 
 /// One vision tower.
@@ -121,7 +126,10 @@ impl Config {
     /// [`Error::Model`] if it is of another model or format version, or its sizes do not fit
     /// together; [`Error::Kernels`] names a key that is missing or of another kind.
     pub fn read(file: &Gguf) -> Result<Self> {
-        check_format(file)?;
+        let oft = OftConfig::read(file)?;
+        check_format(file, oft.is_some())?;
+        let bounds = oft.as_ref().map(|oft| oft.bounds).unwrap_or_default();
+        let has_state = oft.as_ref().is_some_and(|oft| oft.n_state > 0);
         let towers: Vec<String> = file.get(key::TOWERS)?;
         let normalize =
             towers.iter().map(|name| read_normalize(file, name)).collect::<Result<_>>()?;
@@ -145,8 +153,9 @@ impl Config {
                 end: file.get(key::ACTION_END)?,
                 n_bin: file.get(key::ACTION_BINS)?,
             },
-            statistics: Statistics::parse(file.get(key::STATISTICS)?)?,
+            statistics: Statistics::parse_with(file.get(key::STATISTICS)?, bounds, has_state)?,
             cards: cards::read(file)?,
+            oft,
         };
         config.check()?;
         Ok(config)
@@ -156,7 +165,7 @@ impl Config {
     pub fn write(&self, to: &mut Header) {
         to.set(key::ARCHITECTURE, ARCHITECTURE.to_owned());
         self.general.write(to);
-        to.set(key::FORMAT, FORMAT);
+        to.set(key::FORMAT, format_of(self.oft.is_some()));
         to.set(key::IMAGE_SIZE, self.preprocess.size);
         write_resize(self.preprocess.resize, to);
         to.set(key::PATCH_SIZE, self.patch_size as u32);
@@ -175,6 +184,9 @@ impl Config {
         to.set(key::ACTION_BINS, self.actions.n_bin);
         to.set(key::STATISTICS, self.statistics.json().to_owned());
         cards::write(&self.cards, to);
+        if let Some(oft) = &self.oft {
+            oft.write(to);
+        }
     }
 }
 
@@ -216,24 +228,27 @@ mod key {
 
 /// `general.architecture` of our files.
 pub const ARCHITECTURE: &str = "openvla";
-/// Changes when a reader of older files would misread a newer one.
-const FORMAT: u32 = 1;
+/// Version of the format: 2 if the model is an OpenVLA-OFT, which a reader of version 1 alone would take for an
+/// OpenVLA.
+fn format_of(is_oft: bool) -> u32 {
+    if is_oft { 2 } else { 1 }
+}
+
 /// llama.cpp's name for SentencePiece BPE.
 const TOKENIZER: &str = "llama";
 
-fn check_format(file: &Gguf) -> Result<()> {
+fn check_format(file: &Gguf, is_oft: bool) -> Result<()> {
     let found: String = file.get(key::ARCHITECTURE)?;
     if found != ARCHITECTURE {
         let why = format!("it is a `{found}` model, not `{ARCHITECTURE}`");
         return Err(Error::Model { why });
     }
-    match file.get(key::FORMAT)? {
-        FORMAT => Ok(()),
-        found => {
-            let why = format!("`{}` is {found}; this version reads {FORMAT}", key::FORMAT);
-            Err(Error::Model { why })
-        }
+    let (found, known): (u32, u32) = (file.get(key::FORMAT)?, format_of(is_oft));
+    if found != known {
+        let why = format!("`{}` is {found}; this version reads {known}", key::FORMAT);
+        return Err(Error::Model { why });
     }
+    Ok(())
 }
 
 /// A count or width, which [`Config::check`] holds against its bounds.

@@ -28,6 +28,20 @@ pub enum Error {
         /// What was found and what was wanted.
         why: String,
     },
+    /// The file is of a policy of another kind than the one that it was opened as.
+    #[error("the model file is of {found} policy, not of an {wanted} one")]
+    OtherPolicy {
+        /// What it is of.
+        found: &'static str,
+        /// What it was opened as.
+        wanted: &'static str,
+    },
+    /// Pictures or the arm's state are not what the model reads.
+    #[error("the observation cannot be used: {why}")]
+    Observation {
+        /// What was found and what was wanted.
+        why: String,
+    },
     /// The image could not be decoded, or its size is out of bounds.
     #[error("the image cannot be used: {why}")]
     Image {
@@ -86,6 +100,18 @@ pub enum Error {
         /// Layers of the Llama that would fit, if the rest of the model does.
         fits: Option<usize>,
     },
+    /// A number of an action was not finite; a motion made of it would be arbitrary.
+    #[error(
+        "the model computed {value} for number {dimension} of action {step}, which is not finite"
+    )]
+    NotFiniteAction {
+        /// Which action of the chunk, from 0.
+        step: usize,
+        /// Which of its numbers, from 0.
+        dimension: usize,
+        /// What was computed.
+        value: f32,
+    },
     /// A logit was not a number; a motion made of it would be arbitrary.
     #[error("the model computed a logit that is not a finite number at step {step}")]
     NotFinite {
@@ -106,7 +132,13 @@ impl Error {
                 Some(format!("name one with --unnorm-key: {}", known.join(", ")))
             }
             Self::InstructionTooLong { .. } => Some("say it in fewer words".into()),
-            Self::NotFinite { .. } | Self::Kernels(openvla_kernels::Error::NotFinite { .. }) => {
+            Self::OtherPolicy { .. } => Some(
+                "openvla-run, openvla-serve and `Policy::open` take either; a program that was written for one                  must be told of the other"
+                    .into(),
+            ),
+            Self::NotFinite { .. }
+            | Self::NotFiniteAction { .. }
+            | Self::Kernels(openvla_kernels::Error::NotFinite { .. }) => {
                 Some("the file may be damaged; try a wider type, such as --bf16".into())
             }
             Self::NoDevice { wanted, found, .. } => Some(other_devices(wanted, found)),
@@ -117,7 +149,11 @@ impl Error {
             Self::DeviceMemory { fits: None, .. } => {
                 Some("not even the vision towers fit; --device cpu needs no GPU".into())
             }
-            Self::Read { .. } | Self::Kernels(_) | Self::Image { .. } | Self::Decoder { .. } => {
+            Self::Read { .. }
+            | Self::Kernels(_)
+            | Self::Image { .. }
+            | Self::Observation { .. }
+            | Self::Decoder { .. } => {
                 None
             }
         }

@@ -19,6 +19,11 @@ impl Linear {
         })
     }
 
+    /// Its matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
         g.weight(&self.weight).mul_mat(x) + g.weight(&self.bias)
     }

@@ -23,7 +23,8 @@
 //! | `session` | what is remembered of a robot | the motion before |
 //! | `speculative` | drafts of tokens, and their verification | the tokens |
 //! | `llama` | Llama-2: BOS, soft tokens, the other ids; drafts | `[32064]` logits, seven times |
-//! | `action` | bins, data-set statistics | seven numbers |
+//! | `action` | bins | seven numbers in -1..1 |
+//! | `statistics` | the data set's scale | a motion in its units |
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
 //! what the file says about itself, `layers` holds what networks share. [`streamed`] runs the
@@ -50,6 +51,8 @@ mod error;
 mod layers;
 mod llama;
 mod network;
+pub mod oft;
+mod options;
 mod placement;
 mod policy;
 mod preprocess;
@@ -57,6 +60,7 @@ mod projector;
 pub mod prompt;
 mod session;
 mod speculative;
+mod statistics;
 pub mod streamed;
 pub mod tokenizer;
 mod vision;
@@ -64,18 +68,20 @@ mod vision;
 #[doc = include_str!("MODEL.md")]
 pub mod format {}
 
-pub use action::{ActionSpace, Dataset, Statistics, argmax};
+pub use action::{ActionSpace, argmax};
 pub use config::{
-    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig, Proof,
-    ProofCase, Source, TowerConfig,
+    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig,
+    OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,
 };
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use error::{Error, Result};
 pub use image;
 pub use network::{Features, Network, Sequence, SoftTokens};
 pub use openvla_kernels::{Device, Kernels, Usage};
+pub use options::{Decoding, Options};
 pub use placement::Devices;
-pub use policy::{Action, Decoding, OpenVla, Options, Timing, Unconstrained};
+pub use policy::{Action, OpenVla, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
 pub use session::{Drafted, Session, Totals};
 pub use speculative::Draft;
+pub use statistics::{Bounds, Dataset, Scale, Statistics};

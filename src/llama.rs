@@ -29,6 +29,9 @@ pub(crate) use layer::{Layer, LayerCache, Rows, mask_row};
 /// Tensors that rows are looked up in.
 pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
 
+/// How tensors after the last layer begin.
+const HEAD: [&str; 3] = ["output", "action_head", "oft.head"];
+
 /// What a tensor belongs to.
 pub(crate) enum Part {
     /// What comes before the first layer.
@@ -43,7 +46,7 @@ pub(crate) fn part(name: &str, n_layer: usize) -> Part {
     let block = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next());
     match block.and_then(|i| i.parse().ok()) {
         Some(i) if i < n_layer => Part::Layer(i),
-        None if name.starts_with("output") || name.starts_with("action_head") => Part::Head,
+        None if HEAD.iter().any(|prefix| name.starts_with(prefix)) => Part::Head,
         _ => Part::Front,
     }
 }
@@ -219,10 +222,43 @@ struct Model {
     embedding: Weight,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Weight,
-    /// The head's rows for `actions` once more, of a better type.
-    action_head: Weight,
+    head: LmHead,
+}
+
+/// The matrix that gives logits.
+pub(crate) struct LmHead {
+    weight: Weight,
+    /// Its rows for `actions` once more, of a better type.
+    action_weight: Weight,
     actions: Range<usize>,
+}
+
+impl LmHead {
+    pub fn load(w: &mut Weights, config: &Config) -> Result<Self> {
+        let (c, actions) = (&config.llama, config.actions.rows());
+        Ok(Self {
+            weight: w.take("output.weight", shape(&[c.dim, c.n_vocab]))?,
+            action_weight: w.take("action_head.weight", shape(&[c.dim, actions.len()]))?,
+            actions,
+        })
+    }
+
+    /// The matrix for all ids.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// Ids that it gives logits of.
+    pub fn n_vocab(&self) -> usize {
+        self.weight.shape()[1]
+    }
+
+    /// Stores the logits of rows `x [dim, n]`: `[n_vocab, n]`.
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, logits: &State) {
+        g.store(g.weight(&self.weight).mul_mat(x), logits);
+        let actions = g.state(logits).slice(0, self.actions.start, self.actions.len());
+        g.store_in(g.weight(&self.action_weight).mul_mat(x), actions);
+    }
 }
 
 /// All layers'.
@@ -230,15 +266,13 @@ type Cache = Vec<LayerCache>;
 
 impl Model {
     fn load(w: &mut Weights, config: &Config) -> Result<Self> {
-        let (c, actions) = (&config.llama, config.actions.rows());
+        let c = &config.llama;
         Ok(Self {
             config: c.clone(),
             embedding: w.take(TABLES[0], shape(&[c.dim, c.n_vocab]))?,
             layers: (0..c.n_layer).map(|i| Layer::load(w, c, i)).collect::<Result<_>>()?,
             norm: RmsNorm::load(w, "output_norm", c.dim, c.eps)?,
-            head: w.take("output.weight", shape(&[c.dim, c.n_vocab]))?,
-            action_head: w.take("action_head.weight", shape(&[c.dim, actions.len()]))?,
-            actions,
+            head: LmHead::load(w, config)?,
         })
     }
 
@@ -274,14 +308,12 @@ impl Model {
                 place.insert(Inputs::new(layer, n_row, n_kv, cache.n_ctx())?);
             }
         }
-        let logits = State::beside(&self.head, DType::F32, shape(&[c.n_vocab, n_out]))?;
+        let logits = State::beside(self.head.weight(), DType::F32, shape(&[c.n_vocab, n_out]))?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
             let last = self.build(g, x, &inputs, cache, n_out);
-            g.store(g.weight(&self.head).mul_mat(last), &logits);
-            let actions = g.state(&logits).slice(0, self.actions.start, self.actions.len());
-            g.store_in(g.weight(&self.action_head).mul_mat(last), actions);
+            self.head.build(g, last, &logits);
         })?;
         Ok(Pass { graph, ids, inputs, logits })
     }

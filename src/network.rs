@@ -35,12 +35,12 @@ pub struct Network {
 /// Patch features, on the device until the next picture: [`Network::encode`] was there.
 #[derive(Debug)]
 #[must_use]
-pub struct Features(());
+pub struct Features(pub(crate) ());
 
 /// Soft tokens, on the device until the next picture: [`Network::project`] was there.
 #[derive(Debug)]
 #[must_use]
-pub struct SoftTokens(());
+pub struct SoftTokens(pub(crate) ());
 
 /// A prompt that the Llama has read, the tokens after it, and what may come next.
 pub struct Sequence<'n> {

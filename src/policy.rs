@@ -4,62 +4,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use image::RgbImage;
-use openvla_kernels::{Backend, Gguf, Kernels, Usage};
+use openvla_kernels::{Gguf, Usage};
 use serde::Serialize;
 
-use crate::Result;
 use crate::action::argmax;
 use crate::config::Config;
 use crate::network::Network;
-use crate::placement::{Devices, Needs, Placement};
+use crate::options::{Decoding, Options, Place};
 use crate::session::{Drafted, Session};
 use crate::speculative::{self, Choice, Draft, TokenCost};
 use crate::tokenizer::Tokenizer;
-
-/// How a model is opened.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Options {
-    /// The devices to run on.
-    pub devices: Devices,
-    /// How many of the Llama's layers lie on GPUs, if there are any. The default is all.
-    pub n_gpu_layers: Option<usize>,
-    /// CPU threads. The default is one for each core.
-    pub n_threads: usize,
-    /// What a token may be.
-    pub decoding: Decoding,
-    /// Whether tokens are drafted in a session.
-    pub draft: Draft,
-    /// Whose functions a CPU computes with.
-    pub kernels: Kernels,
-    /// Whether the networks note what their weights are multiplied by: see [`Network::load`].
-    pub observe: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            devices: Devices::default(),
-            n_gpu_layers: None,
-            n_threads: std::thread::available_parallelism().map_or(1, usize::from),
-            decoding: Decoding::default(),
-            draft: Draft::default(),
-            kernels: Kernels::default(),
-            observe: false,
-        }
-    }
-}
-
-/// What the next token is chosen among.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Decoding {
-    /// The 256 action ids: every token is a motion.
-    #[default]
-    Actions,
-    /// All ids, as the reference does: an id that is no action is clipped into the first or last
-    /// bin, and EOS ends the motion early, whose missing tokens are then taken from the prompt.
-    Reference,
-}
+use crate::{Error, Result};
 
 /// A motion, and where it came from.
 #[derive(Debug, Clone, Serialize)]
@@ -138,20 +93,21 @@ impl OpenVla {
         Self::load(&Gguf::built_in(name, bytes)?, options)
     }
 
-    fn load(file: &Gguf, options: &Options) -> Result<Self> {
+    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
         let config = Config::read(file)?;
+        if config.oft.is_some() {
+            return Err(Error::OtherPolicy { found: "an OpenVLA-OFT", wanted: "OpenVLA" });
+        }
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        let gpus = options.devices.gpus()?;
-        let needs = Needs::new(file, &config);
-        let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
-        let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
-        let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
-        let place = |name: &str| placement.device(name);
-        let network = Network::load(file, &config, &backend, &place, options.observe)?;
-        let token_cost = match gpus.is_empty() {
-            true if backend.has_own_kernels() => TokenCost::OWN,
-            true => TokenCost::GGML,
-            false => TokenCost::GPU,
+        let place = Place::new(file, &config, options)?;
+        let device = |name: &str| place.device(name);
+        let network = Network::load(file, &config, &place.backend, &device, options.observe)?;
+        let token_cost = if place.has_gpus {
+            TokenCost::GPU
+        } else if place.backend.has_own_kernels() {
+            TokenCost::OWN
+        } else {
+            TokenCost::GGML
         };
         let (decoding, draft) = (options.decoding, options.draft);
         Ok(Self { config, tokenizer, network, decoding, draft, token_cost })
@@ -203,7 +159,7 @@ impl OpenVla {
         let soft = self.network.project(&features)?; // [4096, 256]
         let projector = clock.lap();
         let ids = self.config.prompt.ids(&self.tokenizer, instruction)?; // BOS … 29871
-        let n = dataset.q01.len();
+        let n = dataset.action.n();
         let draft = self.draft(session, n);
         let drafts = speculative::drafts_of_prefill(&draft, self.config.n_patch() + ids.len());
         let sequence = self.network.prefill_drafted(&ids, &soft, drafts)?;
@@ -223,7 +179,7 @@ impl OpenVla {
         let normalized = actions.normalized(&tokens);
         let all_actions = decoded.unconstrained.iter().all(|id| actions.ids().contains(id));
         Ok(Action {
-            action: dataset.unnormalise(&normalized),
+            action: dataset.action.unnormalize(&normalized),
             normalized,
             tokens,
             unnorm_key: key,
@@ -282,11 +238,12 @@ fn choose(config: &Config, decoding: Decoding, logits: &[f32], step: usize) -> R
     })
 }
 
-struct Clock(Instant);
+/// Takes the time of one stage after another.
+pub(crate) struct Clock(pub Instant);
 
 impl Clock {
     /// Milliseconds since the last call.
-    fn lap(&mut self) -> f64 {
+    pub fn lap(&mut self) -> f64 {
         let now = Instant::now();
         let lap = now - self.0;
         self.0 = now;
@@ -294,7 +251,7 @@ impl Clock {
     }
 }
 
-fn milliseconds(time: Duration) -> f64 {
+pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 

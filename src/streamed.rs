@@ -133,7 +133,7 @@ impl Run<'_> {
         let from = [size, size, 3 * self.config.towers.len()];
         let to = [self.config.towers[i].dim, self.config.n_patch()];
         self.once(tower.max_nodes(), planes, &from, &to, |g, planes| {
-            tower.build(g, planes.slice(2, 3 * i, 3))
+            tower.build(g, planes.slice(2, 3 * i, 3), &|_| None)
         })
     }
 

@@ -15,6 +15,9 @@ use crate::Result;
 use crate::config::{Config, TowerConfig};
 use crate::layers::{LayerNorm, Linear};
 
+/// What a block's rows are multiplied by, on top of 1, and what is then added to them: `[dim]` both.
+pub(crate) type Modulation<'g> = Option<[Tensor<'g>; 2]>;
+
 pub(crate) struct Vision {
     towers: Vec<Tower>,
 }
@@ -32,8 +35,19 @@ impl Vision {
     }
 
     pub fn build<'g>(&self, g: &'g Builder, planes: Tensor<'g>) -> Tensor<'g> {
+        self.build_modulated(g, planes, &|_, _| None)
+    }
+
+    /// The same with FiLM: `film` gives the scale and the shift of a tower's block, by their numbers.
+    pub fn build_modulated<'g>(
+        &self,
+        g: &'g Builder,
+        planes: Tensor<'g>,
+        film: &dyn Fn(usize, usize) -> Modulation<'g>,
+    ) -> Tensor<'g> {
         let rgb = |i| planes.slice(2, 3 * i, 3); // [size, size, 3]
-        let features = self.towers.iter().enumerate().map(|(i, tower)| tower.build(g, rgb(i)));
+        let towers = self.towers.iter().enumerate();
+        let features = towers.map(|(i, tower)| tower.build(g, rgb(i), &|block| film(i, block)));
         features.reduce(|all, next| all.concat(next, 0)).expect("a model has a tower")
     }
 }
@@ -71,7 +85,12 @@ impl Tower {
     }
 
     /// `[size, size, 3] → [dim, n_patch]`
-    pub fn build<'g>(&self, g: &'g Builder, rgb: Tensor<'g>) -> Tensor<'g> {
+    pub fn build<'g>(
+        &self,
+        g: &'g Builder,
+        rgb: Tensor<'g>,
+        film: &dyn Fn(usize) -> Modulation<'g>,
+    ) -> Tensor<'g> {
         let kernel = g.weight(&self.kernel);
         let [side, _, channels, dim] = kernel.shape();
         let patches = rgb.patches(kernel); // [3 · patch², n_patch]
@@ -82,7 +101,8 @@ impl Tower {
             x = g.weight(prefix).concat(x, 1); // [dim, n_prefix + n_patch]
         }
         let n_prefix = x.shape()[1] - n_patch;
-        let x = self.blocks.iter().fold(x, |x, block| block.build(g, x));
+        let blocks = self.blocks.iter().enumerate();
+        let x = blocks.fold(x, |x, (i, block)| block.build(g, x, film(i)));
         x.slice(1, n_prefix, n_patch)
     }
 }
@@ -122,12 +142,15 @@ impl Block {
     }
 
     /// `[dim, n] → [dim, n]`
-    fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+    fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, film: Modulation<'g>) -> Tensor<'g> {
         let scaled = |branch: Tensor<'g>, i: usize| match &self.scales {
             Some(scales) => branch * g.weight(&scales[i]),
             None => branch,
         };
-        let x = x + scaled(self.attention(g, self.ln1.build(g, x)), 0);
+        let mut x = x + scaled(self.attention(g, self.ln1.build(g, x)), 0);
+        if let Some([scale, shift]) = film {
+            x = x + x * scale + shift;
+        }
         let hidden = self.up.build(g, self.ln2.build(g, x)).gelu_erf(); // [n_ff, n]
         x + scaled(self.down.build(g, hidden), 1)
     }

@@ -236,7 +236,7 @@ fn every_matrix_is_counted() {
         };
         let conversion = subject.conversion("F32", None).unwrap();
         let policy = OpenVla::open(&exact, &options()).unwrap();
-        let steps = policy.config().statistics.datasets().values().next().unwrap().q01.len();
+        let steps = policy.config().statistics.datasets().values().next().unwrap().action.n();
         let rows = CALIBRATION.map(|text| 256 + policy.prompt_ids(text).unwrap().len());
         let n_prompt = CALIBRATION.len();
         // Of the last layer's MLP, only the rows that have logits are computed.

@@ -24,7 +24,7 @@ use common::{Stage, floats, ids, json};
 use openvla::image::imageops::{FilterType, resize};
 use openvla::image::{DynamicImage, ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
 use openvla::tokenizer::Tokenizer;
-use openvla::{ActionSpace, Dataset, Decoding, OpenVla, Options, Statistics, TowerConfig};
+use openvla::{ActionSpace, Decoding, OpenVla, Options, Scale, Statistics, TowerConfig};
 use openvla_convert::Conversion;
 use openvla_convert::names::Part;
 use openvla_convert::plan::{Encoding, Planned};
@@ -287,7 +287,7 @@ fn fact_8_any_id_may_win_and_is_clipped_into_a_bin() {
             assert!(!got.unconstrained.all_actions);
             let (token, value) = match decoding {
                 Decoding::Reference => (id, value),
-                Decoding::Actions => (first as u32, action.centre(action.bin(first as u32))),
+                Decoding::Actions => (first as u32, action.center(action.bin(first as u32))),
             };
             assert_eq!(got.tokens[0], token);
             assert!((got.normalized[0] - value).abs() < 1e-15, "{id}: {}", got.normalized[0]);
@@ -333,39 +333,39 @@ fn fact_8_bins_are_the_references() {
 fn bins_are_those_of(table: &Value) {
     let end = table["vocab_size_for_actions"].as_u64().unwrap() as u32;
     let actions = ActionSpace { end, n_bin: 256 };
-    let centres: Vec<f64> = (0..255).map(|bin| actions.centre(bin)).collect();
-    assert_eq!(centres, floats(&table["bin_centers"]));
+    let centers: Vec<f64> = (0..255).map(|bin| actions.center(bin)).collect();
+    assert_eq!(centers, floats(&table["bin_centers"]));
     let statistics = Statistics::parse(table["norm_stats"].to_string()).unwrap();
     let rows = table["unnormalize"].as_array().unwrap();
     assert!(rows.len() >= 18);
     for row in rows {
         let (_, dataset) = statistics.select(row["unnorm_key"].as_str()).unwrap();
         let motion: Vec<f64> =
-            ids(&row["tokens"]).iter().map(|id| actions.centre(actions.bin(*id))).collect();
-        assert_eq!(dataset.unnormalise(&motion), floats(&row["action"]), "{row}");
+            ids(&row["tokens"]).iter().map(|id| actions.center(actions.bin(*id))).collect();
+        assert_eq!(dataset.action.unnormalize(&motion), floats(&row["action"]), "{row}");
     }
 }
 
 #[test]
-fn fact_9_the_gripper_stays_in_bin_centres() {
+fn fact_9_the_gripper_stays_in_bin_centers() {
     for Subject { case: Case { config, .. }, .. } in &*SUBJECTS {
         let (actions, key) = (config.actions, config.statistics.datasets().keys().next().unwrap());
         let dataset = &config.statistics.datasets()[key];
-        assert_eq!(dataset.mask, [true, true, true, true, true, true, false], "{key}");
-        let all_scaled = Dataset { mask: vec![true; 7], ..dataset.clone() };
+        assert_eq!(dataset.action.mask, [true, true, true, true, true, true, false], "{key}");
+        let all_scaled = Scale { mask: vec![true; 7], ..dataset.action.clone() };
         let mut seen = std::collections::BTreeSet::new();
         for id in 0..config.llama.n_vocab as u32 {
-            let centre = actions.centre(actions.bin(id));
-            let gripper = dataset.unnormalise(&[centre; 7])[6];
-            assert_eq!(gripper, centre, "id {id}");
+            let center = actions.center(actions.bin(id));
+            let gripper = dataset.action.unnormalize(&[center; 7])[6];
+            assert_eq!(gripper, center, "id {id}");
             assert!(gripper.abs() <= 1.0 - 1.0 / 255.0, "id {id}: {gripper}");
-            let scaled = all_scaled.unnormalise(&[centre; 7])[6];
+            let scaled = all_scaled.unnormalize(&[center; 7])[6];
             assert!((scaled - gripper).abs() > 1e-3, "id {id}: {scaled}");
             seen.insert(gripper.to_bits());
         }
         assert_eq!(seen.len(), 255);
         let [open, closed] =
-            [actions.ids().start, actions.end - 1].map(|id| actions.centre(actions.bin(id)));
+            [actions.ids().start, actions.end - 1].map(|id| actions.center(actions.bin(id)));
         assert_eq!((open, closed), (0.996_078_431_372_549, -0.996_078_431_372_549));
     }
 }

@@ -91,6 +91,6 @@ impl Workload {
 
     /// Decode steps of a motion: its tokens but the first, which the prefill gives.
     pub fn n_step(&self) -> usize {
-        self.policy.config().statistics.first().1.q01.len() - 1
+        self.policy.config().statistics.first().1.action.n() - 1
     }
 }

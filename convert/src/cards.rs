@@ -105,17 +105,17 @@ fn card(name: &str, dataset: &Dataset) -> ActionCard {
     let dimension = |i: usize| Dimension {
         name: if named { NAMES[i].to_owned() } else { i.to_string() },
         unit: unit(i).to_owned(),
-        q01: dataset.q01[i],
-        q99: dataset.q99[i],
-        normalised: dataset.mask[i],
+        q01: dataset.action.low[i],
+        q99: dataset.action.high[i],
+        normalised: dataset.action.mask[i],
     };
-    let dimensions = (0..dataset.q01.len()).map(dimension).collect();
+    let dimensions = (0..dataset.action.n()).map(dimension).collect();
     ActionCard { dimensions, gripper, rate_hz, note: note.map(str::to_owned) }
 }
 
 /// Seven joints would be scaled, all of them.
 fn has_gripper(dataset: &Dataset) -> bool {
-    dataset.mask == [true, true, true, true, true, true, false]
+    dataset.action.mask == [true, true, true, true, true, true, false]
 }
 
 #[cfg(test)]

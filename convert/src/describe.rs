@@ -45,6 +45,7 @@ pub fn describe(
         actions: hf.actions()?,
         cards: cards::cards(&statistics),
         statistics,
+        oft: None,
     };
     config.check().map_err(of_checkpoint)?;
     ensure!(

@@ -50,7 +50,7 @@ pub fn bytes(config: &Config, plan: &[Planned]) -> u64 {
 }
 
 fn n_token(config: &Config) -> usize {
-    config.statistics.first().1.q01.len()
+    config.statistics.first().1.action.n()
 }
 
 /// Runs the cases part by part. `part` gives the model's tensors with a prefix, in F32.

@@ -130,7 +130,7 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
             sequence.step(*expected)?;
         }
     }
-    let motion = |tokens: &[u32]| dataset.unnormalise(&actions.normalized(tokens));
+    let motion = |tokens: &[u32]| dataset.action.unnormalize(&actions.normalized(tokens));
     let pairs = || tokens.iter().zip(&case.tokens);
     let off =
         motion(&tokens).iter().zip(motion(&case.tokens)).map(|(a, b)| (a - b).abs()).collect();

@@ -199,6 +199,16 @@ impl<'g> Tensor<'g> {
         self.builder.node(unsafe { sys::ggml_gelu_erf(context, raw) })
     }
 
+    /// ReLU: what is negative becomes 0. What is not a number stays so, which ggml's own ReLU would turn into 0.
+    pub fn relu(self) -> Tensor<'g> {
+        self.rows("relu");
+        assert!(self.is_plainly_contiguous(), "relu: operand has gaps");
+        let (context, raw) = self.args();
+        // SAFETY: live, f32 and contiguous.
+        let is_positive = self.builder.node(unsafe { sys::ggml_step(context, raw) });
+        self * is_positive
+    }
+
     /// `silu(self) * up`.
     pub fn swiglu(self, up: Tensor<'g>) -> Tensor<'g> {
         self.same_graph(up);

@@ -96,6 +96,10 @@ fn activations() {
     let (gate, by) = (state(&[x.len()], &x), state(&[x.len()], &up));
     let gelu = |x: f64| 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2));
     let want: Vec<_> = exact(&x).into_iter().map(gelu).collect();
+    let signs = state(&[4], &[-1.5, 0.0, 2.5, f32::NAN]);
+    let relu = compute(&[4], |g| g.state(&signs).relu());
+    assert_eq!(relu[..3], [0.0, 0.0, 2.5]);
+    assert!(relu[3].is_nan(), "what is not a number stays so");
     assert_close("gelu_erf", &compute(&[x.len()], |g| g.state(&gate).gelu_erf()), &want, 1e-6);
     let silu = |x: f64| x / (1.0 + (-x).exp());
     let want: Vec<_> = exact(&x).iter().zip(exact(&up)).map(|(x, up)| silu(*x) * up).collect();

@@ -88,6 +88,7 @@ fn rows_and_activations() {
             x.swiglu(x)
         }),
         one("gelu_erf: operand has gaps", &thin, |x| x.permute([0, 2, 1, 3]).gelu_erf()),
+        one("relu: operand has gaps", &x, |x| x.slice(0, 0, 2).relu()),
         one("permute: inside blocks", &blocks, |x| x.permute([1, 0, 2, 3])),
         one("slice: inside blocks", &blocks, |x| x.slice(0, 0, 32)),
         one("norm: rows are not contiguous f32", &half, |x| x.norm(1e-6)),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use openvla::Session;
 use openvla::image::{Rgb, RgbImage};
-use openvla::{Dataset, Session};
 
 use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
@@ -154,7 +154,7 @@ impl Worker<'_> {
         known.session = session;
 
         let dataset = model.statistics.datasets().get(&motion.unnorm_key);
-        let ranges = dataset.map(Dataset::ranges).unwrap_or_default();
+        let ranges = dataset.map(|dataset| dataset.action.ranges()).unwrap_or_default();
         let mut action = motion.action;
         let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
         let last = last.map(|(_, motion)| motion.as_slice());

@@ -116,7 +116,7 @@ fn table(action: &Action, dataset: &Dataset) -> String {
         7 => ARM[i].to_owned(),
         _ => format!("action[{i}]"),
     };
-    let ranges = dataset.ranges();
+    let ranges = dataset.action.ranges();
     let line = |i: usize| {
         let [low, high] = ranges[i];
         format!("{:<10} {:>12.6}   of {low:.6} … {high:.6}\n", name(i), action.action[i])

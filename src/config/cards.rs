@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::general::optional;
 use super::key;
-use crate::action::{Dataset, Statistics};
+use crate::statistics::{Dataset, Statistics};
 use crate::{Error, Result};
 
 /// What the motions of one data set are.
@@ -85,8 +85,7 @@ pub fn check(cards: &BTreeMap<String, ActionCard>, statistics: &Statistics) -> R
 
 impl ActionCard {
     fn is_of(&self, dataset: &Dataset) -> bool {
-        let Dataset { q01, q99, mask } = dataset;
-        let ranges = q01.iter().zip(q99).zip(mask).map(|((q01, q99), mask)| (*q01, *q99, *mask));
+        let ranges = dataset.action.dimensions();
         self.dimensions.iter().map(|d| (d.q01, d.q99, d.normalised)).eq(ranges)
     }
 }

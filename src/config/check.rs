@@ -1,8 +1,9 @@
 //! What graphs and arithmetic rely on, held against a [`Config`] before anything uses it.
 
-use super::{Config, cards, key};
+use super::{Config, OftConfig, cards, key};
 use crate::action::ActionSpace;
 use crate::preprocess::{self, Normalize};
+use crate::statistics::Scale;
 use crate::{Error, Result};
 
 /// Larger than any width of an OpenVLA: what a wrong size can make a device allocate ends here.
@@ -49,7 +50,27 @@ impl Config {
             format!("`{q}` is {} and `{kv}` {} for {} channels", l.n_head, l.n_head_kv, l.dim)
         })?;
         self.check_ids()?;
+        if let Some(oft) = &self.oft {
+            oft.check(self.towers.len(), self.n_patch(), l.n_ctx)?;
+            self.check_datasets(oft)?;
+        }
         cards::check(&self.cards, &self.statistics)
+    }
+
+    /// That every data set is of the arm that the head and the state projector are for.
+    fn check_datasets(&self, oft: &OftConfig) -> Result<()> {
+        for (name, dataset) in self.statistics.datasets() {
+            let n_state = dataset.state.as_ref().map_or(0, Scale::n);
+            demand((dataset.action.n(), n_state) == (oft.n_action, oft.n_state), || {
+                format!(
+                    "its statistics of `{name}` are of {} numbers an action and {n_state} of state; the model's                      have {} and {}",
+                    dataset.action.n(),
+                    oft.n_action,
+                    oft.n_state
+                )
+            })?;
+        }
+        Ok(())
     }
 
     /// Each number by itself: it may be a divisor, and decides how much is allocated.
@@ -137,9 +158,6 @@ impl Config {
 }
 
 /// [`Error::Model`] unless `holds`.
-fn demand(holds: bool, why: impl FnOnce() -> String) -> Result<()> {
-    match holds {
-        true => Ok(()),
-        false => Err(Error::Model { why: why() }),
-    }
+pub(super) fn demand(holds: bool, why: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Model { why: why() }) }
 }

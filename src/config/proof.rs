@@ -105,7 +105,7 @@ fn read_cases(file: &Gguf, config: &Config) -> Result<Vec<ProofCase>> {
     }
     let mut logits = logits.chunks(n_bin);
     for (i, key) in keys.iter().enumerate() {
-        let n_token = config.statistics.select(Some(key))?.1.q01.len();
+        let n_token = config.statistics.select(Some(key))?.1.action.n();
         let (its, rest) = left.split_at_checked(n_token).ok_or(wrong(TOKENS, tokens.len()))?;
         left = rest;
         let token =

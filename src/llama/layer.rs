@@ -1,5 +1,7 @@
 //! One layer of the Llama: attention over a KV cache, and the MLP.
 
+use std::ops::Range;
+
 use openvla_kernels::{Builder, Shape, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
@@ -85,10 +87,34 @@ impl Layer {
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let x = rows.x + self.attention(g, rows, cache, c);
-        let x = x.slice(1, x.shape()[1] - n, n);
+        self.mlp(g, x.slice(1, x.shape()[1] - n, n))
+    }
+
+    /// The same without a cache, and every row looks at every other: `[dim, n_row] → [dim, n]`, of the rows `taken`.
+    pub fn build_bidirectional<'g>(
+        &self,
+        g: &'g Builder,
+        x: Tensor<'g>,
+        positions: Tensor<'g>,
+        taken: Range<usize>,
+        c: &LlamaConfig,
+    ) -> Tensor<'g> {
+        let (head_dim, start, n) = (c.head_dim(), taken.start, taken.len());
+        let turn = |x: Tensor<'g>| x.heads(head_dim).rope(positions, c.rope_base);
+        let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, x));
+        // [head_dim, n_head, n_row] → [head_dim, n_row, n_head]
+        let [q, k, v] = [turn(q).slice(2, start, n), turn(k), v.heads(head_dim)]
+            .map(|heads| heads.permute([0, 2, 1, 3]));
+        let y = q.flash_attention(k, v, None, (head_dim as f32).sqrt().recip());
+        let y = g.weight(&self.out).mul_mat(y.reshape(&[c.dim, n]));
+        self.mlp(g, x.slice(1, start, n) + y)
+    }
+
+    /// `[dim, n] → [dim, n]`
+    fn mlp<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
         let y = self.ffn_norm.build(g, x);
         // Of a single row, CUDA multiplies by both and gates in one kernel.
-        let [gate, up] = match n {
+        let [gate, up] = match x.shape()[1] {
             1 => self.gate_up.each_ref().map(|weight| g.weight(weight).mul_mat(y)),
             _ => self.gate_and_up.build(g, y),
         }; // [n_ff, n]

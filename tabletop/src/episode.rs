@@ -56,7 +56,7 @@ impl Model {
     /// If the model's motions are not of seven numbers, or the data set is unknown.
     pub fn new(vla: OpenVla, unnorm_key: Option<String>) -> Result<Self> {
         let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
-        let n = dataset.q01.len();
+        let n = dataset.action.n();
         anyhow::ensure!(n == 7, "motions of `{name}` have {n} numbers; seven move this gripper");
         Ok(Self { vla, unnorm_key, session: Session::default(), drafted: Totals::default() })
     }

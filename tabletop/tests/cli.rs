@@ -115,7 +115,7 @@ fn a_data_set_holds_what_a_trainer_needs() {
     assert_eq!(known["tabletop"]["action"]["q99"][0], quantile(&dx, 0.99));
     let statistics = openvla::Statistics::parse(text).unwrap();
     assert_eq!(
-        statistics.select(None).unwrap().1.mask,
+        statistics.select(None).unwrap().1.action.mask,
         [true, true, true, true, true, true, false]
     );
     assert!(out.join("tokenizer.model").exists() && out.join("tokenizer.json").exists());

@@ -87,7 +87,7 @@ fn the_published_files_are_read_as_they_are() {
             .statistics
             .datasets()
             .values()
-            .all(|d| d.mask == [[true; 6].as_slice(), &[false]].concat())
+            .all(|d| d.action.mask == [[true; 6].as_slice(), &[false]].concat())
     );
     // Without its shards the folder is incomplete, which the index tells.
     let error = Source::open(&dir).err().unwrap().to_string();

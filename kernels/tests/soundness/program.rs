@@ -56,13 +56,14 @@ impl Machine {
 }
 
 /// What a program does.
-pub const OPS: [&str; 17] = [
+pub const OPS: [&str; 18] = [
     "add",
     "mul",
     "mul_mat",
     "norm",
     "rms_norm",
     "gelu_erf",
+    "relu",
     "swiglu",
     "reshape",
     "permute",
@@ -235,6 +236,7 @@ impl<'a> Program<'a> {
             "norm" => f32(x.norm(self.random.float())),
             "rms_norm" => f32(x.rms_norm(self.random.float())),
             "gelu_erf" => f32(x.gelu_erf()),
+            "relu" => f32(x.relu()),
             "swiglu" => {
                 f32(x.swiglu(self.pick(pool, |y| is_f32(y) && y.tensor.shape() == dims).tensor))
             }

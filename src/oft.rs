@@ -1,0 +1,314 @@
+//! The OpenVLA-OFT policy: pictures of several cameras, an instruction and the arm's state to a chunk of actions.
+//!
+//! in   `[3, width, height]` RGB bytes of each camera; `[n_state]` numbers in the data set's units
+//! out  `[n_action]` numbers for each of `chunk` time steps
+//!
+//! ref: openvla-oft `experiments/robot/openvla_utils.py` `get_vla_action`
+
+mod film;
+mod head;
+mod network;
+
+use std::path::Path;
+use std::time::Instant;
+
+use image::RgbImage;
+use openvla_kernels::{Gguf, Usage};
+use serde::Serialize;
+
+use crate::action::argmax;
+use crate::config::{Config, OftConfig, OftHead};
+use crate::options::{Decoding, Options, Place};
+use crate::policy::{Clock, milliseconds};
+use crate::statistics::Scale;
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+
+pub use network::OftNetwork;
+
+/// What a robot sees, and how its arm stands.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Observation<'a> {
+    /// The third-person camera's picture, then those of the wrist cameras, in the order that the model was trained
+    /// with: [`OftConfig::cameras`]. Other pictures in these places give other motions without an error.
+    pub images: &'a [&'a RgbImage],
+    /// The arm's state in the data set's units, if the model reads it.
+    pub state: Option<&'a [f64]>,
+}
+
+/// A chunk of actions, to be executed one after another before the robot looks again.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Chunk {
+    /// `[chunk]` actions of `[n_action]` numbers, in the data set's units.
+    pub actions: Vec<Vec<f64>>,
+    /// The same as the model gave them: about -1..1, and not bounded.
+    pub normalized: Vec<Vec<f64>>,
+    /// The ids that they were decoded from, if the model gives tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Vec<Vec<u32>>>,
+    /// The state as the model was given it, in -1..1.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub normalized_state: Vec<f64>,
+    /// The data set whose units they are in.
+    pub unnorm_key: String,
+    /// Where the time went.
+    pub timing_ms: ChunkTiming,
+}
+
+/// Milliseconds of one chunk, by stage.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[non_exhaustive]
+pub struct ChunkTiming {
+    /// Images to planes.
+    pub preprocess: f64,
+    /// Planes to patch features.
+    pub vision: f64,
+    /// Patch features to soft tokens.
+    pub projector: f64,
+    /// Instruction to ids, state to a row, the Llama over all rows, and the head.
+    pub llama: f64,
+    /// Everything.
+    pub total: f64,
+}
+
+/// An OpenVLA-OFT model, ready to act.
+pub struct OpenVlaOft {
+    config: Config,
+    tokenizer: Tokenizer,
+    network: OftNetwork,
+    decoding: Decoding,
+}
+
+impl OpenVlaOft {
+    /// Opens a model file that `openvla-convert` wrote.
+    ///
+    /// # Errors
+    /// As [`crate::OpenVla::open`]; [`Error::OtherPolicy`] if it is an OpenVLA's.
+    pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
+        Self::load(&Gguf::open(path.as_ref())?, options)
+    }
+
+    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
+        let config = Config::read(file)?;
+        if config.oft.is_none() {
+            return Err(Error::OtherPolicy { found: "an OpenVLA", wanted: "OpenVLA-OFT" });
+        }
+        let tokenizer = Tokenizer::new(&config.vocabulary)?;
+        let place = Place::new(file, &config, options)?;
+        let device = |name: &str| place.device(name);
+        let network = OftNetwork::load(file, &config, &place.backend, &device, options.observe)?;
+        Ok(Self { config, tokenizer, network, decoding: options.decoding })
+    }
+
+    /// What the cameras see, what was asked for and how the arm stands, to a chunk of actions.
+    ///
+    /// `unnorm_key` names the data set whose units state and actions are in; it may be left out where there is one.
+    ///
+    /// # Errors
+    /// [`Error::UnknownStatistics`], [`Error::AmbiguousStatistics`], [`Error::Observation`] before anything is
+    /// computed; [`Error::Image`], [`Error::InstructionTooLong`], [`Error::NotFiniteAction`].
+    pub fn act(
+        &mut self,
+        observation: &Observation<'_>,
+        instruction: &str,
+        unnorm_key: Option<&str>,
+    ) -> Result<Chunk> {
+        let start = Instant::now();
+        let (key, dataset) = self.config.statistics.select(unnorm_key)?;
+        let (key, dataset) = (key.to_owned(), dataset.clone());
+        let normalized_state = normalized_state(observation.state, dataset.state.as_ref())?;
+        let images = self.images(observation.images)?;
+        let mut clock = Clock(start);
+
+        let mut planes = Vec::new(); // [224, 224, 6 · n_camera]
+        for image in images {
+            planes.extend(self.config.preprocess.planes(image)?);
+        }
+        let preprocess = clock.lap();
+        let ids = self.config.prompt.ids(&self.tokenizer, instruction)?; // BOS … 29871
+        let features = self.network.encode(&planes, &ids)?; // [2176, 256 · n_camera]
+        let vision = clock.lap();
+        let soft = self.network.project(&features)?; // [4096, 256 · n_camera]
+        let projector = clock.lap();
+        let state: Vec<f32> = normalized_state.iter().map(|x| *x as f32).collect();
+        let output = self.network.actions(&ids, &soft, &state)?;
+        let llama = clock.lap();
+
+        let (normalized, tokens) = self.decode(&output)?;
+        let actions = normalized.iter().map(|x| unnormalize(&dataset.action, x)).collect();
+        let total = milliseconds(start.elapsed());
+        let timing_ms = ChunkTiming { preprocess, vision, projector, llama, total };
+        let normalized = normalized.into_iter().map(|action| action.numbers()).collect();
+        Ok(Chunk { actions, normalized, tokens, normalized_state, unnorm_key: key, timing_ms })
+    }
+
+    /// What the model file says about itself.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What it says about chunks and cameras.
+    pub fn oft(&self) -> &OftConfig {
+        self.config.oft.as_ref().expect("`load` refuses others")
+    }
+
+    /// What the model takes on each device: the GPUs, then the CPU.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.network.usage()
+    }
+
+    /// The prompt's ids for an instruction.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the tokenizer refuses the text.
+    pub fn prompt_ids(&self, instruction: &str) -> Result<Vec<u32>> {
+        self.config.prompt.ids(&self.tokenizer, instruction)
+    }
+
+    /// The networks, to run stage by stage.
+    pub fn network(&mut self) -> &mut OftNetwork {
+        &mut self.network
+    }
+
+    /// The pictures that the model is shown. ref: `get_vla_action`, which leaves out the wrist cameras' where the
+    /// model has one camera.
+    fn images<'a>(&self, images: &'a [&'a RgbImage]) -> Result<&'a [&'a RgbImage]> {
+        let cameras = &self.oft().cameras;
+        let wanted = cameras.len();
+        if images.len() == wanted || (wanted == 1 && !images.is_empty()) {
+            return Ok(&images[..wanted]);
+        }
+        let why = format!(
+            "there are {} pictures; the model has {wanted} cameras: {}",
+            images.len(),
+            cameras.join(", ")
+        );
+        Err(Error::Observation { why })
+    }
+
+    /// Actions as the head gives them, and the ids that they stand for.
+    fn decode(&self, output: &[f32]) -> Result<(Vec<Normalized>, Option<Vec<Vec<u32>>>)> {
+        let (oft, actions) = (self.oft(), self.config.actions);
+        if oft.head == OftHead::L1 {
+            if let Some(i) = output.iter().position(|x| !x.is_finite()) {
+                let (step, dimension) = (i / oft.n_action, i % oft.n_action);
+                return Err(Error::NotFiniteAction { step, dimension, value: output[i] });
+            }
+            let chunk = output.chunks(oft.n_action).map(|x| Normalized::Head(x.to_vec()));
+            return Ok((chunk.collect(), None));
+        }
+        let n_vocab = self.config.llama.n_vocab;
+        let ids = match self.decoding {
+            Decoding::Actions => actions.ids(),
+            Decoding::Reference => 0..n_vocab as u32,
+        };
+        let rows = output.chunks(n_vocab).enumerate();
+        let tokens: Vec<u32> =
+            rows.map(|(step, logits)| argmax(logits, ids.clone(), step)).collect::<Result<_>>()?;
+        let tokens: Vec<Vec<u32>> = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
+        let chunk = tokens.iter().map(|ids| Normalized::Bins(actions.normalized(ids)));
+        Ok((chunk.collect(), Some(tokens)))
+    }
+}
+
+/// One action in about -1..1, in the precision that the reference has it in.
+enum Normalized {
+    Head(Vec<f32>),
+    Bins(Vec<f64>),
+}
+
+impl Normalized {
+    fn numbers(self) -> Vec<f64> {
+        match self {
+            Self::Head(x) => x.into_iter().map(f64::from).collect(),
+            Self::Bins(x) => x,
+        }
+    }
+}
+
+/// What keeps a dimension of no width from dividing by zero. ref: `_unnormalize_actions`, `normalize_proprio`
+const WIDTH: f64 = 1e-8;
+
+/// An action to the data set's units. ref: `_unnormalize_actions`, which computes `0.5 * (x + 1)` in the precision
+/// of `x`
+fn unnormalize(scale: &Scale, action: &Normalized) -> Vec<f64> {
+    let pairs: Vec<(f64, f64)> = match action {
+        Normalized::Head(x) => {
+            x.iter().map(|x| (f64::from(*x), f64::from(0.5 * (x + 1.0)))).collect()
+        }
+        Normalized::Bins(x) => x.iter().map(|x| (*x, 0.5 * (x + 1.0))).collect(),
+    };
+    let unnormalize = |((x, share), (low, high, scaled)): ((f64, f64), (f64, f64, bool))| {
+        if scaled { share * (high - low + WIDTH) + low } else { x }
+    };
+    pairs.into_iter().zip(scale.dimensions()).map(unnormalize).collect()
+}
+
+/// The arm's state in -1..1. ref: `normalize_proprio`
+fn normalized_state(state: Option<&[f64]>, scale: Option<&Scale>) -> Result<Vec<f64>> {
+    let refused = |why: String| Err(Error::Observation { why });
+    let (Some(scale), Some(state)) = (scale, state) else {
+        return match scale {
+            None => Ok(Vec::new()), // as the reference, which does not look at it
+            Some(scale) => refused(format!("the arm's state of {} numbers is missing", scale.n())),
+        };
+    };
+    if state.len() != scale.n() {
+        return refused(format!("the arm's state has {} numbers, not {}", state.len(), scale.n()));
+    }
+    if let Some(i) = state.iter().position(|x| !x.is_finite()) {
+        return refused(format!("number {i} of the arm's state is {}", state[i]));
+    }
+    let normalize = |(x, (low, high, scaled)): (&f64, (f64, f64, bool))| {
+        let x = if scaled { 2.0 * (x - low) / (high - low + WIDTH) - 1.0 } else { *x };
+        x.clamp(-1.0, 1.0)
+    };
+    Ok(state.iter().zip(scale.dimensions()).map(normalize).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scale() -> Scale {
+        Scale {
+            low: vec![-2.0, 3.0, 0.0],
+            high: vec![2.0, 3.0, 1.0],
+            mask: vec![true, true, false],
+        }
+    }
+
+    #[test]
+    fn a_state_is_scaled_and_clipped_and_a_width_of_zero_goes_to_an_end() {
+        let got = normalized_state(Some(&[1.0, 3.5, 0.25]), Some(&scale())).unwrap();
+        assert!((got[0] - 0.5).abs() < 1e-8, "{got:?}");
+        assert_eq!(got[1..], [1.0, 0.25]);
+        let low = normalized_state(Some(&[-9.0, 3.0, 7.0]), Some(&scale())).unwrap();
+        assert_eq!(low, [-1.0, -1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_used_is_named() {
+        let error = |state: Option<&[f64]>| {
+            normalized_state(state, Some(&scale())).unwrap_err().to_string()
+        };
+        assert!(error(None).contains("state of 3 numbers is missing"));
+        assert!(error(Some(&[1.0])).contains("has 1 numbers, not 3"));
+        assert!(error(Some(&[1.0, f64::NAN, 0.0])).contains("number 1 of the arm's state is NaN"));
+        assert_eq!(normalized_state(Some(&[1.0]), None).unwrap(), [0.0; 0], "nobody reads it");
+    }
+
+    /// 0.5 · (x + 1) is rounded to f32 where the head gave an f32.
+    #[test]
+    fn actions_are_unnormalized_in_the_references_precision() {
+        let x = 0.123_456_79_f32;
+        let got = unnormalize(&scale(), &Normalized::Head(vec![x, x, x]));
+        let share = f64::from(0.5_f32 * (x + 1.0));
+        assert_eq!(got[0], share * (4.0 + 1e-8) - 2.0);
+        assert_eq!(got[1], share * 1e-8 + 3.0);
+        assert_eq!(got[2], f64::from(x), "a gripper stays as the head gave it");
+        let got = unnormalize(&scale(), &Normalized::Bins(vec![0.1, 0.1, 0.1]));
+        assert_eq!(got[0], 0.5 * 1.1 * (4.0 + 1e-8) - 2.0);
+    }
+}

@@ -1,0 +1,292 @@
+//! The networks of an OpenVLA-OFT: each camera's picture through towers and projector, then one pass of the Llama
+//! over all rows, each of which looks at every other.
+//!
+//! ```text
+//! planes [size, size, 6 · n_camera] ─vision→ features [2176, 256 · n_camera] ─projector→ soft [4096, 256 · n_camera]
+//! BOS | soft | state | prompt | n_action · chunk rows of zeros | stop ─Llama→ hidden [4096, n_action · chunk] ─head→ actions
+//! ```
+//!
+//! Nothing of a pass can be kept for the next one, since every key depends on every row.
+//!
+//! ref: openvla-oft `OpenVLAForActionPrediction.predict_action`
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use openvla_kernels::{
+    Backend, Builder, DType, Gguf, Graph, Observer, Squares, State, Tensor, Usage, Weight, Weights,
+    shape,
+};
+
+use super::film::Film;
+use super::head::Head;
+use crate::Result;
+use crate::config::{Config, LlamaConfig};
+use crate::layers::{Linear, RmsNorm};
+use crate::llama::{Layer, TABLES};
+use crate::network::{Features, SoftTokens};
+use crate::projector::Projector;
+use crate::vision::Vision;
+
+/// Towers, projector, Llama and head of an OpenVLA-OFT, ready to run.
+pub struct OftNetwork {
+    backend: Arc<Backend>,
+    planes: State,
+    features: State,
+    soft: State,
+    vision: Graph,
+    projector: Graph,
+    film: Option<Film>,
+    /// What the FiLM vectors were computed for.
+    film_ids: Vec<i32>,
+    model: Model,
+    pass: Option<Pass>,
+    observer: Observer,
+}
+
+/// The Llama, and what comes after it.
+struct Model {
+    config: LlamaConfig,
+    embedding: Weight,
+    state: Option<StateProjector>,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Head,
+    n_slot: usize,
+    stop: i32,
+    /// `[n_state]`, if the model reads a state.
+    input: Option<State>,
+    /// What stands for the actions: `[dim, n_slot]` of zeros.
+    slots: State,
+}
+
+/// The arm's state to one row. ref: openvla-oft `ProprioProjector`
+struct StateProjector {
+    fc1: Linear,
+    fc2: Linear,
+}
+
+/// The graph for one prompt length.
+struct Pass {
+    graph: Graph,
+    /// The prompt's, then the stop token.
+    ids: State,
+    out: State,
+}
+
+impl OftNetwork {
+    /// Takes every tensor of the file: see [`crate::Network::load`].
+    ///
+    /// # Errors
+    /// As [`crate::Network::load`].
+    ///
+    /// # Panics
+    /// If the file is not an OpenVLA-OFT's.
+    pub fn load(
+        file: &Gguf,
+        config: &Config,
+        backend: &Arc<Backend>,
+        place: &dyn Fn(&str) -> usize,
+        observe: bool,
+    ) -> Result<Self> {
+        let oft = config.oft.as_ref().expect("an OpenVLA-OFT's file");
+        let mut weights = Weights::placed(file, backend, &TABLES, place)?;
+        let observer = if observe { weights.observe() } else { Observer::default() };
+        let vision = Vision::load(&mut weights, config)?;
+        let film = if oft.film { Some(Film::load(&mut weights, config, backend)?) } else { None };
+        let projector = Projector::load(&mut weights, config)?;
+        let model = Model::load(&mut weights, config, backend)?;
+        weights.finish()?;
+        let (n_camera, n_patch) = (oft.cameras.len(), config.n_patch());
+        let (size, n_plane) = (config.preprocess.size as usize, 3 * config.towers.len());
+        let state = |dims: &[usize]| State::zeros(backend, DType::F32, shape(dims));
+        let planes = state(&[size, size, n_plane * n_camera])?;
+        let features = state(&[config.projector[0], n_patch * n_camera])?;
+        let soft = state(&[config.llama.dim, n_patch * n_camera])?;
+        let vision = Graph::build(backend, n_camera * (4 + vision.max_nodes()), |g| {
+            let film = |tower, block| film.as_ref().map(|film| film.vectors(g, tower, block));
+            for i in 0..n_camera {
+                let seen = g.state(&planes).slice(2, n_plane * i, n_plane);
+                let patches = g.state(&features).slice(1, n_patch * i, n_patch);
+                g.store_in(vision.build_modulated(g, seen, &film), patches);
+            }
+        })?;
+        let projector = Graph::build(backend, projector.max_nodes(), |g| {
+            g.store(projector.build(g, g.state(&features)), &soft);
+        })?;
+        Ok(Self {
+            backend: backend.clone(),
+            planes,
+            features,
+            soft,
+            vision,
+            projector,
+            film,
+            film_ids: Vec::new(),
+            model,
+            pass: None,
+            observer,
+        })
+    }
+
+    /// Vision: normalized planes of all cameras, `[size, size, 3 · n_tower · n_camera]`, to patch features. The
+    /// prompt's `ids` count where the model has FiLM.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    pub fn encode(&mut self, planes: &[f32], ids: &[u32]) -> Result<Features> {
+        if let Some(film) = &self.film {
+            let ids = self.model.with_stop(ids);
+            if ids != self.film_ids {
+                film.compute(&self.model.embedding, self.model.config.n_vocab, &ids)?;
+                self.film_ids = ids;
+            }
+        }
+        self.planes.write(planes);
+        self.vision.compute()?;
+        Ok(Features(()))
+    }
+
+    /// Projector: patch features to soft tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    pub fn project(&mut self, _: &Features) -> Result<SoftTokens> {
+        self.projector.compute()?;
+        Ok(SoftTokens(()))
+    }
+
+    /// Llama and head: a prompt, the soft tokens after its first id, and the normalized state, to what the head makes
+    /// of them: `[n_action, chunk]` numbers, or `[n_vocab, n_action · chunk]` logits of action tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room or fails.
+    ///
+    /// # Panics
+    /// If there are fewer than two ids, one is no row of the embedding, or the state has another length.
+    pub fn actions(&mut self, ids: &[u32], _: &SoftTokens, state: &[f32]) -> Result<Vec<f32>> {
+        assert!(ids.len() > 1, "a prompt is BOS and more");
+        let ids = self.model.with_stop(ids);
+        if self.pass.as_ref().is_none_or(|pass| pass.ids.shape()[0] != ids.len()) {
+            self.pass = None; // gives its memory back before the next takes some
+            self.pass = Some(self.model.pass(&self.backend, ids.len(), &self.soft)?);
+        }
+        let pass = self.pass.as_mut().expect("built above");
+        pass.ids.write(&ids);
+        match &self.model.input {
+            Some(input) => input.write(state),
+            None => assert!(state.is_empty(), "the model reads no state"),
+        }
+        pass.graph.compute()?;
+        Ok(pass.out.read())
+    }
+
+    /// What vision left for the projector: `[Σ dim, n_patch · n_camera]`.
+    pub fn features(&self) -> Vec<f32> {
+        self.features.read()
+    }
+
+    /// What the projector left for the Llama: `[dim, n_patch · n_camera]`.
+    pub fn soft_tokens(&self) -> Vec<f32> {
+        self.soft.read()
+    }
+
+    /// What each matrix was multiplied by so far, if the network was loaded to observe it.
+    pub fn squares(&self) -> BTreeMap<String, Squares> {
+        self.observer.squares()
+    }
+
+    /// What is allocated on each device now: the GPUs, then the CPU.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.backend.usage()
+    }
+}
+
+impl Model {
+    fn load(w: &mut Weights, config: &Config, backend: &Arc<Backend>) -> Result<Self> {
+        let oft = config.oft.as_ref().expect("an OpenVLA-OFT's file");
+        let c = &config.llama;
+        let has_state = oft.n_state > 0;
+        let input = || State::zeros(backend, DType::F32, shape(&[oft.n_state]));
+        Ok(Self {
+            config: c.clone(),
+            embedding: w.take(TABLES[0], shape(&[c.dim, c.n_vocab]))?,
+            state: has_state.then(|| StateProjector::load(w, oft.n_state, c.dim)).transpose()?,
+            layers: (0..c.n_layer).map(|i| Layer::load(w, c, i)).collect::<Result<_>>()?,
+            norm: RmsNorm::load(w, "output_norm", c.dim, c.eps)?,
+            head: Head::load(w, config, oft)?,
+            n_slot: oft.n_slot(),
+            stop: config.vocabulary.eos as i32,
+            input: has_state.then(input).transpose()?,
+            slots: State::zeros(backend, DType::F32, shape(&[c.dim, oft.n_slot()]))?,
+        })
+    }
+
+    /// Ids as the device has them, and the stop token after them, which every row looks at too.
+    fn with_stop(&self, ids: &[u32]) -> Vec<i32> {
+        let n_vocab = self.config.n_vocab;
+        let check = |id: &u32| {
+            assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
+            *id as i32
+        };
+        ids.iter().map(check).chain([self.stop]).collect()
+    }
+
+    /// Builds the graph for prompts of `n_id` ids, the stop token included.
+    fn pass(&self, backend: &Arc<Backend>, n_id: usize, soft: &State) -> Result<Pass> {
+        let c = &self.config;
+        let n_soft = soft.shape()[1];
+        let n_row = n_id + n_soft + usize::from(self.state.is_some()) + self.n_slot;
+        c.check_rows(n_row)?;
+        let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
+        let mut positions = BTreeMap::new();
+        for layer in &self.layers {
+            let device = layer.keys().device();
+            if !positions.contains_key(&device) {
+                let state = State::beside(layer.keys(), DType::I32, shape(&[n_row]))?;
+                state.write(&(0..n_row as i32).collect::<Vec<_>>());
+                positions.insert(device, state);
+            }
+        }
+        // The first row that is taken is the prompt's last, as with any next-token prediction.
+        let first = n_row - 1 - self.n_slot - 1;
+        let out = State::beside(self.head.weight(), DType::F32, self.head.shape(self.n_slot))?;
+        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer + Head::MAX_NODES;
+        let graph = Graph::build(backend, max_nodes, |g| {
+            let x = self.embed(g, g.state(&ids), g.state(soft));
+            let last = self.layers.len() - 1;
+            let x = self.layers.iter().enumerate().fold(x, |x, (i, layer)| {
+                let taken = if i == last { first..first + self.n_slot } else { 0..n_row };
+                let positions = g.state(&positions[&layer.keys().device()]);
+                layer.build_bidirectional(g, x, positions, taken, c)
+            });
+            self.head.build(g, self.norm.build(g, x), &out);
+        })?;
+        Ok(Pass { graph, ids, out })
+    }
+
+    /// `emb(BOS) | soft tokens | state | emb(the prompt's other ids) | zeros | emb(stop)`: `[dim, n_row]`
+    fn embed<'g>(&self, g: &'g Builder, ids: Tensor<'g>, soft: Tensor<'g>) -> Tensor<'g> {
+        let (table, n_id) = (g.weight(&self.embedding), ids.shape()[0]);
+        let rows = |start, n| table.get_rows(ids.slice(0, start, n));
+        let mut x = rows(0, 1).concat(soft, 1);
+        if let (Some(projector), Some(input)) = (&self.state, &self.input) {
+            x = x.concat(projector.build(g, g.state(input)), 1);
+        }
+        x.concat(rows(1, n_id - 2), 1).concat(g.state(&self.slots), 1).concat(rows(n_id - 1, 1), 1)
+    }
+}
+
+impl StateProjector {
+    fn load(w: &mut Weights, n_state: usize, dim: usize) -> Result<Self> {
+        Ok(Self {
+            fc1: Linear::load(w, "oft.state.fc1", n_state, dim)?,
+            fc2: Linear::load(w, "oft.state.fc2", dim, dim)?,
+        })
+    }
+
+    /// `[n_state] → [dim, 1]`
+    fn build<'g>(&self, g: &'g Builder, state: Tensor<'g>) -> Tensor<'g> {
+        self.fc2.build(g, self.fc1.build(g, state).gelu_erf())
+    }
+}

@@ -1,0 +1,79 @@
+//! How a model is opened: where it runs, and how.
+
+use std::sync::Arc;
+
+use openvla_kernels::{Backend, Gguf, Kernels};
+
+use crate::Result;
+use crate::config::Config;
+use crate::placement::{Devices, Needs, Placement};
+use crate::speculative::Draft;
+
+/// How a model is opened.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Options {
+    /// The devices to run on.
+    pub devices: Devices,
+    /// How many of the Llama's layers are on GPUs, if there are any. The default is all.
+    pub n_gpu_layers: Option<usize>,
+    /// CPU threads. The default is one for each core.
+    pub n_threads: usize,
+    /// What a token may be.
+    pub decoding: Decoding,
+    /// Whether tokens are drafted in a session.
+    pub draft: Draft,
+    /// Whose functions a CPU computes with.
+    pub kernels: Kernels,
+    /// Whether the networks note what their weights are multiplied by: see [`crate::Network::load`].
+    pub observe: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            devices: Devices::default(),
+            n_gpu_layers: None,
+            n_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            decoding: Decoding::default(),
+            draft: Draft::default(),
+            kernels: Kernels::default(),
+            observe: false,
+        }
+    }
+}
+
+/// What the next token is chosen among.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Decoding {
+    /// The 256 action ids: every token is a motion.
+    #[default]
+    Actions,
+    /// All ids, as the reference does: an id that is no action is clipped into the first or last
+    /// bin, and EOS ends the motion early, whose missing tokens are then taken from the prompt.
+    Reference,
+}
+
+/// The devices of a model, and where each tensor of its file goes.
+pub(crate) struct Place {
+    pub backend: Arc<Backend>,
+    /// Whether there are GPUs among the devices.
+    pub has_gpus: bool,
+    placement: Placement,
+}
+
+impl Place {
+    pub fn new(file: &Gguf, config: &Config, options: &Options) -> Result<Self> {
+        let gpus = options.devices.gpus()?;
+        let needs = Needs::new(file, config);
+        let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
+        let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
+        let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
+        Ok(Self { backend, has_gpus: !gpus.is_empty(), placement })
+    }
+
+    /// The device of a tensor.
+    pub fn device(&self, name: &str) -> usize {
+        self.placement.device(name)
+    }
+}

@@ -1,4 +1,4 @@
-//! Importance matrices: what is collected, and what it is good for.
+//! ImportanceMatrix matrices: what is collected, and what it is good for.
 
 mod common;
 
@@ -9,8 +9,8 @@ use half::bf16;
 use image::{DynamicImage, RgbImage};
 use openvla::{OpenVla, Options};
 use openvla_convert::Conversion;
-use openvla_convert::calibrate::Calibration;
-use openvla_convert::names::Role;
+use openvla_convert::imatrix::collect::Collector;
+use openvla_convert::mapping::Role;
 use openvla_example::{COMMITTED, Spec, Variant, table_image};
 use openvla_kernels::{DType, Gguf};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -95,7 +95,7 @@ impl Subject {
             scene.save(images.join(format!("{i}.png"))).unwrap();
         }
         std::fs::write(&lines, CALIBRATION.join("\n")).unwrap();
-        let calibration = Calibration::new(model, &images, &lines, options()).unwrap();
+        let calibration = Collector::new(model, &images, &lines, options()).unwrap();
         calibration.write(&out, &indicatif::ProgressBar::hidden()).unwrap();
         out
     }
@@ -241,7 +241,7 @@ fn every_matrix_is_counted() {
         let n_prompt = CALIBRATION.len();
         // Of the last layer's MLP, only the rows that have logits are computed.
         let last_mlp = format!("blk.{}.ffn_", policy.config().llama.n_layer - 1);
-        let matrices = conversion.plan.iter().map(|planned| &planned.part);
+        let matrices = conversion.plan.iter().map(|planned| &planned.tensor);
         let matrices = matrices.filter(|part| ![Role::Plain, Role::Embedding].contains(&part.role));
         let mut n = 0;
         for part in matrices {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use common::of;
 use openvla::{Config, Options, Proof};
 use openvla_convert::Conversion;
-use openvla_convert::verify::{Report, verify};
+use openvla_convert::verify::{Verification, verify};
 use openvla_example::{COMMITTED, Size, Spec, Variant};
 use openvla_kernels::Gguf;
 
@@ -23,7 +23,7 @@ fn proven(checkpoint: &Path, encoding: &str, dir: &Path) -> PathBuf {
     out
 }
 
-fn report(path: &Path) -> anyhow::Result<Report> {
+fn report(path: &Path) -> anyhow::Result<Verification> {
     let mut options = Options::default();
     options.n_threads = 1;
     verify(path, &options, &indicatif::ProgressBar::hidden())
@@ -135,7 +135,7 @@ fn lists_that_do_not_fit_are_refused() {
     let said = broken("openvla.checksum.xxh64", &|b| b[24] = b'x');
     assert!(said.contains("not a checksum for each of its tensors"), "{said}");
     let said = broken("openvla.proof.images", &|b| b[24] = b'T');
-    assert!(said.contains("no picture \"Table\""), "{said}");
+    assert!(said.contains("no image \"Table\""), "{said}");
 }
 
 /// The example that is built into `openvla-run` came from the program, with its proof.

@@ -26,9 +26,9 @@ use openvla::image::{DynamicImage, ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
 use openvla::tokenizer::Tokenizer;
 use openvla::{ActionSpace, Decoding, OpenVla, Options, Scale, Statistics, TowerConfig};
 use openvla_convert::Conversion;
-use openvla_convert::names::Part;
-use openvla_convert::plan::{Encoding, Planned};
-use openvla_convert::settings::HfLlama;
+use openvla_convert::hf_config::HfLlama;
+use openvla_convert::mapping::MappedTensor;
+use openvla_convert::plan::{Encoding, PlannedTensor};
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::DType;
 use safetensors::SafeTensors;
@@ -55,9 +55,9 @@ fn fact_2_features_come_from_the_second_to_last_block_without_norm_and_pooling()
             tower.n_layer += 1;
             let name = |i| format!("{}.blk.{i}.", tower.name);
             let source = |i| format!(".blocks.{i}.");
-            let block = |planned: &&Planned| planned.part.name.starts_with(&name(last));
+            let block = |planned: &&PlannedTensor| planned.tensor.name.starts_with(&name(last));
             let mut block: Vec<_> = conversion.plan.iter().filter(block).cloned().collect();
-            for Planned { part, .. } in &mut block {
+            for PlannedTensor { part, .. } in &mut block {
                 part.name = part.name.replace(&name(last), &name(next));
                 part.sources[0] = part.sources[0].replace(&source(last), &source(next));
                 assert!(subject.unused.contains(&part.sources[0]), "{} is used", part.sources[0]);
@@ -240,7 +240,8 @@ fn fact_7_siglips_mlp_is_padded_to_whole_blocks_exactly() {
         for i in 0..tower.n_layer {
             let name = |part: &str| format!("siglip.blk.{i}.{part}");
             let (q8_0, down) = ("Q8_0".parse::<Encoding>().unwrap(), name("ffn_down.weight"));
-            let narrow = Part { shape: [n_ff, tower.dim, 1, 1], ..subject.part(&down).clone() };
+            let narrow =
+                MappedTensor { shape: [n_ff, tower.dim, 1, 1], ..subject.part(&down).clone() };
             assert_eq!(q8_0.dtype(subject.part(&down), 2), DType::Q8_0);
             assert_eq!(q8_0.dtype(&narrow, 2), DType::F16, "no blocks without padding");
             for (part, inner, dim) in

@@ -1,5 +1,5 @@
-//! Tensors under other names than the table's: what transformers 5 calls them, and what programs
-//! that wrap a model do.
+//! Other names of tensors than those in the mapping: those of transformers 5, and those that programs
+//! write which wrap a model.
 
 use crate::lora::PREFIX;
 
@@ -21,8 +21,8 @@ pub fn canonical(name: &str) -> String {
     RENAMED.iter().find_map(rename).unwrap_or_else(|| format!("{prefix}{name}"))
 }
 
-/// In words, the name by which a wrapped model holds a tensor, and what to save instead; nothing if
-/// none of these names is one.
+/// If one of `names` is the wanted tensor in a wrapped model: a message that says so, and what to save
+/// instead.
 pub fn explain<'a>(names: impl IntoIterator<Item = &'a String>, wanted: &str) -> Option<String> {
     let found = names.into_iter().find(|name| is_wrapped(name, wanted))?;
     let has = |part: &str| found.split('.').any(|found| found == part);
@@ -36,7 +36,7 @@ pub fn explain<'a>(names: impl IntoIterator<Item = &'a String>, wanted: &str) ->
     Some(format!("it holds it as {found}: {advice}"))
 }
 
-/// Whether a name is the wanted one once the parts are left out that wrappers put in it or before it.
+/// Whether a name is the wanted one, apart from the components that wrappers add.
 fn is_wrapped(name: &str, wanted: &str) -> bool {
     const WRAPPERS: [&str; 5] =
         ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"];

@@ -1,4 +1,4 @@
-//! Action cards: what the numbers of each data set's motions are, as far as public sources say.
+//! Action cards: the meaning of each data set's actions, as far as public sources tell.
 //!
 //! | what | source |
 //! |---|---|
@@ -7,18 +7,18 @@
 //! | LIBERO | openvla-oft `transforms.py`, LIBERO `env_wrapper.py`, robosuite `osc_pose.json` |
 //!
 //! The authors leave units to each data set (openvla issue 3), and the data sets' descriptions name
-//! none; so only LIBERO's are here, by its controller. `dobbe` has no rate: the overview says
-//! 3.75 Hz, RDT 30. A data set that passes its gripper through unchanged has no convention here.
+//! none; so only LIBERO's are known, from its controller. `dobbe` has no rate: the overview says
+//! 3.75 Hz, RDT 30. No convention is known for a gripper that OpenVLA passes through unchanged.
 
 use std::collections::BTreeMap;
 
 use openvla::{ActionCard, Dataset, Dimension, Gripper, Statistics};
 
-/// OpenVLA's seven: the last is the gripper, which is not scaled.
+/// OpenVLA's seven dimensions. The last is the gripper, which is not scaled.
 const NAMES: [&str; 7] = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"];
-/// What a number is in if no source says so.
+/// The unit of numbers that no source documents.
 const AS_RECORDED: &str = "as recorded";
-/// openvla's transforms make every gripper they touch absolute, and turn it to this.
+/// openvla's transforms convert grippers to absolute positions with this convention.
 const STANDARD: Option<Gripper> = Some(Gripper { open: 1.0, closed: 0.0 });
 
 /// What is known of a data set beyond its statistics.
@@ -73,15 +73,15 @@ const KNOWN: [Known; 27] = [
     known("viola", 20.0, STANDARD),
 ];
 
-/// LIBERO's suites; also with `_no_noops`, which leaves out motions that do nothing.
+/// LIBERO's suites; also with the suffix `_no_noops`, without actions that do nothing.
 const LIBERO: [&str; 5] =
     ["libero_10", "libero_90", "libero_goal", "libero_object", "libero_spatial"];
-/// What 1 stands for, to the controller of LIBERO's arm.
+/// What an action of 1 means to the controller of LIBERO's arm.
 const LIBERO_UNITS: [&str; 6] = ["0.05 m", "0.05 m", "0.05 m", "0.5 rad", "0.5 rad", "0.5 rad"];
 const LIBERO_NOTE: &str = "x to yaw are commands of robosuite's OSC_POSE controller; the \
      simulator's own gripper is -1 open, 1 closed: give it -sign(2·gripper - 1)";
 
-/// The card of every data set.
+/// The cards of all data sets.
 pub fn cards(statistics: &Statistics) -> BTreeMap<String, ActionCard> {
     let card = |(name, dataset): (&String, &Dataset)| (name.clone(), card(name, dataset));
     statistics.datasets().iter().map(card).collect()
@@ -113,7 +113,7 @@ fn card(name: &str, dataset: &Dataset) -> ActionCard {
     ActionCard { dimensions, gripper, rate_hz, note: note.map(str::to_owned) }
 }
 
-/// Seven joints would be scaled, all of them.
+/// Whether the last dimension is a gripper. With seven joints, all would be scaled.
 fn has_gripper(dataset: &Dataset) -> bool {
     dataset.action.mask == [true, true, true, true, true, true, false]
 }
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn libero_is_known_with_and_without_motions_that_do_nothing() {
+    fn libero_is_known_with_and_without_actions_that_do_nothing() {
         let card = of("libero_spatial_no_noops", SEVEN);
         assert_eq!(card, of("libero_spatial", SEVEN));
         assert_eq!(units(&card), [LIBERO_UNITS.as_slice(), &["0..1"]].concat());

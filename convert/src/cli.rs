@@ -1,4 +1,4 @@
-//! Arguments of the program, and which command they are for.
+//! The program's arguments and commands.
 
 mod convert;
 mod example;
@@ -22,7 +22,7 @@ pub struct Args {
     command: Option<Command>,
     #[command(flatten)]
     convert: Option<convert::Convert>,
-    // These are not in `Convert`: clap does not notice an optional part that has parts of its own.
+    // Not in `Convert`: clap ignores an optional group that has groups of its own.
     #[command(flatten)]
     kind: Type,
     #[command(flatten)]
@@ -38,7 +38,7 @@ enum Command {
     Random(random::Random),
 }
 
-/// Runs what was asked for.
+/// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     match args.command {
         Some(Command::Verify(args)) => verify::run(&args),
@@ -47,7 +47,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::Imatrix(args)) => imatrix::run(&args),
         Some(Command::Random(args)) => random::run(&args),
         None => {
-            let convert = args.convert.expect("clap asks for it where no command is given");
+            let convert = args.convert.expect("clap requires it without a command");
             convert::run(&convert, args.kind.encoding()?, args.threads.count())
         }
     }
@@ -82,7 +82,7 @@ impl Type {
     }
 }
 
-/// A bar over that many bytes; indicatif draws nothing when stderr is no terminal.
+/// A progress bar in bytes; indicatif draws nothing when stderr is not a terminal.
 fn progress(bytes: u64) -> Result<ProgressBar> {
     let style =
         "{msg} {bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";

@@ -1,4 +1,4 @@
-//! What a checkpoint's JSON files mean, as the runtime's [`Config`].
+//! Translates a checkpoint's JSON files to the runtime's [`Config`], the metadata of the file.
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
@@ -6,60 +6,60 @@ use openvla::tokenizer::{TokenType, Vocabulary};
 use openvla::{BaseModel, Config, General, Normalize, Preprocess, Resize, Source, Statistics};
 
 use crate::cards;
-use crate::names::{Layout, Shapes};
+use crate::checkpoint::{CheckpointInfo, HubRevision, checkpoint_error};
+use crate::hf_config::{HfConfig, HfPreprocessor, ResizeSize};
+use crate::mapping::{Mapping, Shapes};
 use crate::plan::Encoding;
-use crate::settings::{HfConfig, HfPreprocessor, ResizeSize};
-use crate::source::{Files, Origin, of_checkpoint};
 use crate::tokenizer;
 
 /// Pillow's number for bicubic.
 const BICUBIC: u32 = 3;
-/// How SentencePiece writes a space: the piece that ends every prompt.
+/// SentencePiece's space, the piece that ends every prompt.
 const SPACE: &str = "▁";
 
-/// The metadata of a checkpoint whose tensors, of these `shapes`, were laid out.
+/// The metadata of a checkpoint with tensors of these `shapes`, mapped by `mapping`.
 ///
 /// # Errors
-/// What this version would run differently from the reference, by name.
+/// Names what this version would compute differently from the reference.
 pub fn describe(
-    files: &Files,
+    info: &CheckpointInfo,
     statistics: Statistics,
     shapes: &Shapes,
-    layout: &Layout,
+    mapping: &Mapping,
     encoding: Encoding,
 ) -> Result<Config> {
-    let hf = &files.config;
-    let vocabulary = tokenizer::read(&files.dir, layout.llama.n_vocab)?;
-    let preprocess = preprocess(&files.preprocessor, layout)
-        .with_context(|| format!("{}/preprocessor_config.json", files.dir.display()))?;
+    let hf = &info.config;
+    let vocabulary = tokenizer::read(&info.dir, mapping.llama.n_vocab)?;
+    let preprocess = preprocess(&info.preprocessor, mapping)
+        .with_context(|| format!("{}/preprocessor_config.json", info.dir.display()))?;
     let config = Config {
-        general: general(files, shapes, layout, encoding),
+        general: general(info, shapes, mapping, encoding),
         preprocess,
-        patch_size: layout.patch_size,
-        towers: layout.towers.clone(),
-        projector: layout.projector.clone(),
-        llama: layout.llama.clone(),
+        patch_size: mapping.patch_size,
+        towers: mapping.towers.clone(),
+        projector: mapping.projector.clone(),
+        llama: mapping.llama.clone(),
         prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)
-            .map_err(of_checkpoint)?,
+            .map_err(checkpoint_error)?,
         vocabulary,
         actions: hf.actions()?,
         cards: cards::cards(&statistics),
         statistics,
         oft: None,
     };
-    config.check().map_err(of_checkpoint)?;
+    config.check().map_err(checkpoint_error)?;
     ensure!(
-        config.n_patch() == layout.n_patch,
+        config.n_patch() == mapping.n_patch,
         "images of {} have {} patches, the towers' position tables {}",
         config.preprocess.size,
         config.n_patch(),
-        layout.n_patch
+        mapping.n_patch
     );
     Ok(config)
 }
 
-/// ref: `vla-scripts/deploy.py` `get_openvla_prompt`, which asks the path for "v01"; the backbone
-/// is what the prompts differ by.
+/// ref: `vla-scripts/deploy.py` `get_openvla_prompt`, which looks for "v01" in the path; the versions
+/// differ by their backbone.
 fn template(hf: &HfConfig) -> Result<&'static str> {
     match hf.llm_backbone_id.as_str() {
         "llama2-7b-pure" => Ok(prompt::OPENVLA),
@@ -68,7 +68,7 @@ fn template(hf: &HfConfig) -> Result<&'static str> {
     }
 }
 
-/// The id the reference appends to prompts, by its piece: 29871 in Llama-2's vocabulary.
+/// The token that the reference appends to prompts: 29871 in Llama-2's vocabulary.
 fn suffix(vocabulary: &Vocabulary) -> Result<u32> {
     let is_space =
         |(piece, kind): (&String, &TokenType)| piece == SPACE && *kind == TokenType::Normal;
@@ -77,10 +77,10 @@ fn suffix(vocabulary: &Vocabulary) -> Result<u32> {
     Ok(u32::try_from(id)?)
 }
 
-fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
+fn preprocess(hf: &HfPreprocessor, mapping: &Mapping) -> Result<Preprocess> {
     let (resize, crop, normalize) =
         (&hf.tvf_resize_params, &hf.tvf_crop_params, &hf.tvf_normalize_params);
-    let n = layout.towers.len();
+    let n = mapping.towers.len();
     let found = [resize.len(), crop.len(), normalize.len()];
     ensure!(found == [n; 3], "{found:?} towers are described, the model has {n}");
     ensure!(resize.iter().all(|r| *r == resize[0]), "the towers resize differently");
@@ -104,33 +104,38 @@ fn preprocess(hf: &HfPreprocessor, layout: &Layout) -> Result<Preprocess> {
 }
 
 /// ref: `docs/gguf.md`, "GGUF Naming Convention" and "General metadata"
-fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) -> General {
+fn general(
+    info: &CheckpointInfo,
+    shapes: &Shapes,
+    mapping: &Mapping,
+    encoding: Encoding,
+) -> General {
     let n_param: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     let size_label = match n_param {
         n @ 1_000_000_000.. => format!("{}B", n / 1_000_000_000),
         n @ 1_000_000.. => format!("{}M", n / 1_000_000),
         n => format!("{}K", n.div_ceil(1000)),
     };
-    let single = layout.towers.len() == 1;
+    let single = mapping.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
-    let finetune = finetune(files.adapter.as_ref().unwrap_or(&files.name));
+    let finetune = finetune(info.adapter.as_ref().unwrap_or(&info.name));
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
-    // Both backbones that have a prompt, Llama-2 and Vicuna 1.5, are under Llama 2's licence, and
-    // what derives from them inherits it, whatever a model card says.
+    // Both supported backbones, Llama-2 and Vicuna 1.5, are under Llama 2's license, and models derived
+    // from them inherit it, whatever a model card says.
     // ref: README of openvla/openvla, "License"
     let text = |text: &str| Some(text.to_owned());
     General {
         name: format!("OpenVLA {size_label}{tuned} {version}"),
         basename: "OpenVLA".to_owned(),
         description: text("Robot policy: a camera image and an instruction in, a motion out."),
-        organization: is_openvlas(files, finetune.as_ref()).then(|| "OpenVLA".to_owned()),
+        organization: is_official(info, finetune.as_ref()).then(|| "OpenVLA".to_owned()),
         license: text("llama2"),
         license_name: text(
             "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
         ),
         license_link: text("https://ai.meta.com/llama/license/"),
         repo_url: text("https://github.com/openvla/openvla"),
-        source: files.origin.as_ref().map(source).unwrap_or_default(),
+        source: info.hub_revision.as_ref().map(source).unwrap_or_default(),
         base_models: match finetune {
             Some(_) => base_models(&size_label, &version),
             None => Vec::new(),
@@ -145,8 +150,8 @@ fn general(files: &Files, shapes: &Shapes, layout: &Layout, encoding: Encoding) 
     }
 }
 
-fn source(origin: &Origin) -> Source {
-    let Origin { repository, revision } = origin.clone();
+fn source(hub_revision: &HubRevision) -> Source {
+    let HubRevision { repository, revision } = hub_revision.clone();
     let url = Some(format!("https://huggingface.co/{repository}"));
     Source {
         url: url.clone(),
@@ -157,7 +162,7 @@ fn source(origin: &Origin) -> Source {
     }
 }
 
-/// What a fine-tune of this size and version can only have been tuned from.
+/// The only possible base models of a fine-tuned model of this size and version.
 fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
     let repository = match (size_label, version) {
         ("7B", "v1.0") => "openvla/openvla-7b",
@@ -172,8 +177,8 @@ fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
     }]
 }
 
-/// What a checkpoint's name says beyond "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
-/// tuned for `libero-spatial`. Words may be of any script.
+/// The part of a checkpoint's name after "openvla-7b": `openvla-7b-finetuned-libero-spatial` was
+/// tuned for `libero-spatial`. Words may be in any script.
 fn finetune(name: &str) -> Option<String> {
     let letter = |c: char| c.is_alphanumeric() || !(c.is_ascii() || c.is_whitespace());
     let name: String = name.chars().map(|c| if letter(c) { c } else { '-' }).collect();
@@ -183,10 +188,10 @@ fn finetune(name: &str) -> Option<String> {
     (!words.is_empty()).then(|| words.join("-"))
 }
 
-/// Whether the checkpoint is OpenVLA's own, which a folder's name alone does not say.
-fn is_openvlas(files: &Files, finetune: Option<&String>) -> bool {
-    let origin = files.origin.as_ref();
-    finetune.is_none() && origin.is_some_and(|origin| origin.repository.starts_with("openvla/"))
+/// Whether the checkpoint comes from OpenVLA's own repositories; a folder's name alone does not tell.
+fn is_official(info: &CheckpointInfo, finetune: Option<&String>) -> bool {
+    let hub_revision = info.hub_revision.as_ref();
+    finetune.is_none() && hub_revision.is_some_and(|hub| hub.repository.starts_with("openvla/"))
 }
 
 #[cfg(test)]
@@ -221,10 +226,10 @@ mod tests {
     #[test]
     fn a_repository_is_a_source() {
         let (repository, revision) = ("openvla/openvla-7b".to_owned(), "47a0ec7".to_owned());
-        let origin = Origin { repository, revision };
-        let source = source(&origin);
+        let hub_revision = HubRevision { repository, revision };
+        let source = source(&hub_revision);
         assert_eq!(source.url.as_deref(), Some("https://huggingface.co/openvla/openvla-7b"));
-        assert_eq!(source.repository, Some(origin.repository));
-        assert_eq!(source.revision, Some(origin.revision));
+        assert_eq!(source.repository, Some(hub_revision.repository));
+        assert_eq!(source.revision, Some(hub_revision.revision));
     }
 }

@@ -1,10 +1,9 @@
-//! The Llama of a model file, as a file that llama.cpp loads as it is.
+//! Exports the Llama of a model file as a GGUF file that llama.cpp loads.
 //!
-//! in   an `openvla` file, whose Llama has llama.cpp's names, types and order of rows already
-//! out  a `llama` file: the same tensors byte for byte, under the keys that llama.cpp reads
+//! in   an `openvla` file, whose Llama has llama.cpp's names, types and row order already
+//! out  a `llama` file: the same tensors byte for byte, with the metadata keys that llama.cpp reads
 //!
-//! llama.cpp refuses a file with a tensor more or less than its Llama has, so exactly those are
-//! written.
+//! llama.cpp refuses a file with missing or additional tensors, so exactly its own are written.
 //!
 //! ref: llama.cpp `src/llama-arch.cpp` and `src/models/llama.cpp`, as llama-cpp-sys-2 0.1.161 has them
 
@@ -16,10 +15,10 @@ use indicatif::ProgressBar;
 use openvla::{Config, LlamaConfig};
 use openvla_kernels::{Gguf, Header, Mapped, TensorInfo, shape};
 
-use crate::beside::Beside;
+use crate::atomic_file::AtomicFile;
 use crate::interrupt;
 
-/// A Llama that was found and checked, and the header of its file.
+/// A checked Llama, and the header of its file.
 pub struct Export {
     model: PathBuf,
     header: Header,
@@ -30,7 +29,7 @@ impl Export {
     /// Reads the header of a model file.
     ///
     /// # Errors
-    /// What makes it no OpenVLA, or which tensor of its Llama is missing or of another shape.
+    /// If it is not an OpenVLA, or names a tensor of its Llama that is missing or of another shape.
     pub fn new(model: &Path) -> Result<Self> {
         let cannot = || format!("{} cannot be exported", model.display());
         let file = Gguf::open(model)?;
@@ -43,12 +42,12 @@ impl Export {
         Ok(Self { model: model.to_owned(), header, tensors })
     }
 
-    /// Tensors of the file to be written.
+    /// The number of tensors to be written.
     pub fn n_tensor(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Their bytes.
+    /// The bytes of all tensors.
     pub fn data_bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.range.len() as u64).sum()
     }
@@ -56,16 +55,16 @@ impl Export {
     /// Writes the file, one tensor in memory at a time.
     ///
     /// # Errors
-    /// What cannot be read or written. The file is then as it was before.
+    /// Names what cannot be read or written. An existing file is then left unchanged.
     pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
         let model = self.model.display();
-        let place = |path: &Path| path.canonicalize().ok();
-        let itself = place(out).is_some_and(|out| place(&self.model) == Some(out));
+        let canonical = |path: &Path| path.canonicalize().ok();
+        let itself = canonical(out).is_some_and(|out| canonical(&self.model) == Some(out));
         ensure!(!itself, "{model} would be replaced by its own Llama; name another file with -o");
         let read = || format!("cannot read {model}");
         let from = File::open(&self.model).with_context(read)?;
         let header = self.header.encode();
-        let mut file = Beside::create(out, (header.len() + self.header.data_bytes()) as u64)?;
+        let mut file = AtomicFile::create(out, (header.len() + self.header.data_bytes()) as u64)?;
         file.append(&header)?;
         for TensorInfo { range, .. } in &self.tensors {
             interrupt::check()?;
@@ -77,9 +76,9 @@ impl Export {
     }
 }
 
-/// Keys that mean the same to llama.cpp. [`Config::read`] has read those that are there. Merges are
-/// left out: llama.cpp merges by scores.
-const KEPT: [&str; 15] = [
+/// Keys that are copied, because they mean the same to llama.cpp. Merges are left out: llama.cpp merges
+/// by scores.
+const COPIED_KEYS: [&str; 15] = [
     "general.name",
     "general.basename",
     "general.size_label",
@@ -97,8 +96,8 @@ const KEPT: [&str; 15] = [
     "tokenizer.ggml.padding_token_id",
 ];
 
-/// What [`openvla::tokenizer`] does, in llama.cpp's words.
-const SCHEME: [(&str, bool); 3] = [
+/// The scheme of [`openvla::tokenizer`], by llama.cpp's keys.
+const TOKENIZER_SCHEME: [(&str, bool); 3] = [
     ("tokenizer.ggml.add_bos_token", true),
     ("tokenizer.ggml.add_eos_token", false),
     ("tokenizer.ggml.add_space_prefix", true),
@@ -124,14 +123,14 @@ fn metadata(file: &Gguf, l: &LlamaConfig) -> Result<Header> {
     }
     to.set("llama.rope.freq_base", l.rope_base);
     to.set("llama.attention.layer_norm_rms_epsilon", l.eps);
-    for (key, value) in KEPT.iter().filter_map(|key| file.metadata().get_key_value(*key)) {
+    for (key, value) in COPIED_KEYS.iter().filter_map(|key| file.metadata().get_key_value(*key)) {
         to.set(key, value.clone());
     }
-    SCHEME.iter().for_each(|(key, value)| to.set(key, *value));
+    TOKENIZER_SCHEME.iter().for_each(|(key, value)| to.set(key, *value));
     Ok(to)
 }
 
-/// The tensors that llama.cpp's Llama consists of, in its order.
+/// The tensors of llama.cpp's Llama, in its order.
 fn tensors(file: &Gguf, l: &LlamaConfig) -> Result<Vec<TensorInfo>> {
     let (dim, kv, ff) = (l.dim, l.n_head_kv * l.head_dim(), l.n_ff);
     let layer: [(&str, &[usize]); 9] = [
@@ -152,8 +151,12 @@ fn tensors(file: &Gguf, l: &LlamaConfig) -> Result<Vec<TensorInfo>> {
         .map(|(part, shape)| (format!("{part}.weight"), shape));
     let find = |(name, wanted): (String, &[usize])| {
         let found = file.tensor(&name).with_context(|| format!("tensor `{name}` is missing"))?;
-        let (is, wanted) = (found.shape, shape(wanted));
-        ensure!(is == wanted, "tensor `{name}` has shape {is:?}; {wanted:?} is needed");
+        let wanted = shape(wanted);
+        ensure!(
+            found.shape == wanted,
+            "tensor `{name}` has shape {:?}; {wanted:?} is needed",
+            found.shape
+        );
         Ok(found.clone())
     };
     head.into_iter().chain(layers).map(find).collect()

@@ -1,7 +1,7 @@
-//! Files that other programs wrote, as they lie in a folder.
+//! Reads files that other programs wrote.
 //!
-//! A file that is not there may have a substitute; one that is there and cannot be read has none, or
-//! the substitute would be taken in silence. JSON is read as Python writes it, with `NaN`,
+//! A missing file may have a substitute; one that exists and cannot be read is an error, or the
+//! substitute would be used silently. JSON is read as Python writes it, with `NaN`,
 //! `Infinity` and `-Infinity`.
 
 use std::borrow::Cow;
@@ -12,25 +12,25 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
 
-/// Whether a folder has an entry of that name.
+/// Whether a file exists.
 ///
 /// # Errors
-/// If there is one, but it is a link to nothing or no regular file, or cannot be looked at.
-pub fn is_there(path: &Path) -> Result<bool> {
+/// If the name exists, but is a broken link or not a regular file, or cannot be looked up.
+pub fn exists(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         _ => open(path).map(|_| true),
     }
 }
 
-/// Opens a file that is needed.
+/// Opens a required file.
 ///
 /// # Errors
-/// Names the file and says what is there instead: a link to nothing, a folder, a placeholder.
+/// Names the file and says what was found: a broken link, a folder, a git-lfs pointer.
 pub fn open(path: &Path) -> Result<File> {
     let shown = path.display();
     let cannot = || format!("cannot read {shown}");
-    // Looked at before it is opened: opening a pipe would wait for a writer.
+    // Checked before it is opened: opening a pipe would wait for a writer.
     let found = match (fs::metadata(path), fs::read_link(path)) {
         (Err(error), Ok(target)) => Err(error).with_context(|| {
             format!(
@@ -55,7 +55,7 @@ pub fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// How the placeholders start that a clone without git-lfs has in place of large files.
+/// The start of the pointers that a clone without git-lfs has in place of large files.
 const GIT_LFS: [u8; 23] = *b"version https://git-lfs";
 
 /// The first four bytes of a file, which tell whether it is GGUF. A shorter file is padded with zeros.
@@ -70,18 +70,18 @@ pub fn read_start(path: &Path) -> Result<[u8; 4]> {
     Ok(start.try_into().expect("four"))
 }
 
-/// The bytes of a file that may be missing.
+/// The bytes of an optional file.
 ///
 /// # Errors
-/// As [`is_there`], or if the file cannot be read.
-pub fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    if !is_there(path)? {
+/// As [`exists`], or if the file cannot be read.
+pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
+    if !exists(path)? {
         return Ok(None);
     }
     read(path).map(Some)
 }
 
-/// The bytes of a file that is needed.
+/// The bytes of a required file.
 ///
 /// # Errors
 /// As [`open`], or if the file cannot be read.
@@ -92,28 +92,28 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a JSON file that is needed.
+/// Reads a required JSON file.
 ///
 /// # Errors
-/// Names the file, and the key whose value is not what is needed.
+/// Names the file, and the key whose value is of another type.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    parse(path, &json(path, read(path)?)?)
+    parse(path, &json_text(path, read(path)?)?)
 }
 
-/// Reads a JSON file that may be missing.
+/// Reads an optional JSON file.
 ///
 /// # Errors
 /// As [`read_json`].
-pub fn read_json_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let Some(bytes) = read_if_there(path)? else { return Ok(None) };
-    parse(path, &json(path, bytes)?).map(Some)
+pub fn read_json_optional<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let Some(bytes) = read_optional(path)? else { return Ok(None) };
+    parse(path, &json_text(path, bytes)?).map(Some)
 }
 
-/// A JSON file's text, in which Python's numbers that JSON does not have are strings.
+/// A JSON file's text, with the numbers of Python that JSON lacks quoted as strings.
 ///
 /// # Errors
 /// Names the file if it is empty or not text.
-pub fn json(path: &Path, bytes: Vec<u8>) -> Result<String> {
+pub fn json_text(path: &Path, bytes: Vec<u8>) -> Result<String> {
     ensure!(!bytes.is_empty(), "{} is empty; download or write it again", path.display());
     let text = String::from_utf8(bytes);
     let text = text.with_context(|| format!("{} is not text in UTF-8", path.display()))?;
@@ -128,8 +128,8 @@ fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
     Ok(value)
 }
 
-/// Python's `json` writes numbers that JSON does not have. They become strings, as in Protocol
-/// Buffers' JSON: a number in their place is then missed by name, and elsewhere they do no harm.
+/// Python's `json` writes numbers that JSON lacks. They become strings, as in Protocol Buffers' JSON:
+/// where a number is required, the error then names the key, and elsewhere they do no harm.
 fn quote_non_finite(text: &str) -> Cow<'_, str> {
     const NAMES: [&str; 3] = ["NaN", "-Infinity", "Infinity"];
     let mut quoted = String::new();
@@ -177,10 +177,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_and_cannot_be_read_is_not_taken_for_missing() {
+    fn a_file_that_exists_and_cannot_be_read_is_not_taken_for_missing() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        assert!(!is_there(&at("none")).unwrap());
+        assert!(!exists(&at("none")).unwrap());
         std::os::unix::fs::symlink("../../blobs/0a1b", at("dangling")).unwrap();
         std::os::unix::fs::symlink("loop", at("loop")).unwrap();
         fs::create_dir(at("folder")).unwrap();
@@ -194,15 +194,15 @@ mod tests {
             ("pointer", "git lfs pull"),
             ("file/below", "cannot read"),
         ] {
-            let error = format!("{:#}", read_if_there(&at(name)).unwrap_err());
+            let error = format!("{:#}", read_optional(&at(name)).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
         std::os::unix::fs::symlink("file", at("link")).unwrap();
-        assert_eq!(read_if_there(&at("link")).unwrap().unwrap(), b"{}");
+        assert_eq!(read_optional(&at("link")).unwrap().unwrap(), b"{}");
     }
 
     #[test]
-    fn a_value_of_another_kind_is_named_with_its_key_and_file() {
+    fn a_value_of_another_type_is_named_with_its_key_and_file() {
         #[derive(Debug, serde::Deserialize)]
         struct Outer {
             #[expect(dead_code, reason = "only read")]

@@ -1,5 +1,5 @@
-//! What tells a checkpoint's weights from those of others, whatever they are called and wherever
-//! they lie, for the price of a page of each tensor.
+//! A hash that tells a checkpoint's weights from those of others, independent of their names and folders.
+//! It reads one page of each tensor.
 
 use std::collections::BTreeSet;
 use std::hash::Hasher;
@@ -11,10 +11,10 @@ use openvla_kernels::Gguf;
 use twox_hash::XxHash64;
 
 use crate::lora::Adapter;
-use crate::names::Layout;
+use crate::mapping::Mapping;
 use crate::tensors::Tensors;
 
-/// Numbers of each tensor that are looked at. Training changes nearly all of them.
+/// Numbers of each tensor that are hashed. Training changes nearly all of them.
 const SAMPLE: usize = 256;
 
 /// A hash of the tensors that the model reads, and of what an adapter adds.
@@ -22,11 +22,11 @@ const SAMPLE: usize = 256;
 /// # Errors
 /// Names a file that cannot be mapped.
 pub fn fingerprint(
-    layout: &Layout,
+    mapping: &Mapping,
     tensors: &Tensors,
     adapter: Option<&Adapter>,
 ) -> Result<String> {
-    let names: BTreeSet<_> = layout.parts.iter().flat_map(|part| &part.sources).collect();
+    let names: BTreeSet<_> = mapping.tensors.iter().flat_map(|tensor| &tensor.sources).collect();
     let mut hash = XxHash64::with_seed(0);
     add(&mut hash, tensors, names)?;
     if let Some(adapter) = adapter {
@@ -51,21 +51,21 @@ fn add<'a>(
     Ok(())
 }
 
-/// Checks that a file may be replaced without being asked for by name: it is not there, or it was
+/// Checks that a file may be replaced though the user did not name it: it does not exist, or was
 /// written from the same weights.
 ///
 /// # Errors
-/// Asks for another name.
+/// Asks the user for a name.
 pub fn check_replaceable(path: &Path, fingerprint: &Option<String>) -> Result<()> {
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    let there = Gguf::open(path).ok().and_then(|file| Config::read(&file).ok());
+    let existing = Gguf::open(path).ok().and_then(|file| Config::read(&file).ok());
     let same =
         |General { source, .. }| source.fingerprint.is_some() && source.fingerprint == *fingerprint;
     ensure!(
-        there.is_some_and(|config| same(config.general)),
-        "{} is there already, and was not written from this checkpoint; name another file with -o, \
+        existing.is_some_and(|config| same(config.general)),
+        "{} exists already, and was not written from this checkpoint; name another file with -o, \
          or the same one to replace it",
         path.display()
     );

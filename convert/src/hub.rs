@@ -1,22 +1,22 @@
 //! Checkpoints and adapters from the Hugging Face Hub.
 //!
 //! in   `user/repo` or `user/repo@revision`
-//! out  a snapshot's folder in the Hub's cache, with the files that converting reads
+//! out  a snapshot's folder in the Hub's cache, with the files that the conversion reads
 //!
 //! The cache is the one that Hugging Face's own programs share, so nothing is downloaded twice:
 //! contents by their hash in `blobs`, the files of a commit in `snapshots`, the commits of branches
 //! in `refs`. Small files come first, and what they say is checked before any weights are fetched.
 //!
-//! | variable | what it says, as everywhere |
+//! | variable | meaning, as in Hugging Face's own programs |
 //! |---|---|
 //! | `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE` | where the cache is |
-//! | `HF_HOME`, `XDG_CACHE_HOME` | the folder above it, with the token's file; the one above that |
-//! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN` | who asks: for private and gated repositories, and higher limits |
+//! | `HF_HOME`, `XDG_CACHE_HOME` | the folder with the cache and the token's file; the folder above that |
+//! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN` | access token: for private and gated repositories, and higher limits |
 //! | `HF_TOKEN_PATH` | the file with the token |
-//! | `HF_HUB_DISABLE_IMPLICIT_TOKEN` | `1`: ask as nobody |
-//! | `HF_ENDPOINT` | a mirror to ask instead |
-//! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | `1`: take what the cache has, without a network |
-//! | `HF_HUB_DOWNLOAD_TIMEOUT` | after how many silent seconds a connection is lost |
+//! | `HF_HUB_DISABLE_IMPLICIT_TOKEN` | `1`: send no token |
+//! | `HF_ENDPOINT` | the URL of a mirror |
+//! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | `1`: use the cache alone, without a network |
+//! | `HF_HUB_DOWNLOAD_TIMEOUT` | seconds of silence after which a connection is given up |
 //!
 //! ref: huggingface_hub `_snapshot_download.py`
 
@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::source::{Files, INDEX, Index, PREPROCESSOR, PROCESSOR, WEIGHTS};
-use crate::{kinds, tokenizer};
+use crate::checkpoint::{CheckpointInfo, INDEX, Index, PREPROCESSOR, PROCESSOR, WEIGHTS};
+use crate::{recognize, tokenizer};
 
 mod client;
 mod environment;
@@ -35,7 +35,7 @@ mod environment;
 use client::{Hub, Snapshot};
 use environment::Environment;
 
-/// What a repository is asked for.
+/// What a repository should hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// A whole model.
@@ -44,21 +44,22 @@ pub enum Content {
     Adapter,
 }
 
-/// The folder that `source` names, else the repository, which is fetched into the cache.
+/// The folder that `source` names, or else the cache's folder of the repository of that name, after
+/// downloading what it lacks.
 ///
 /// # Errors
-/// Says what is neither, what the repository lacks, and why the Hub does not answer.
+/// If `source` is neither, if the repository lacks a file, or if the Hub does not answer.
 pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
     let shown = source.display();
     match source.try_exists() {
         Ok(true) => return Ok(source.to_owned()),
         Ok(false) => {}
-        // A file of the user's name says nothing of a repository.
+        // A file named like the user of a repository does not rule that out.
         Err(error) if error.kind() == ErrorKind::NotADirectory => {}
         Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
     }
     ensure!(!source.is_symlink(), "{shown} is a link to a folder that is not there");
-    let id = source.to_str().and_then(Id::parse).with_context(|| {
+    let id = source.to_str().and_then(RepoId::parse).with_context(|| {
         format!("{shown} is no folder, nor user/repo or user/repo@revision on the Hugging Face Hub")
     })?;
     let environment = Environment::read()?;
@@ -72,12 +73,12 @@ pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
 }
 
 /// A repository, and which of its revisions.
-struct Id<'a> {
+struct RepoId<'a> {
     repository: &'a str,
     revision: &'a str,
 }
 
-impl<'a> Id<'a> {
+impl<'a> RepoId<'a> {
     fn parse(text: &'a str) -> Option<Self> {
         let (repository, revision) = text.split_once('@').unwrap_or((text, "main"));
         let (user, name) = repository.split_once('/')?;
@@ -87,11 +88,11 @@ impl<'a> Id<'a> {
                 && part.chars().all(letter)
                 && !part.contains("..")
         };
-        let sound = plain(user)
+        let valid = plain(user)
             && plain(name)
             && !repository.contains("--") // which stands for the slash in the cache
             && revision.split('/').all(plain);
-        sound.then_some(Self { repository, revision })
+        valid.then_some(Self { repository, revision })
     }
 
     fn repo(&self) -> Repo {
@@ -100,8 +101,8 @@ impl<'a> Id<'a> {
 }
 
 impl Content {
-    /// Of each of these, one is needed.
-    fn needed(self) -> &'static [&'static [&'static str]] {
+    /// The required files: one of each group.
+    fn required(self) -> &'static [&'static [&'static str]] {
         match self {
             Self::Checkpoint => &[
                 &["config.json"],
@@ -109,12 +110,12 @@ impl Content {
                 &["tokenizer.json", "tokenizer.model"],
                 &[INDEX, WEIGHTS],
             ],
-            Self::Adapter => &[&["adapter_config.json"], &[kinds::ADAPTER_WEIGHTS]],
+            Self::Adapter => &[&["adapter_config.json"], &[recognize::ADAPTER_WEIGHTS]],
         }
     }
 
-    /// The small files, of which some may be missing.
-    fn described_by(self) -> Vec<&'static str> {
+    /// The small files, required and optional.
+    fn small_files(self) -> Vec<&'static str> {
         match self {
             Self::Checkpoint => {
                 let files =
@@ -125,23 +126,23 @@ impl Content {
         }
     }
 
-    /// Refuses a repository of something else, by the names of its files.
+    /// Refuses a repository of something else, by its file names.
     fn check(self, repository: &str, names: &[String]) -> Result<()> {
         match self {
             Self::Checkpoint => {
-                kinds::check_checkpoint(repository, names)?;
-                kinds::check_weights(repository, names)
+                recognize::check_checkpoint(repository, names)?;
+                recognize::check_weights(repository, names)
             }
-            Self::Adapter => kinds::check_adapter(repository, names),
+            Self::Adapter => recognize::check_adapter(repository, names),
         }
     }
 
-    /// The large files, by what the small ones in `dir` say; one is all if there is a `single` one.
+    /// The files with weights, by what the small files in `dir` say; `single` if there is one for all.
     fn weights(self, dir: &Path, single: bool) -> Result<Vec<String>> {
         if self == Self::Adapter {
-            return Ok(vec![kinds::ADAPTER_WEIGHTS.to_owned()]);
+            return Ok(vec![recognize::ADAPTER_WEIGHTS.to_owned()]);
         }
-        Files::open(dir)?.config.check()?;
+        CheckpointInfo::open(dir)?.config.check()?;
         if single {
             return Ok(vec![WEIGHTS.to_owned()]);
         }
@@ -149,11 +150,11 @@ impl Content {
     }
 }
 
-/// What the cache has of a revision.
-fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
+/// A revision's folder in the cache.
+fn cached(cache: &Cache, id: &RepoId, content: Content) -> Result<PathBuf> {
     let repo = cache.repo(id.repo());
     let by_branch =
-        repo.get(content.needed()[0][0]).and_then(|file| Some(file.parent()?.to_owned()));
+        repo.get(content.required()[0][0]).and_then(|file| Some(file.parent()?.to_owned()));
     let by_commit = Some(repo.pointer_path(id.revision)).filter(|dir| dir.is_dir());
     by_branch.or(by_commit).with_context(|| {
         format!(
@@ -166,13 +167,18 @@ fn cached(cache: &Cache, id: &Id, content: Content) -> Result<PathBuf> {
 }
 
 /// Downloads what the cache lacks.
-fn fetch(cache: &Cache, environment: Environment, id: &Id, content: Content) -> Result<PathBuf> {
+fn fetch(
+    cache: &Cache,
+    environment: Environment,
+    id: &RepoId,
+    content: Content,
+) -> Result<PathBuf> {
     let hub = Hub::new(environment);
     let listing = hub.list(id.repository, id.revision)?;
     let find = |name: &str| listing.siblings.iter().find(|file| file.rfilename == name);
     let names: Vec<_> = listing.siblings.iter().map(|file| file.rfilename.clone()).collect();
     content.check(id.repository, &names)?;
-    for names in content.needed() {
+    for names in content.required() {
         let found = names.iter().any(|name| find(name).is_some());
         ensure!(found, "the repository holds no {}", names.join(" or "));
     }
@@ -183,7 +189,7 @@ fn fetch(cache: &Cache, environment: Environment, id: &Id, content: Content) -> 
         url: format!("{}/{}/resolve/{}", hub.endpoint, id.repository, listing.sha),
         hub,
     };
-    for file in content.described_by().into_iter().filter_map(find) {
+    for file in content.small_files().into_iter().filter_map(find) {
         snapshot.download(file)?;
     }
     let weights = content.weights(&snapshot.dir, find(WEIGHTS).is_some())?;

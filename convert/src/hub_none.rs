@@ -1,22 +1,22 @@
-//! In place of `hub` in builds without that feature: folders alone.
+//! Replaces `hub` in builds without that feature: accepts folders only.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
-/// Which files of a repository are wanted.
+/// What a repository should hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// A checkpoint's.
+    /// A whole model.
     Checkpoint,
-    /// An adapter's.
+    /// A LoRA adapter.
     Adapter,
 }
 
 /// The folder that `source` names.
 ///
 /// # Errors
-/// Says that it is not a folder, and that this build downloads nothing.
+/// If it does not exist; this build downloads nothing.
 pub fn locate(source: &Path, _: Content) -> Result<PathBuf> {
     ensure!(
         source.exists(),

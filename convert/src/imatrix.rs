@@ -1,5 +1,6 @@
-//! An importance matrix: how much each column of each matrix counts, from the squares of what was
-//! multiplied by it. In llama.cpp's GGUF format: `NAME.in_sum2 [n_in, 1]` and `NAME.counts [1, 1]`.
+//! Importance matrices: how much each column of each matrix counts, from the sums of its squared inputs.
+//! Read here and collected in [`collect`], in llama.cpp's GGUF format: `NAME.in_sum2 [n_in, 1]` and
+//! `NAME.counts [1, 1]`.
 //!
 //! ref: llama.cpp `tools/imatrix/imatrix.cpp`, `common/imatrix-loader.cpp`
 
@@ -9,38 +10,40 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use openvla_kernels::{DType, Gguf, TensorInfo};
 
-use crate::plan::Planned;
+use crate::plan::PlannedTensor;
 
-/// What `general.type` says of such files.
+pub mod collect;
+
+/// The value of `general.type` in such files.
 pub const TYPE: &str = "imatrix";
-/// Ends the name of a matrix's sums of squares, by column.
+/// The suffix of the tensor with a matrix's sums of squared inputs, by column.
 pub const SUMS: &str = ".in_sum2";
-/// Ends the name of the number of rows that were summed.
+/// The suffix of the tensor with the number of summed rows.
 pub const COUNTS: &str = ".counts";
 
-/// Importance of columns by tensor, each with a mean of 1.
+/// The importance of the columns of each tensor, with a mean of 1.
 #[derive(Debug, Default)]
-pub struct Importance(BTreeMap<String, Vec<f32>>);
+pub struct ImportanceMatrix(BTreeMap<String, Vec<f32>>);
 
-impl Importance {
+impl ImportanceMatrix {
     /// Reads a file, for the tensors of `plan`.
     ///
     /// # Errors
-    /// If it is no importance matrix, or one of another model.
-    pub fn open(path: &Path, plan: &[Planned]) -> Result<Self> {
+    /// If it is not an importance matrix, or belongs to another model.
+    pub fn open(path: &Path, plan: &[PlannedTensor]) -> Result<Self> {
         let file = Gguf::open(path)?;
         Self::read(&file, plan)
             .with_context(|| format!("the importance matrix {} cannot be used", path.display()))
     }
 
-    fn read(file: &Gguf, plan: &[Planned]) -> Result<Self> {
+    fn read(file: &Gguf, plan: &[PlannedTensor]) -> Result<Self> {
         let kind = file.get::<String>("general.type").unwrap_or_default();
         ensure!(kind == TYPE, "its `general.type` is {kind:?}, not {TYPE:?}");
         let tensors: BTreeMap<&str, &TensorInfo> =
             file.tensors().iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let mut columns = BTreeMap::new();
         for planned in plan {
-            let (name, n_in) = (&planned.part.name, planned.part.shape[0]);
+            let (name, n_in) = (&planned.tensor.name, planned.tensor.shape[0]);
             let Some(sums) = tensors.get(format!("{name}{SUMS}").as_str()) else { continue };
             let counts = tensors.get(format!("{name}{COUNTS}").as_str());
             let counts = counts.with_context(|| format!("it lacks {name}{COUNTS}"))?;
@@ -56,11 +59,14 @@ impl Importance {
                 columns.insert(name.clone(), weights);
             }
         }
-        ensure!(!columns.is_empty(), "it is of another model: it has none of this one's tensors");
+        ensure!(
+            !columns.is_empty(),
+            "it belongs to another model: it has none of this one's tensors"
+        );
         Ok(Self(columns))
     }
 
-    /// Importance of the columns of a tensor, if it was measured.
+    /// The importance of a tensor's columns, or `None` if it was not measured.
     pub fn get(&self, name: &str) -> Option<&[f32]> {
         self.0.get(name).map(Vec::as_slice)
     }
@@ -71,17 +77,17 @@ fn numbers(file: &Gguf, tensor: &TensorInfo) -> Result<Vec<f32>> {
     Ok(DType::F32.decode(&file.bytes()[tensor.range.clone()]))
 }
 
-/// The least importance. With none at all, ggml makes blocks of zeros of columns that calibration
-/// did not reach.
+/// The least importance. At 0, ggml would quantize columns that the calibration did not reach to
+/// blocks of zeros.
 const LEAST: f64 = 1e-9;
 
-/// Only ratios count, and numbers near 1 keep ggml's arithmetic far from overflow. `None` if
-/// nothing was ever multiplied by the tensor, or only zeros.
+/// Scaled to a mean of 1: only ratios count, and numbers near 1 keep ggml's arithmetic far from
+/// overflow. `None` if the tensor was never used, or its inputs were all zero.
 fn normalized(name: &str, sums: Vec<f32>, count: f32) -> Result<Option<Vec<f32>>> {
-    let sound = |x: &f32| x.is_finite() && *x >= 0.0;
+    let is_sum = |x: &f32| x.is_finite() && *x >= 0.0;
     ensure!(
-        sums.iter().chain([&count]).all(sound),
-        "its {name}{SUMS} holds numbers that no sum is"
+        sums.iter().chain([&count]).all(is_sum),
+        "its {name}{SUMS} holds numbers that are not sums of squares"
     );
     let mean = sums.iter().map(|x| f64::from(*x)).sum::<f64>() / sums.len() as f64;
     let ratios = || sums.iter().map(|x| (f64::from(*x) / mean).max(LEAST) as f32).collect();

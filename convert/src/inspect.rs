@@ -1,13 +1,13 @@
-//! What a model file says and holds: the facts behind `openvla-convert inspect`.
+//! Describes a model file, for `openvla-convert inspect`.
 //!
-//! [`Report`] is what `--json` prints, one object with these names, which do not change:
+//! [`Inspection`] is the object that `--json` prints. Its names are stable:
 //!
 //! | name | what |
 //! |---|---|
 //! | `file`, `file_bytes` | the path as it was given; its size |
 //! | `type` | the name of `general.file_type`, such as "Q8_0"; null if this version has none |
 //! | `general` | `openvla::General`: `name`, `version`, `license`, `source`, … |
-//! | `parameters`, `tensor_bytes` | of all tensors, zeros of padding included |
+//! | `parameters`, `tensor_bytes` | of all tensors, including zeros of padding |
 //! | `tensors` | by component and type: `component`, `type`, `tensors`, `parameters`, `bytes` |
 //! | `image` | `size`, `patch_size`, `resize`, `letterbox_fill`, `towers` of `name`, `mean`, `std` |
 //! | `prompt` | `template`, `suffix_token_id`, `context_length` |
@@ -25,13 +25,13 @@ use openvla_kernels::Gguf;
 use serde::Serialize;
 
 use crate::cards;
-use crate::names::component;
+use crate::mapping::component;
 use crate::plan::Encoding;
 
-/// What a model file says and holds. The fields' names are those of the module's table.
+/// The description of a model file. The fields' names are those of the module's table.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
-pub struct Report {
+pub struct Inspection {
     pub file: String,
     pub file_bytes: u64,
     pub r#type: Option<&'static str>,
@@ -50,7 +50,7 @@ pub struct Report {
     pub statistics: Statistics,
 }
 
-/// The tensors of one part of the model that are of one type.
+/// The tensors of one component of the model that have one type.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Component {
@@ -62,7 +62,7 @@ pub struct Component {
     pub bytes: u64,
 }
 
-/// How an image becomes planes.
+/// How an image is preprocessed.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Image {
@@ -74,7 +74,7 @@ pub struct Image {
     pub towers: Vec<Tower>,
 }
 
-/// How one tower's planes are normalised.
+/// How one tower's input is normalized.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Tower {
@@ -83,7 +83,7 @@ pub struct Tower {
     pub std: [f32; 3],
 }
 
-/// How an instruction becomes ids.
+/// How an instruction is tokenized.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Prompt {
@@ -92,7 +92,7 @@ pub struct Prompt {
     pub context_length: usize,
 }
 
-/// Which ids are motions.
+/// Which tokens are actions.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Actions {
@@ -100,17 +100,17 @@ pub struct Actions {
     pub token_count: u32,
 }
 
-/// Reads a model file. Its tensors' data are not looked at.
+/// Reads a model file's header. The tensors' data is not read.
 ///
 /// # Errors
-/// What is damaged, or that it is a file of another model.
-pub fn inspect(path: &Path) -> Result<Report> {
+/// If it is damaged, or a file of another model.
+pub fn inspect(path: &Path) -> Result<Inspection> {
     let file = Gguf::open(path)?;
     let config = Config::read(&file)?;
     let tensors = components(&file);
     let has = |prefix: &str| file.metadata().keys().any(|key| key.starts_with(prefix));
     let file_type = config.general.file_type;
-    Ok(Report {
+    Ok(Inspection {
         file: path.display().to_string(),
         file_bytes: file.bytes().len() as u64,
         r#type: Encoding::ALL.iter().find(|e| e.file_type == file_type).map(|e| e.name),
@@ -124,10 +124,11 @@ pub fn inspect(path: &Path) -> Result<Report> {
             context_length: config.llama.n_ctx,
         },
         actions: Actions { token_end: config.actions.end, token_count: config.actions.n_bin },
-        // A file that was written before there were cards still has the statistics they start from.
-        datasets: match config.cards.is_empty() {
-            true => cards::cards(&config.statistics),
-            false => config.cards,
+        // A file from before there were cards still has the statistics that they are made of.
+        datasets: if config.cards.is_empty() {
+            cards::cards(&config.statistics)
+        } else {
+            config.cards
         },
         checksums: has("openvla.checksum"),
         reference_cases: has("openvla.proof"),
@@ -157,7 +158,7 @@ fn image(config: &Config) -> Image {
     }
 }
 
-/// Tensors by part and type, in the order of the file.
+/// Tensors by component and type, in the order of the file.
 fn components(file: &Gguf) -> Vec<Component> {
     let mut groups: Vec<Component> = Vec::new();
     for info in file.tensors() {

@@ -1,5 +1,5 @@
-//! Ctrl-C, and other polite requests to stop, as an error like any other: what is half done is
-//! then taken back where errors are.
+//! Ctrl-C and other requests to stop as an ordinary error, so that unfinished output is removed as after
+//! any other error.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Somebody asked the program to stop.
+/// The program was asked to stop.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;
@@ -23,10 +23,10 @@ pub fn listen() -> Result<()> {
     )
 }
 
-/// Whether to go on.
+/// Checks whether the program was asked to stop.
 ///
 /// # Errors
-/// [`Interrupted`], once it was asked for.
+/// [`Interrupted`], once it was.
 pub fn check() -> Result<(), Interrupted> {
     if REQUESTED.load(Ordering::Relaxed) { Err(Interrupted) } else { Ok(()) }
 }

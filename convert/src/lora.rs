@@ -1,7 +1,7 @@
 //! A PEFT LoRA adapter, as OpenVLA's `finetune.py` leaves it: `W + alpha/r · B·A`, added in f32.
 //!
 //! With `target_modules="all-linear"` it changes every linear layer, the head, and the towers' patch
-//! convolutions; also parts that the model never reads, which are ignored.
+//! convolutions; also tensors that the model never reads, which are ignored.
 //!
 //! ref: peft 0.11.1 `LoraLayer.get_delta_weight`, openvla `vla-scripts/finetune.py`
 
@@ -9,13 +9,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::checkpoint::{StatisticsText, list_folder};
 use crate::files;
-use crate::kinds;
 use crate::peft::PeftConfig;
-use crate::source::{StatisticsText, list};
+use crate::recognize;
 use crate::tensors::{Matrix, Tensors, ZERO_3};
 
-/// Adapters wrap the model twice.
+/// The prefix of peft's tensor names: it wraps the model twice.
 pub const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
@@ -25,38 +25,38 @@ pub struct Adapter {
     tensors: Tensors,
     rank: usize,
     scale: f32,
-    /// What lies beside it, which are the fine-tuned model's.
+    /// The statistics file in its folder, which belongs to the fine-tuned model.
     pub statistics: Option<StatisticsText>,
-    /// What makes it probably not the adapter that was meant, a sentence each.
+    /// Signs that it is probably not the adapter that was meant, one sentence each.
     pub warnings: Vec<String>,
 }
 
 impl Adapter {
-    /// Reads an adapter for a checkpoint of these tensors.
+    /// Reads an adapter of a checkpoint with the tensors `base`.
     ///
     /// # Errors
-    /// Names what is missing or damaged, what is not supported, and what belongs to another model.
+    /// Names what is missing, damaged or unsupported, or belongs to another model.
     pub fn open(dir: &Path, base: &Tensors) -> Result<Self> {
         let shown = dir.display().to_string();
         let not_an_adapter = || format!("{shown} is not a folder with a LoRA adapter");
         ensure!(dir.is_dir(), not_an_adapter());
-        kinds::check_adapter(&shown, &list(dir)?)?;
+        recognize::check_adapter(&shown, &list_folder(dir)?)?;
         check_run(dir)?;
         let path = dir.join("adapter_config.json");
         let config: PeftConfig = files::read_json(&path).with_context(not_an_adapter)?;
         config.check().with_context(|| path.display().to_string())?;
         let mut tensors = Tensors::default();
-        tensors.add(&dir.join(kinds::ADAPTER_WEIGHTS))?;
-        let statistics = StatisticsText::beside(dir)?;
+        tensors.add(&dir.join(recognize::ADAPTER_WEIGHTS))?;
+        let statistics = StatisticsText::in_folder(dir)?;
         let (rank, scale, warnings) = (config.r, config.scale(), Vec::new());
         let mut adapter = Self { tensors, rank, scale, statistics, warnings };
         let cannot = || format!("the adapter in {shown} cannot be merged");
         adapter.check(&config, base).with_context(cannot)?;
-        adapter.warnings = adapter.doubts(&shown, &config, base)?;
+        adapter.warnings = adapter.find_problems(&shown, &config, base)?;
         Ok(adapter)
     }
 
-    /// Every tensor is half of a pair that fits a tensor of the checkpoint, or a copy of one.
+    /// Checks that every tensor is an A or B that fits a tensor of the checkpoint, or a copy of one.
     fn check(&self, config: &PeftConfig, base: &Tensors) -> Result<()> {
         for (name, entry) in self.tensors.entries() {
             let module = name.strip_prefix(PREFIX).unwrap_or(name);
@@ -96,11 +96,16 @@ impl Adapter {
         Ok(())
     }
 
-    /// What is probably a mistake about an adapter that fits.
-    fn doubts(&self, shown: &str, config: &PeftConfig, base: &Tensors) -> Result<Vec<String>> {
-        let mut doubts = Vec::new();
+    /// Probable mistakes in an adapter that fits the checkpoint.
+    fn find_problems(
+        &self,
+        shown: &str,
+        config: &PeftConfig,
+        base: &Tensors,
+    ) -> Result<Vec<String>> {
+        let mut problems = Vec::new();
         if self.scale == 0.0 || self.is_zero(A)? || self.is_zero(B)? {
-            doubts.push(format!(
+            problems.push(format!(
                 "the adapter in {shown} changes nothing: its lora_alpha, or every lora_A or lora_B, is \
                  zero, as lora_B is before training"
             ));
@@ -112,16 +117,16 @@ impl Adapter {
             |module: &&&str| self.tensors.entries().contains_key(&format!("{PREFIX}{module}{A}"));
         let missing = targeted.len() - targeted.iter().filter(has_pair).count();
         if config.names_targets() && missing > 0 {
-            doubts.push(format!(
+            problems.push(format!(
                 "{missing} of {} layers that adapter_config.json targets have no pair in {shown}: is the \
                  adapter complete?",
                 targeted.len()
             ));
         }
-        Ok(doubts)
+        Ok(problems)
     }
 
-    /// Whether these halves of all pairs are zeros.
+    /// Whether all A, or all B, are zero.
     fn is_zero(&self, half: &str) -> Result<bool> {
         for name in self.tensors.entries().keys().filter(|name| name.ends_with(half)) {
             if all(&self.tensors.matrix(name)?).iter().any(|x| *x != 0.0) {
@@ -131,7 +136,7 @@ impl Adapter {
         Ok(true)
     }
 
-    /// A copy of the base's own weights, which peft would load over the checkpoint's.
+    /// Checks a copy of the base model's weights, which peft would load over the checkpoint's.
     fn check_copy(&self, name: &str, base: &Tensors, original: &str) -> Result<()> {
         self.tensors.check_type(name)?;
         base.check_type(original)?;
@@ -148,15 +153,15 @@ impl Adapter {
         &self.tensors
     }
 
-    /// What its products are multiplied by.
+    /// The factor of `B·A`.
     pub fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// What is to be added to a tensor of the checkpoint, if anything.
+    /// The difference that the adapter makes to a tensor of the checkpoint, if any.
     ///
     /// # Errors
-    /// Names the file if it cannot be mapped, and a tensor that holds NaN or infinity.
+    /// Names the file if it cannot be mapped, or a tensor that holds NaN or infinity.
     pub fn delta(&self, weight: &str) -> Result<Option<Delta>> {
         let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
         let name = |half: &str| format!("{PREFIX}{module}{half}");
@@ -175,11 +180,11 @@ impl Adapter {
     }
 }
 
-/// What to know of an adapter that has no statistics beside it, in words.
-pub fn no_statistics(adapter: &Path, taken: &StatisticsText) -> String {
+/// The warning about an adapter without statistics in its folder.
+pub fn missing_statistics_warning(adapter: &Path, taken: &StatisticsText) -> String {
     format!(
-        "no dataset_statistics.json lies beside the adapter, so the statistics are the base model's \
-         ({}), which scale a fine-tuned model's motions wrongly. finetune.py leaves its own in the \
+        "there is no dataset_statistics.json in the adapter's folder, so the statistics are the base model's \
+         ({}), which scale a fine-tuned model's actions wrongly. finetune.py leaves its own in the \
          run folder, not in adapter-tmp: copy dataset_statistics.json from there into {}, or name \
          it with --statistics",
         taken.from,
@@ -187,17 +192,17 @@ pub fn no_statistics(adapter: &Path, taken: &StatisticsText) -> String {
     )
 }
 
-/// OpenVLA-OFT's trainer leaves an adapter in a folder of its run, and the head that belongs to it
-/// above.
+/// Refuses OpenVLA-OFT's adapters: its trainer writes them to a subfolder of its run, and the head that
+/// belongs to them to the run's folder.
 fn check_run(adapter: &Path) -> Result<()> {
     let adapter = adapter.canonicalize()?;
-    match adapter.parent().map(|run| (run, list(run))) {
-        Some((run, Ok(names))) => kinds::refuse_oft(&run.display().to_string(), &names),
-        _ => Ok(()), // What is above a folder need not be ours to list.
+    match adapter.parent().map(|run| (run, list_folder(run))) {
+        Some((run, Ok(names))) => recognize::refuse_oft(&run.display().to_string(), &names),
+        _ => Ok(()), // The parent folder may not be readable.
     }
 }
 
-/// The first dimension, and all the others as one: a convolution is a matrix too.
+/// A shape as rows and columns: the first dimension, and the product of the others, as for convolutions.
 fn rows_of(shape: &[usize]) -> (usize, usize) {
     let (first, rest) = shape.split_first().unwrap_or((&1, &[]));
     (*first, rest.iter().product())
@@ -210,7 +215,7 @@ fn all(matrix: &Matrix) -> Vec<f32> {
     numbers
 }
 
-/// A product of rank r, scaled, of which any part of a row can be had.
+/// `scale · B·A`, computed for any part of a row.
 pub struct Delta {
     /// `r` rows of `n_in`.
     a: Vec<f32>,
@@ -221,7 +226,7 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Adds the product's numbers from number `start` on, which must lie in one of its rows.
+    /// Adds the numbers from index `start` on to `out`; they must be within one row.
     pub fn add(&self, start: usize, out: &mut [f32]) {
         let n_in = self.a.len() / self.rank;
         let (row, at) = (start / n_in, start % n_in);

@@ -1,4 +1,4 @@
-//! `openvla-convert`: OpenVLA checkpoints to GGUF files, and what there is to know about those.
+//! `openvla-convert`: converts OpenVLA checkpoints to GGUF files, and describes and checks those.
 
 mod cli;
 
@@ -11,6 +11,6 @@ fn main() -> ExitCode {
     let result = interrupt::listen().and_then(|()| cli::run(args));
     let interrupted = result.as_ref().is_err_and(|error| error.is::<Interrupted>());
     let code = openvla::cli::end(result);
-    // As shells report a program that SIGINT ended.
+    // The code that shells report for a program that SIGINT ended.
     if interrupted { ExitCode::from(130) } else { code }
 }

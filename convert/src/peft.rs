@@ -1,7 +1,7 @@
-//! `adapter_config.json`: what an adapter's numbers mean.
+//! `adapter_config.json`: the settings of a LoRA adapter.
 //!
-//! Every setting that changes the sum is computed as peft does, or refused by its name; so is a
-//! setting that this version has never heard of, unless it is off. Fields are those of peft 0.11.1
+//! A setting that changes the merged weights is either applied as peft does or refused by name; an
+//! unknown setting is refused unless it is off. Fields are those of peft 0.11.1
 //! to 0.21.
 //!
 //! ref: peft 0.11.1 `LoraConfig`, `LoraLayer.update_layer`, `check_target_module_exists`
@@ -26,33 +26,33 @@ pub struct PeftConfig {
     #[serde(default)]
     init_lora_weights: Value,
     #[serde(default)]
-    target_modules: Option<Names>,
+    target_modules: Option<ModuleSet>,
     #[serde(default)]
-    exclude_modules: Option<Names>,
+    exclude_modules: Option<ModuleSet>,
     #[serde(default)]
-    layers_to_transform: Option<Layers>,
+    layers_to_transform: Option<LayerSet>,
     /// All others.
     #[serde(flatten)]
     others: BTreeMap<String, Value>,
 }
 
-/// Names of modules, or ends of such names; or a regular expression, as Python has them.
+/// A set of modules: by names or suffixes of names, or by a regular expression in Python's syntax.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Names {
-    Ends(Vec<String>),
+enum ModuleSet {
+    Suffixes(Vec<String>),
     Pattern(String),
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Layers {
+enum LayerSet {
     One(usize),
     Several(Vec<usize>),
 }
 
-/// Settings that say nothing of the sum: about training, about where things came from, or about
-/// what another setting, which is refused, would do.
+/// Settings that do not change the merged weights: those about training or about where the adapter came
+/// from, and details of another setting that is refused.
 const IRRELEVANT: [&str; 10] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -70,10 +70,10 @@ const MERGE: &str = "merge it with peft (merge_and_unload), save the whole model
      save_pretrained, and convert that";
 
 impl PeftConfig {
-    /// Holds that the adapter is a product that is added to the base model's weights.
+    /// Checks that merging the adapter means adding `scale · B·A` and nothing else.
     ///
     /// # Errors
-    /// Names the setting that makes it something else.
+    /// Names the setting that means something else.
     pub fn check(&self) -> Result<()> {
         let Self { peft_type, r, lora_alpha, bias, .. } = self;
         ensure!(peft_type == "LORA", "peft_type is {peft_type}; LORA is merged. Otherwise {MERGE}");
@@ -81,8 +81,8 @@ impl PeftConfig {
         ensure!(self.scale().is_finite(), "lora_alpha is {lora_alpha}; a finite number is needed");
         let bias = bias.as_deref().unwrap_or("none");
         ensure!(bias == "none", "bias is {bias}, and biases are not merged; {MERGE}");
-        self.check_start()?;
-        if let Some(Names::Pattern(pattern)) = &self.exclude_modules {
+        self.check_initialization()?;
+        if let Some(ModuleSet::Pattern(pattern)) = &self.exclude_modules {
             bail!("exclude_modules is the pattern {pattern:?}; {MERGE}");
         }
         for (key, value) in &self.others {
@@ -100,49 +100,49 @@ impl PeftConfig {
         Ok(())
     }
 
-    /// Some ways to start training change the base model's weights too, and peft does so again
-    /// whenever it loads the adapter.
-    fn check_start(&self) -> Result<()> {
-        let start = &self.init_lora_weights;
-        let plain = match start {
+    /// Some initializations change the base model's weights too, and peft repeats that whenever it loads
+    /// the adapter.
+    fn check_initialization(&self) -> Result<()> {
+        let init = &self.init_lora_weights;
+        let plain = match init {
             Value::Null | Value::Bool(_) => true,
             Value::String(name) => name.eq_ignore_ascii_case("gaussian"),
             _ => false,
         };
         ensure!(
             plain,
-            "init_lora_weights is {start}: such a start may change the base model's weights too, \
-             and the adapter is not the whole difference; {MERGE}"
+            "init_lora_weights is {init}: that may change the base model's weights too, and the \
+             adapter is then not the whole difference; {MERGE}"
         );
         Ok(())
     }
 
-    /// What the product is multiplied by.
+    /// The factor of `B·A`.
     pub fn scale(&self) -> f32 {
         let rank = self.r as f64;
         let divisor = if self.use_rslora == Some(true) { rank.sqrt() } else { rank };
         (self.lora_alpha / divisor) as f32
     }
 
-    /// Whether the targets are names, so that [`PeftConfig::targets`] tells all modules that peft changes.
+    /// Whether the targets are given by name, so that [`PeftConfig::targets`] is exact.
     pub fn names_targets(&self) -> bool {
-        matches!(self.target_modules, Some(Names::Ends(_)))
+        matches!(self.target_modules, Some(ModuleSet::Suffixes(_)))
     }
 
-    /// Whether peft would make a module one of those that it changes.
+    /// Whether peft would change a module.
     pub fn targets(&self, module: &str) -> bool {
-        let named = |names: &Option<Names>, otherwise| match names {
-            Some(Names::Ends(ends)) => ends.iter().any(|end| {
+        let named = |names: &Option<ModuleSet>, otherwise| match names {
+            Some(ModuleSet::Suffixes(suffixes)) => suffixes.iter().any(|suffix| {
                 module
-                    .strip_suffix(end.as_str())
+                    .strip_suffix(suffix.as_str())
                     .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
             }),
             // "all-linear", or a pattern by which peft chose the modules that it then saved.
-            Some(Names::Pattern(_)) | None => otherwise,
+            Some(ModuleSet::Pattern(_)) | None => otherwise,
         };
         let layers = match &self.layers_to_transform {
-            Some(Layers::One(layer)) => std::slice::from_ref(layer),
-            Some(Layers::Several(layers)) => layers,
+            Some(LayerSet::One(layer)) => std::slice::from_ref(layer),
+            Some(LayerSet::Several(layers)) => layers,
             None => &[],
         };
         let layer = || module.split('.').find_map(|part| part.parse().ok());

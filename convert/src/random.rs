@@ -1,9 +1,9 @@
-//! Random weights in any type, as fast as a disk takes them: quantising is what takes long, so a
-//! pool of blocks is quantised once for each type and loudness, and every matrix is made of blocks
-//! picked from it.
+//! Random weights in any type, as fast as a disk can write: quantizing is the slow part, so a pool of
+//! blocks is quantized once for each type and distribution, and every matrix consists of blocks picked
+//! from it.
 //!
-//! Loudness is the example checkpoint's, tensor by tensor, so that activations stay finite and
-//! logits differ. The same seed gives the same bytes, whatever the number of threads.
+//! Means and deviations are those of the example checkpoint's tensors, so that activations stay finite
+//! and logits differ. The same seed makes the same bytes with any number of threads.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -16,34 +16,34 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::interrupt;
-use crate::names::Part;
-use crate::plan::Planned;
-use crate::prove::checksum;
-use crate::write::Origin;
+use crate::mapping::MappedTensor;
+use crate::plan::PlannedTensor;
+use crate::proof::checksum;
+use crate::weights::TensorSource;
 
-/// Numbers in a pool: enough that blocks seldom meet twice in a row of a matrix, and few enough to
-/// be quantised in a moment and to stay in a core's cache.
+/// Numbers in a pool: enough that blocks seldom repeat within a row of a matrix, and few enough to be
+/// quantized quickly and to stay in a core's cache.
 const POOL: usize = 1 << 18;
-/// Numbers that are picked at a time, where a type's blocks are not longer.
+/// Numbers that are picked at a time, unless a type's blocks are longer.
 const PICK: usize = 32;
 /// Picks that one thread makes from one stream of random words.
 const PICKS_AT_A_TIME: usize = 1 << 16;
 
-/// The tensors of a checkpoint that is nowhere.
-pub struct Random {
+/// The weights of a random checkpoint that is never written.
+pub struct RandomWeights {
     /// By name.
     tensors: BTreeMap<String, Tensor>,
     deviates: Vec<f32>,
-    /// What was quantised so far.
-    pools: RefCell<BTreeMap<Kind, Rc<[u8]>>>,
+    /// The pools quantized so far.
+    pools: RefCell<BTreeMap<PoolKey, Rc<[u8]>>>,
     seed: u64,
     n_threads: usize,
 }
 
-/// Type, mean and deviation, the latter by their bits.
-type Kind = (DType, [u32; 2]);
+/// Type, and the bits of mean and deviation.
+type PoolKey = (DType, [u32; 2]);
 
-/// Numbers of a part that follow each other and are equally loud. Padding is zeros: deviation 0.
+/// Consecutive numbers of a tensor with the same distribution. Padding has mean and deviation 0.
 #[derive(Debug, PartialEq)]
 struct Segment {
     n: usize,
@@ -51,23 +51,23 @@ struct Segment {
     std: f32,
 }
 
-impl Random {
-    /// Draws from `seed` what the tensors are made of.
+impl RandomWeights {
+    /// Draws the numbers that the pools are made of from `seed`.
     pub fn new(tensors: Vec<Tensor>, seed: u64, n_threads: usize) -> Self {
         let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         let (deviates, pools) = (deviates(seed, POOL), RefCell::default());
         Self { tensors, deviates, pools, seed, n_threads }
     }
 
-    /// What a part is made of, in whole rows; in single numbers if it is one row. Columns that pad
-    /// a matrix are random too: what they are multiplied by is zero.
-    fn segments(&self, part: &Part) -> Vec<Segment> {
-        let is_row = part.shape[1..] == [1, 1, 1];
-        let length = if is_row { 1 } else { part.shape[0] };
-        let mut skip = part.first_row * length;
-        let mut left = part.shape.iter().product();
+    /// The segments of a tensor: whole rows, or single numbers if it is one row. Columns that pad a
+    /// matrix are random too, since their inputs are zero.
+    fn segments(&self, tensor: &MappedTensor) -> Vec<Segment> {
+        let is_row = tensor.shape[1..] == [1, 1, 1];
+        let length = if is_row { 1 } else { tensor.shape[0] };
+        let mut skip = tensor.first_row * length;
+        let mut left = tensor.shape.iter().product();
         let mut segments = Vec::new();
-        for tensor in part.sources.iter().map(|name| &self.tensors[name]) {
+        for tensor in tensor.sources.iter().map(|name| &self.tensors[name]) {
             let row = if is_row { 1 } else { *tensor.shape.last().expect("not a scalar") };
             for run in &tensor.runs {
                 let n = run.n / row * length;
@@ -83,7 +83,7 @@ impl Random {
         segments
     }
 
-    /// The pool in a type, as loud as a segment.
+    /// The pool of a type with a segment's distribution.
     fn pool(&self, dtype: DType, segment: &Segment) -> Rc<[u8]> {
         let Segment { mean, std, .. } = segment;
         let encode = || {
@@ -115,13 +115,13 @@ impl Random {
     }
 }
 
-impl Origin for Random {
-    fn fill(&self, planned: &Planned, mut bytes: &mut [u8]) -> Result<()> {
-        let Planned { part, dtype } = planned;
+impl TensorSource for RandomWeights {
+    fn fill(&self, planned: &PlannedTensor, mut bytes: &mut [u8]) -> Result<()> {
+        let PlannedTensor { tensor, dtype } = planned;
         let size = |n| dtype.row_bytes(n).expect("segments are whole rows");
         let pick = size(PICK.max(dtype.block()));
-        let stream = checksum(part.name.as_bytes()); // its own for each tensor
-        for (i, segment) in (0..).zip(self.segments(part)) {
+        let stream = checksum(tensor.name.as_bytes()); // its own for each tensor
+        for (i, segment) in (0..).zip(self.segments(tensor)) {
             let (own, others) = bytes.split_at_mut(size(segment.n));
             self.pick(stream.wrapping_add(i), &self.pool(*dtype, &segment), pick, own)?;
             bytes = others;

@@ -1,7 +1,7 @@
-//! Safetensors files: which tensors they hold, and the rows of those as f32.
+//! Reads safetensors files: their headers, and the rows of their tensors as f32.
 //!
-//! Headers are read and checked at once; data is mapped tensor by tensor and given back when the
-//! map is dropped, so that memory stays small at any model size.
+//! Headers are read and checked at once; data is mapped tensor by tensor and unmapped after use, so
+//! that memory stays small at any model size.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,9 +16,9 @@ use safetensors::tensor::Metadata;
 use crate::aliases::canonical;
 use crate::files;
 
-/// Where a tensor's bytes are.
+/// One tensor of a header: its type, its shape, and where its bytes are.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct TensorEntry {
     /// Index into [`Tensors::files`].
     file: usize,
     dtype: Dtype,
@@ -31,19 +31,19 @@ pub struct Entry {
 /// The tensors of one file or several.
 #[derive(Default)]
 pub struct Tensors {
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, TensorEntry>,
     files: Vec<(PathBuf, File)>,
 }
 
-/// The largest header that is read: what the format's own library allows.
+/// The largest accepted header: the limit of the format's own library.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// How tensors are probably lost, and what to do.
+/// The probable cause of empty or missing tensors, and what to do.
 pub const ZERO_3: &str = "a save under DeepSpeed ZeRO-3 leaves tensors empty: set \
      stage3_gather_16bit_weights_on_model_save, or use its zero_to_fp32.py";
 
 impl Tensors {
-    /// Adds a file's tensors, by the names that transformers 4 has for them.
+    /// Adds a file's tensors, under the names that transformers 4 has for them.
     ///
     /// # Errors
     /// Names the file, and what is missing or damaged.
@@ -60,7 +60,7 @@ impl Tensors {
         let map = |from, n| Mapped::range(&file, from, n).with_context(cannot);
         let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
         ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
-        // Not `SafeTensors::read_metadata`, which adds up sizes that a header may have made up.
+        // Not `SafeTensors::read_metadata`, whose sums of untrusted sizes may overflow.
         let metadata: Metadata =
             serde_json::from_slice(&map(8, usize::try_from(header)?)?).with_context(cut_off)?;
         ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
@@ -70,7 +70,7 @@ impl Tensors {
                 end > start,
                 at(&format!("holds {tensor} of shape {:?}: nothing; {ZERO_3}", info.shape))
             );
-            let entry = Entry {
+            let entry = TensorEntry {
                 file: self.files.len(),
                 dtype: info.dtype,
                 shape: info.shape.clone(),
@@ -85,16 +85,16 @@ impl Tensors {
     }
 
     /// All tensors, by name.
-    pub fn entries(&self) -> &BTreeMap<String, Entry> {
+    pub fn entries(&self) -> &BTreeMap<String, TensorEntry> {
         &self.entries
     }
 
-    /// Holds that a tensor is made of floats.
+    /// Checks that a tensor has a supported float type.
     ///
     /// # Errors
     /// Names the tensor, its file and its type.
     pub fn check_type(&self, name: &str) -> Result<()> {
-        let Entry { dtype, file, .. } = &self.entries[name];
+        let TensorEntry { dtype, file, .. } = &self.entries[name];
         ensure!(
             matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32),
             "{}: the tensor {name} is {dtype:?}; BF16, F16 and F32 are read",
@@ -103,7 +103,7 @@ impl Tensors {
         Ok(())
     }
 
-    /// Maps a tensor whose type was checked.
+    /// Maps a tensor whose type was checked with [`Tensors::check_type`].
     ///
     /// # Errors
     /// Names the file if it cannot be read.
@@ -118,7 +118,7 @@ impl Tensors {
     }
 }
 
-/// A mapped tensor, as rows of its last dimension.
+/// A mapped tensor, as a matrix whose rows are its last dimension.
 pub struct Matrix {
     bytes: Mapped,
     dtype: Dtype,
@@ -129,7 +129,7 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Whether the other one holds the same numbers, of whatever type.
+    /// Whether both hold the same numbers, whatever their types.
     pub fn equals(&self, other: &Self) -> bool {
         let numbers = |matrix: &Self, row: usize| {
             let mut numbers = vec![0.0; matrix.row];
@@ -140,7 +140,7 @@ impl Matrix {
             && (0..self.n_row).all(|row| numbers(self, row) == numbers(other, row))
     }
 
-    /// As many numbers as `out` has, from number `start` on, whatever rows they lie in.
+    /// Fills `out` with consecutive numbers from index `start` on, across rows.
     pub fn read(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.bitsize() / 8;
         let bytes = &self.bytes[start * size..][..out.len() * size];

@@ -1,10 +1,10 @@
-//! A checkpoint's tokenizer, as the GGUF will hold it.
+//! Reads a checkpoint's tokenizer.
 //!
 //! in   `tokenizer.json`, or `tokenizer.model` alone; and the names of the special pieces
 //! out  a [`Vocabulary`] with one piece for each row of the embedding
 //!
-//! The runtime knows Llama-2's scheme only. Whatever asks for another one is refused here, because
-//! the model would read other ids than it was trained on and move without any sign of an error.
+//! The runtime supports Llama-2's scheme only. Anything else is refused here, because the model would
+//! read other tokens than it was trained on and move without any sign of an error.
 //!
 //! ref: transformers 4.40.1, `convert_slow_tokenizer.py` `LlamaConverter`
 
@@ -17,8 +17,8 @@ use openvla::tokenizer::{TokenType, Tokenizer, Vocabulary};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::files::read_json_if_there;
-use crate::source::of_checkpoint;
+use crate::checkpoint::checkpoint_error;
+use crate::files::read_json_optional;
 
 mod sentencepiece;
 
@@ -29,7 +29,7 @@ const SENTENCEPIECE: &str = "tokenizer.model";
 const ADDED: &str = "added_tokens.json";
 const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL: &str = "special_tokens_map.json";
-/// The files that are read, as far as there are any: one of the first two is needed.
+/// The files that are read if they exist; one of the first two is required.
 pub const FILES: [&str; 5] = [TOKENIZER, SENTENCEPIECE, ADDED, CONFIG, SPECIAL];
 
 /// Scores where `tokenizer.model` has none; llama.cpp's converter writes the same.
@@ -53,9 +53,9 @@ pub fn read(dir: &Path, rows: usize) -> Result<Vocabulary> {
 }
 
 fn read_files(dir: &Path, rows: usize) -> Result<Vocabulary> {
-    let roles = Roles::read(dir)?;
+    let roles = SpecialPieces::read(dir)?;
     let mut vocabulary = unused(rows);
-    match (read_json_if_there(&dir.join(TOKENIZER))?, SentencePieceModel::read(dir)?) {
+    match (read_json_optional(&dir.join(TOKENIZER))?, SentencePieceModel::read(dir)?) {
         (Some(json), model) => {
             fill_from_json(&mut vocabulary, json, model.as_ref(), &roles).context(TOKENIZER)?;
         }
@@ -66,11 +66,11 @@ fn read_files(dir: &Path, rows: usize) -> Result<Vocabulary> {
         (None, None) => bail!("looked for {TOKENIZER} and {SENTENCEPIECE}, found neither"),
     }
     roles.assign(&mut vocabulary)?;
-    Tokenizer::new(&vocabulary).map_err(of_checkpoint)?; // What the converter writes, the runtime can read.
+    Tokenizer::new(&vocabulary).map_err(checkpoint_error)?; // the runtime accepts it
     Ok(vocabulary)
 }
 
-/// A vocabulary of `rows` rows that hold no piece yet.
+/// A vocabulary of `rows` unused rows.
 fn unused(rows: usize) -> Vocabulary {
     Vocabulary {
         tokens: (0..rows).map(|row| format!("[PAD{row}]")).collect(),
@@ -80,8 +80,8 @@ fn unused(rows: usize) -> Vocabulary {
     }
 }
 
-/// Gives a row its piece.
-fn place(v: &mut Vocabulary, id: u32, text: &str, kind: TokenType, score: f32) -> Result<()> {
+/// Sets the piece of a row.
+fn set_piece(v: &mut Vocabulary, id: u32, text: &str, kind: TokenType, score: f32) -> Result<()> {
     let (row, rows) = (id as usize, v.tokens.len());
     ensure!(row < rows, "piece `{text}` has id {id}, but the embedding has {rows} rows");
     ensure!(v.types[row] == TokenType::Unused, "id {id} is both `{}` and `{text}`", v.tokens[row]);
@@ -91,33 +91,33 @@ fn place(v: &mut Vocabulary, id: u32, text: &str, kind: TokenType, score: f32) -
     Ok(())
 }
 
-/// Gives a row a piece beside the model's own, or a type to one of those.
-fn place_added(v: &mut Vocabulary, id: u32, text: &str, kind: TokenType) -> Result<()> {
+/// Sets the piece of a row to an added token, or only the type if the model has that piece already.
+fn set_added_token(v: &mut Vocabulary, id: u32, text: &str, kind: TokenType) -> Result<()> {
     let row = id as usize;
     if v.tokens.get(row).is_some_and(|known| known == text) {
         v.types[row] = kind;
         return Ok(());
     }
-    place(v, id, text, kind, ADDED_SCORE)
+    set_piece(v, id, text, kind, ADDED_SCORE)
 }
 
 // ---- The names of the special pieces -----------------------------------------------------------
 
-/// Which piece plays which part.
-struct Roles {
+/// The pieces with a special role.
+struct SpecialPieces {
     bos: String,
     eos: String,
     unknown: String,
     padding: String,
 }
 
-/// What `tokenizer_config.json` and `special_tokens_map.json` say that matters here.
+/// The keys of `tokenizer_config.json` and `special_tokens_map.json` that are read.
 #[derive(Deserialize, Default)]
 struct SpecialTokens {
-    bos_token: Option<Name>,
-    eos_token: Option<Name>,
-    unk_token: Option<Name>,
-    pad_token: Option<Name>,
+    bos_token: Option<TokenName>,
+    eos_token: Option<TokenName>,
+    unk_token: Option<TokenName>,
+    pad_token: Option<TokenName>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
     add_prefix_space: Option<bool>,
@@ -125,16 +125,16 @@ struct SpecialTokens {
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Name {
+enum TokenName {
     Plain(String),
     Token { content: String },
 }
 
-impl Roles {
+impl SpecialPieces {
     fn read(dir: &Path) -> Result<Self> {
-        let config: SpecialTokens = read_json_if_there(&dir.join(CONFIG))?.unwrap_or_default();
-        let map: SpecialTokens = read_json_if_there(&dir.join(SPECIAL))?.unwrap_or_default();
-        // These override what `tokenizer.json` says, and default to Llama-2's scheme.
+        let config: SpecialTokens = read_json_optional(&dir.join(CONFIG))?.unwrap_or_default();
+        let map: SpecialTokens = read_json_optional(&dir.join(SPECIAL))?.unwrap_or_default();
+        // These take precedence over `tokenizer.json`, and default to Llama-2's scheme.
         for (key, found, wanted) in [
             ("add_bos_token", config.add_bos_token, true),
             ("add_eos_token", config.add_eos_token, false),
@@ -146,10 +146,11 @@ impl Roles {
                 !wanted
             );
         }
-        let name = |key: &str, config: Option<Name>, map: Option<Name>| match config.or(map) {
-            Some(Name::Plain(content) | Name::Token { content }) => Ok(content),
-            None => bail!("looked for {key} in {CONFIG} and {SPECIAL}, found it in neither"),
-        };
+        let name =
+            |key: &str, config: Option<TokenName>, map: Option<TokenName>| match config.or(map) {
+                Some(TokenName::Plain(content) | TokenName::Token { content }) => Ok(content),
+                None => bail!("looked for {key} in {CONFIG} and {SPECIAL}, found it in neither"),
+            };
         Ok(Self {
             bos: name("bos_token", config.bos_token, map.bos_token)?,
             eos: name("eos_token", config.eos_token, map.eos_token)?,
@@ -162,7 +163,7 @@ impl Roles {
         [&self.bos, &self.eos, &self.unknown, &self.padding].into_iter().any(|name| name == piece)
     }
 
-    /// Fills in the four ids, and makes their pieces special whatever their file said.
+    /// Sets the four ids, and marks their pieces as special whatever their file said.
     fn assign(&self, v: &mut Vocabulary) -> Result<()> {
         let mut claim = |key: &str, piece: &String, kind: TokenType| {
             let row = iter::zip(&v.tokens, &v.types)
@@ -218,7 +219,7 @@ fn fill_from_json(
     v: &mut Vocabulary,
     json: Value,
     model: Option<&SentencePieceModel>,
-    roles: &Roles,
+    roles: &SpecialPieces,
 ) -> Result<()> {
     check_scheme(&json, roles)?;
     let TokenizerJson { added_tokens, model: bpe } = serde_json::from_value(json)?;
@@ -228,9 +229,9 @@ fn fill_from_json(
         None => scores_by_rank(&v.merges),
     };
     for (text, &id) in &bpe.vocab {
-        // A piece that no merge makes is never asked for its score.
+        // The score of a piece that no merge makes is never used.
         let score = scores.get(text).copied().unwrap_or(0.0);
-        place(v, id, text, type_of(text), score)?;
+        set_piece(v, id, text, type_of(text), score)?;
     }
     for token in added_tokens {
         let AddedToken { id, content, special, normalized, lstrip, rstrip, single_word } = token;
@@ -240,17 +241,17 @@ fn fill_from_json(
              Llama-2's scheme has none of these"
         );
         let kind = if special { TokenType::Control } else { TokenType::UserDefined };
-        place_added(v, id, &content, kind)?;
+        set_added_token(v, id, &content, kind)?;
     }
     Ok(())
 }
 
-/// Refuses whatever would cut a text into other ids than Llama-2's scheme does.
+/// Refuses settings that would tokenize a text differently from Llama-2's scheme.
 ///
-/// How spaces become `▁` is written in two ways. Transformers 5 has a pre-tokenizer do it, which
-/// differs where a text starts with a space, and prompts do not.
-fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
-    let same = |at: &str, wanted: &Value| at_or_off(json, at, wanted) == *wanted;
+/// There are two ways to replace spaces by `▁`. Transformers 5 uses a pre-tokenizer, which differs only
+/// where a text starts with a space, and prompts do not.
+fn check_scheme(json: &Value, roles: &SpecialPieces) -> Result<()> {
+    let same = |at: &str, wanted: &Value| value_or_default(json, at, wanted) == *wanted;
     let (normalizer, none) = (
         json!({"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
@@ -267,11 +268,12 @@ fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
     let prepends = ["first", "always"]
         .iter()
         .any(|scheme| same("/pre_tokenizer/prepend_scheme", &json!(scheme)));
-    let spaces = match prepends && metaspace.iter().all(|(at, wanted)| same(at, wanted)) {
-        true => Vec::from(metaspace),
-        false => vec![("/normalizer", normalizer), ("/pre_tokenizer", none.clone())],
+    let spaces = if prepends && metaspace.iter().all(|(at, wanted)| same(at, wanted)) {
+        Vec::from(metaspace)
+    } else {
+        vec![("/normalizer", normalizer), ("/pre_tokenizer", none.clone())]
     };
-    // Without a piece for what is unknown, every byte needs one.
+    // Without an unknown piece, every byte needs a piece.
     let bytes = (0..=255).all(|byte| !json["model"]["vocab"][format!("<0x{byte:02X}>")].is_null());
     let no_unknown = bytes && same("/model/unk_token", &none);
     let mut wanted = vec![
@@ -294,7 +296,7 @@ fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
     ];
     wanted.extend(spaces);
     for (at, wanted) in wanted {
-        let found = at_or_off(json, at, &wanted);
+        let found = value_or_default(json, at, &wanted);
         if found != wanted {
             let found: String = found.to_string().chars().take(200).collect();
             bail!(
@@ -306,8 +308,8 @@ fn check_scheme(json: &Value, roles: &Roles) -> Result<()> {
     Ok(())
 }
 
-/// What stands at a place; the library reads an absent switch as off.
-fn at_or_off(json: &Value, at: &str, wanted: &Value) -> Value {
+/// The value at a JSON pointer; an absent switch is off, as in the tokenizers library.
+fn value_or_default(json: &Value, at: &str, wanted: &Value) -> Value {
     let absent = if wanted.is_boolean() { json!(false) } else { Value::Null };
     json.pointer(at).cloned().unwrap_or(absent)
 }
@@ -321,7 +323,7 @@ impl Merge {
     }
 }
 
-/// `<0x0A>` stands for a byte; all else is text until a file says that it is special.
+/// `<0x0A>` is a byte; all others are text until a file says that they are special.
 fn type_of(piece: &str) -> TokenType {
     let byte = piece
         .strip_prefix("<0x")
@@ -330,7 +332,7 @@ fn type_of(piece: &str) -> TokenType {
     if byte { TokenType::Byte } else { TokenType::Normal }
 }
 
-/// Scores that make llama.cpp, which merges the best-scored piece first, go by the merges' order.
+/// Scores by which llama.cpp, which merges the best-scored piece first, follows the merges' order.
 fn scores_by_rank(merges: &[String]) -> HashMap<String, f32> {
     let mut scores = HashMap::new();
     for (rank, merge) in merges.iter().enumerate() {
@@ -341,27 +343,31 @@ fn scores_by_rank(merges: &[String]) -> HashMap<String, f32> {
 
 // ---- tokenizer.model ---------------------------------------------------------------------------
 
-fn fill_from_model(v: &mut Vocabulary, model: &SentencePieceModel, roles: &Roles) -> Result<()> {
+fn fill_from_model(
+    v: &mut Vocabulary,
+    model: &SentencePieceModel,
+    roles: &SpecialPieces,
+) -> Result<()> {
     for (id, piece) in (0..).zip(&model.pieces) {
-        let kind = TokenType::try_from(piece.kind()).map_err(of_checkpoint)?;
+        let kind = TokenType::try_from(piece.kind()).map_err(checkpoint_error)?;
         ensure!(
             matches!(kind, TokenType::Normal | TokenType::Byte) || roles.include(&piece.text),
             "piece `{}` is {kind:?}; Llama-2's scheme has only Normal, Byte, bos, eos, unk and pad",
             piece.text
         );
-        place(v, id, &piece.text, kind, piece.score)?;
+        set_piece(v, id, &piece.text, kind, piece.score)?;
     }
     v.merges = model.merges();
     Ok(())
 }
 
-/// Special pieces only: the reference looks for others after it normalised the text, and the
-/// runtime does not.
-fn fill_from_added(v: &mut Vocabulary, dir: &Path, roles: &Roles) -> Result<()> {
-    let added: BTreeMap<String, u32> = read_json_if_there(&dir.join(ADDED))?.unwrap_or_default();
+/// Accepts special pieces only: the reference looks for other added tokens after it normalized the text,
+/// and the runtime does not.
+fn fill_from_added(v: &mut Vocabulary, dir: &Path, roles: &SpecialPieces) -> Result<()> {
+    let added: BTreeMap<String, u32> = read_json_optional(&dir.join(ADDED))?.unwrap_or_default();
     for (piece, id) in added {
         ensure!(roles.include(&piece), "{ADDED}: `{piece}` is none of bos, eos, unk and pad");
-        place_added(v, id, &piece, TokenType::Control).context(ADDED)?;
+        set_added_token(v, id, &piece, TokenType::Control).context(ADDED)?;
     }
     Ok(())
 }

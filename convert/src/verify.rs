@@ -1,8 +1,7 @@
-//! Whether a model file, on this machine, acts as its checkpoint does: every tensor's checksum,
-//! and the reference cases that the converter put into the file.
+//! Checks that a model file, on this machine, acts as its checkpoint does: by every tensor's checksum, and
+//! by the reference cases that the converter stored in the file.
 //!
-//! Each step of a case is given the reference's tokens so far, so that one wrong choice counts
-//! once.
+//! Each decode step of a case continues the reference's tokens, so that one wrong choice counts once.
 
 use std::path::Path;
 
@@ -12,54 +11,54 @@ use openvla::{Config, OpenVla, Options, Proof, ProofCase, argmax};
 use openvla_kernels::{DType, Gguf, TensorInfo};
 use serde::Serialize;
 
-use crate::prove;
+use crate::proof;
 
-/// What was found.
+/// The result of all checks.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct Verification {
     /// The file.
     pub file: String,
-    /// Tensors that were held against their checksums.
+    /// The number of tensors with a checksum.
     pub n_checksum: usize,
-    /// Those whose bytes are not what the converter wrote.
+    /// Names of the tensors whose bytes are not those that the converter wrote.
     pub damaged: Vec<String>,
     /// The reference cases.
     pub cases: Vec<CaseReport>,
-    /// Larger errors of logits than this are not quantisation's.
+    /// Quantization alone does not cause larger errors of the logits than this.
     pub logits_error_limit: f64,
-    /// Whether everything that could be checked is as it should be.
+    /// Whether all checks passed.
     pub sound: bool,
 }
 
-/// What came of one case.
+/// The result of one case.
 #[derive(Debug, Serialize)]
 pub struct CaseReport {
-    /// Which picture.
+    /// The built-in image's name.
     pub image: String,
-    /// What the robot was asked.
+    /// The instruction.
     pub instruction: String,
-    /// The units of the actions.
+    /// The data set whose units the actions have.
     pub unnorm_key: String,
-    /// What the checkpoint chooses in f32.
+    /// The checkpoint's tokens in f32.
     pub expected_tokens: Vec<u32>,
-    /// What this file chooses.
+    /// This file's tokens.
     pub tokens: Vec<u32>,
-    /// Of the dimensions, how many are the same.
+    /// The fraction of dimensions with equal tokens.
     pub agreement: f64,
-    /// How many bins of 256 each dimension is off.
+    /// The difference of each dimension in bins, of 256.
     pub bins_off: Vec<u32>,
-    /// How far each dimension is off, in the data set's units.
+    /// The difference of each dimension in the data set's units.
     pub action_off: Vec<f64>,
-    /// Root mean square of the difference of the action ids' logits, over that of the reference's,
-    /// each step's logits around their own mean; the worst step.
+    /// The worst step's relative error of the action tokens' logits: root mean square of the
+    /// differences over that of the reference's logits, each step centered on its mean.
     pub logits_error: f64,
 }
 
 /// Checks a file on the device that `options` name.
 ///
 /// # Errors
-/// If the file cannot be read or run, or says nothing to hold it against.
-pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<Report> {
+/// If the file cannot be read or run, or holds nothing to check it by.
+pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<Verification> {
     let file = Gguf::open(path)?;
     let config = Config::read(&file)?;
     let proof = Proof::read(&file, &config)?;
@@ -73,12 +72,12 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     let damaged = |(tensor, wanted): (&TensorInfo, &u64)| {
         let bytes = &file.bytes()[tensor.range.clone()];
         progress.inc(bytes.len() as u64);
-        (prove::checksum(bytes) != *wanted).then(|| tensor.name.clone())
+        (proof::checksum(bytes) != *wanted).then(|| tensor.name.clone())
     };
     let damaged: Vec<String> =
         file.tensors().iter().zip(&proof.checksums).filter_map(damaged).collect();
     let logits_error_limit = limit(&file);
-    drop(file); // gives its pages back before the model takes them
+    drop(file); // frees its pages before the model is loaded
     let mut cases = Vec::new();
     if damaged.is_empty() && !proof.cases.is_empty() {
         let mut policy = OpenVla::open(path, options)?;
@@ -88,11 +87,11 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     let sound = damaged.is_empty() && cases.iter().all(|c| c.logits_error <= logits_error_limit);
     let n_checksum = proof.checksums.len();
     let file = path.display().to_string();
-    Ok(Report { file, n_checksum, damaged, cases, logits_error_limit, sound })
+    Ok(Verification { file, n_checksum, damaged, cases, logits_error_limit, sound })
 }
 
-/// What the coarsest type of a matrix can do to logits: the worst that `tests/golden.rs` allows on
-/// random networks, and far more than happens to a trained model.
+/// The relative error of logits that the file's coarsest type can cause: the worst that
+/// `tests/golden.rs` allows on random networks, and far more than a trained model shows.
 fn limit(file: &Gguf) -> f64 {
     let of = |dtype: DType| match dtype {
         DType::F32 => 1e-2,
@@ -105,17 +104,17 @@ fn limit(file: &Gguf) -> f64 {
 }
 
 fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
-    let picture = prove::picture(&case.image)?;
+    let image = proof::image(&case.image)?;
     ensure!(
-        prove::hash(&picture) == case.image_hash,
-        "this version's picture {:?} is another than the one the file was made with",
+        proof::image_hash(&image) == case.image_hash,
+        "this version's image {:?} differs from the one that the file was made with",
         case.image
     );
     let config = policy.config();
     let actions = config.actions;
     let (_, dataset) = config.statistics.select(Some(&case.unnorm_key))?;
     let dataset = dataset.clone();
-    let planes = config.preprocess.planes(&picture)?;
+    let planes = config.preprocess.planes(&image)?;
     let prompt = policy.prompt_ids(&case.instruction)?;
     let network = policy.network();
     let features = network.encode(&planes)?;
@@ -130,10 +129,10 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
             sequence.step(*expected)?;
         }
     }
-    let motion = |tokens: &[u32]| dataset.action.unnormalize(&actions.normalized(tokens));
+    let action = |tokens: &[u32]| dataset.action.unnormalize(&actions.normalized(tokens));
     let pairs = || tokens.iter().zip(&case.tokens);
     let off =
-        motion(&tokens).iter().zip(motion(&case.tokens)).map(|(a, b)| (a - b).abs()).collect();
+        action(&tokens).iter().zip(action(&case.tokens)).map(|(a, b)| (a - b).abs()).collect();
     Ok(CaseReport {
         image: case.image.clone(),
         instruction: case.instruction.clone(),
@@ -147,13 +146,13 @@ fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
     })
 }
 
-/// Of logits around their mean, since what is added to all of them changes nothing.
+/// Of logits centered on their mean, since a constant added to all of them changes nothing.
 fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
-    let centred = |x: &[f32]| {
+    let centered = |x: &[f32]| {
         let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len() as f64;
         x.iter().map(|x| f64::from(*x) - mean).collect::<Vec<_>>()
     };
-    let (got, wanted) = (centred(got), centred(wanted));
+    let (got, wanted) = (centered(got), centered(wanted));
     let wrong: f64 = got.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
     (wrong / wanted.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt()
 }

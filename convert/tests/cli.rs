@@ -31,7 +31,7 @@ fn a_dry_run_says_what_the_file_would_hold_and_writes_nothing() {
     let all = said.lines().find(|line| line.starts_with("all ")).unwrap();
     let total: u64 = all.split_whitespace().nth(3).unwrap().parse().unwrap();
     let cache = 2 * 2 * 64 * 2 * (256 + 64); // f16 keys and values of 64 channels and 2 layers
-    assert!(said.contains(&format!("{total} bytes of weights, {cache} of keys and values")));
+    assert!(said.contains(&format!("{total} bytes of weights, {cache} of KV cache")));
     assert!(said.contains("llama           IQ4_NL    12 tensors"), "{said}");
     assert!(said.contains("vision_backbone.featurizer.blocks.1.norm1.weight"), "{said}");
     let built_in = std::fs::metadata(example("example.gguf")).unwrap().len();
@@ -68,9 +68,9 @@ fn types_of_single_tensors_can_be_chosen() {
     let refused = |choice: &str| openvla_convert(&[&checkpoint(), flag, choice], dir.path());
     assert_fails(
         &refused("blk\\.7\\.=Q8_0"),
-        &["blk\\.7\\.=Q8_0", "no tensor that has a choice matches"],
+        &["blk\\.7\\.=Q8_0", "matches no tensor whose type can be chosen matches"],
     );
-    assert_fails(&refused("norm=F16"), &["no tensor that has a choice matches"]);
+    assert_fails(&refused("norm=F16"), &["matches no tensor whose type can be chosen matches"]);
     assert_fails(
         &refused("blk=Q4_K"),
         &["dinov2.blk.0.attn_qkv.weight", "rows of 32", "blocks of 256"],

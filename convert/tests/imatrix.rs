@@ -172,7 +172,7 @@ fn a_matrix_that_cannot_be_is_refused() {
                 numbers[5] = wrong;
             }
         });
-        refused(&["blk.0.attn_q", "no sum is"]);
+        refused(&["blk.0.attn_q", "not sums of squares"]);
     }
     edited(dir.path(), "imatrix", |name, shape, numbers| {
         if name == Q {

@@ -7,10 +7,10 @@ use std::sync::OnceLock;
 use openvla::{ActionCard, Statistics};
 use openvla_convert::Conversion;
 use openvla_convert::cards::cards;
+use openvla_convert::checkpoint::{CheckpointInfo, HubRevision, StatisticsText};
 use openvla_convert::describe::describe;
-use openvla_convert::names::{Shapes, layout};
+use openvla_convert::mapping::{Shapes, mapping};
 use openvla_convert::plan::Encoding;
-use openvla_convert::source::{Files, Origin, StatisticsText};
 use openvla_example::{COMMITTED, Spec, Variant};
 use openvla_kernels::{Gguf, Header};
 use proptest::collection::vec;
@@ -64,7 +64,7 @@ fn people_read_what_a_file_is_and_holds() {
     for line in [
         "OpenVLA 424K libero-spatial v1.0\n".to_owned(),
         "tuned for   libero-spatial\n".to_owned(),
-        "licence     llama2, Llama 2 Community License".to_owned(),
+        "license     llama2, Llama 2 Community License".to_owned(),
         format!("converter   openvla-convert {}\n", env!("CARGO_PKG_VERSION")),
         "checksums   in the file\n".to_owned(),
         "  llama           IQ4_NL       14        69,632   38.25 KiB\n".to_owned(),
@@ -282,20 +282,20 @@ mod shared {
     #[test]
     #[ignore = "needs ../shared"]
     fn the_published_model_is_listed_and_found_by_name() {
-        let mut files = Files::open(&shared("real_configs/openvla-7b")).unwrap();
+        let mut info = CheckpointInfo::open(&shared("real_configs/openvla-7b")).unwrap();
         let facts_of_tensors =
             json_of(&shared("golden/facts.json"))["dinosiglip"]["tensors"].take();
         let tensors: Vec<(String, Vec<usize>)> = serde_json::from_value(facts_of_tensors).unwrap();
         let shapes: Shapes = tensors.into_iter().collect();
-        files.origin = Some(Origin {
+        info.hub_revision = Some(HubRevision {
             repository: "openvla/openvla-7b".into(),
             revision: "47a0ec7fc4ec123775a391911046cf33cf9ed83f".into(),
         });
-        files.adapter = Some("openvla-7b+my_robot+b16".into());
-        let layout = layout(&files.config, &shapes).unwrap();
-        let statistics = StatisticsText::of(&files).unwrap().parse().unwrap();
+        info.adapter = Some("openvla-7b+my_robot+b16".into());
+        let mapping = mapping(&info.config, &shapes).unwrap();
+        let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
         let config =
-            describe(&files, statistics, &shapes, &layout, "Q8_0".parse().unwrap()).unwrap();
+            describe(&info, statistics, &shapes, &mapping, "Q8_0".parse().unwrap()).unwrap();
         let mut header = Header::default();
         config.write(&mut header);
         let dir = tempfile::tempdir().unwrap();

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use openvla::tokenizer::Tokenizer;
 use openvla::{ActionSpace, Config, Error, Resize, Statistics, prompt};
+use openvla_convert::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
 use openvla_convert::describe::describe;
-use openvla_convert::names::layout;
-use openvla_convert::source::{Files, Source, StatisticsText};
+use openvla_convert::mapping::mapping;
 use openvla_kernels::{Gguf, Header};
 use serde_json::Value;
 
@@ -16,10 +16,10 @@ use crate::common::{ids, json, real_configs, shared};
 use crate::model;
 
 fn config_of(dir: &Path, encoding: &str) -> Config {
-    let (files, (shapes, _)) = (Files::open(dir).unwrap(), model("openvla"));
-    let layout = layout(&files.config, &shapes).unwrap();
-    let statistics = StatisticsText::of(&files).unwrap().parse().unwrap();
-    describe(&files, statistics, &shapes, &layout, encoding.parse().unwrap()).unwrap()
+    let (info, (shapes, _)) = (CheckpointInfo::open(dir).unwrap(), model("openvla"));
+    let mapping = mapping(&info.config, &shapes).unwrap();
+    let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
+    describe(&info, statistics, &shapes, &mapping, encoding.parse().unwrap()).unwrap()
 }
 
 /// `dir` under another name, with what `base` holds beside it.
@@ -53,7 +53,7 @@ fn the_indices_list_the_references_tensors() {
 fn the_settings_give_the_layout_that_the_examples_give() {
     let dir = real_configs().join("openvla-7b");
     let (shapes, ours) = model("openvla");
-    let theirs = layout(&Files::open(&dir).unwrap().config, &shapes).unwrap();
+    let theirs = mapping(&CheckpointInfo::open(&dir).unwrap().config, &shapes).unwrap();
     assert_eq!(theirs.llama, ours.llama);
     assert_eq!((theirs.towers, theirs.projector), (ours.towers, ours.projector));
     let stated = json(&dir.join("config.json"))["text_config"].clone();
@@ -90,7 +90,7 @@ fn the_published_files_are_read_as_they_are() {
             .all(|d| d.action.mask == [[true; 6].as_slice(), &[false]].concat())
     );
     // Without its shards the folder is incomplete, which the index tells.
-    let error = Source::open(&dir).err().unwrap().to_string();
+    let error = Checkpoint::open(&dir).err().unwrap().to_string();
     assert!(
         error.contains("model-00001-of-00003.safetensors; is the checkpoint complete?"),
         "{error}"
@@ -152,9 +152,10 @@ fn an_oft_checkpoint_is_known_by_its_action_head() {
     let config = |dir: &Path| std::fs::read(dir.join("config.json")).unwrap();
     assert!(config(&oft) == config(&base));
     let (_root, dir) = completed(&oft, &base, "openvla-7b-oft");
-    let statistics = StatisticsText::of(&Files::open(&dir).unwrap()).unwrap().parse().unwrap();
+    let statistics =
+        StatisticsText::of(&CheckpointInfo::open(&dir).unwrap()).unwrap().parse().unwrap();
     assert_eq!(statistics.datasets().keys().collect::<Vec<_>>(), ["libero_10_no_noops"]);
     std::fs::write(dir.join("action_head--150000_checkpoint.pt"), "").unwrap();
-    let error = Files::open(&dir).err().unwrap().to_string();
+    let error = CheckpointInfo::open(&dir).err().unwrap().to_string();
     assert!(error.contains("it is an OpenVLA-OFT checkpoint"), "{error}");
 }

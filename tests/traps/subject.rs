@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 use openvla::image::RgbImage;
 use openvla::{Config, Network};
 use openvla_convert::Conversion;
-use openvla_convert::names::Part;
-use openvla_convert::plan::Planned;
+use openvla_convert::mapping::MappedTensor;
+use openvla_convert::plan::PlannedTensor;
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::{ALIGNMENT, Backend, DType, Gguf, Header, Shape, TensorInfo};
 use serde_json::Value;
@@ -39,7 +39,7 @@ pub struct Subject {
     /// Tensors of the checkpoint that were left out.
     pub unused: Vec<String>,
     /// Tensors of the file.
-    pub plan: Vec<Planned>,
+    pub plan: Vec<PlannedTensor>,
     pub instruction: String,
     pub case: Case,
     /// Some or all elements, by their place.
@@ -96,9 +96,9 @@ impl Subject {
         let instruction = &case["instruction"];
         let case = Case::of(&conversion, planes, ids(&case["prompt_ids"]));
         let got = case.run();
-        let Conversion { layout, plan, .. } = conversion;
+        let Conversion { mapping, plan, .. } = conversion;
         let instruction = instruction.as_str().unwrap().to_owned();
-        Self { name, dir, unused: layout.unused, plan, instruction, case, want, got }
+        Self { name, dir, unused: mapping.unused, plan, instruction, case, want, got }
     }
 
     /// Holds that a stage of the unbroken model is the reference's.
@@ -116,8 +116,8 @@ impl Subject {
     }
 
     /// What a tensor of the file is made of.
-    pub fn part(&self, name: &str) -> &Part {
-        let parts = self.plan.iter().map(|planned| &planned.part);
+    pub fn part(&self, name: &str) -> &MappedTensor {
+        let parts = self.plan.iter().map(|planned| &planned.tensor);
         parts.into_iter().find(|part| part.name == name).unwrap_or_else(|| panic!("no {name}"))
     }
 }

@@ -1,14 +1,14 @@
-//! Without a command: a checkpoint to a file.
+//! Without a command: converts a checkpoint to a file.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use openvla::cli::{output_file, say};
+use openvla_convert::checkpoint::{HubRevision, hub_revision};
 use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
 use openvla_convert::plan::{Encoding, Override};
-use openvla_convert::source::{Origin, origin};
 use openvla_convert::{Conversion, Options};
 
 use super::example;
@@ -27,23 +27,23 @@ pub struct Convert {
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
     /// Statistics of the model's data sets, as finetune.py writes them [default:
-    /// dataset_statistics.json beside the adapter or in the checkpoint, else config.json's norm_stats]
+    /// dataset_statistics.json of the adapter or the checkpoint, else config.json's norm_stats]
     #[arg(long, value_name = "FILE")]
     statistics: Option<PathBuf>,
-    /// Another type for the tensors whose names this regular expression is found in, such as
-    /// 'blk\.0\.=Q8_0'; may be given several times, the last that matches wins
+    /// Another type for the tensors whose names match this regular expression, such as
+    /// 'blk\.0\.=Q8_0'; may be given several times, the last match wins
     #[arg(long, value_name = "PATTERN=TYPE")]
     tensor_type: Vec<Override>,
-    /// Importance matrix (GGUF) to quantise by, as `openvla-convert imatrix` collects it
+    /// Importance matrix (GGUF) to quantize with, as `openvla-convert imatrix` collects it
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
-    /// Do not compute reference cases in f32 first: faster, but `verify` can then say less
+    /// Do not compute reference cases in f32 first: faster, but `verify` then checks only checksums
     #[arg(long)]
     no_proof: bool,
     /// Print what the file would hold, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// File to write, whatever is there [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf, here,
+    /// File to write or replace [default: a name such as OpenVLA-7B-v1.0-Q4_K_M.gguf in this folder,
     /// unless a file of another checkpoint has it]
     #[arg(short, long, value_name = "FILE", value_parser = output_file())]
     output: Option<PathBuf>,
@@ -60,7 +60,7 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     };
     let conversion = Conversion::new(&checkpoint, &args.options(encoding, n_threads)?)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
-    let (name, unused) = (&conversion.config.general.name, conversion.layout.unused.len());
+    let (name, unused) = (&conversion.config.general.name, conversion.mapping.unused.len());
     say(format_args!("{name} to {}; {unused} tensors left out as unused", out.display()));
     if !args.example {
         say(format_args!("statistics: {}", conversion.statistics));
@@ -70,7 +70,7 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     }
     let summary = conversion.summary();
     if args.dry_run {
-        write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.layout.unused.join("\n"))?;
+        write!(std::io::stdout(), "{summary}unused:\n{}\n", conversion.mapping.unused.join("\n"))?;
         return Ok(());
     }
     say(summary.trim_end());
@@ -102,7 +102,7 @@ impl Convert {
 /// A folder, fetched from the Hub unless there is one of that name.
 fn folder(source: &Path, content: Content) -> Result<PathBuf> {
     let dir = hub::locate(source, content)?;
-    if let Some(Origin { repository, revision }) = origin(&dir)? {
+    if let Some(HubRevision { repository, revision }) = hub_revision(&dir)? {
         say(format_args!("{repository} is at {revision}"));
     }
     Ok(dir)

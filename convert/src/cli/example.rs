@@ -13,14 +13,14 @@ macro_rules! files {
     };
 }
 
-/// All of its files that are read.
+/// The files that are read.
 const FILES: [(&str, &[u8]); 9] = files! {
     "added_tokens.json" "config.json" "dataset_statistics.json" "model.safetensors"
     "preprocessor_config.json" "special_tokens_map.json" "tokenizer.json" "tokenizer.model"
     "tokenizer_config.json"
 };
 
-/// Writes the checkpoint's folder into `root`.
+/// Writes the checkpoint to a folder in `root`.
 pub fn unpack(root: &Path) -> Result<PathBuf> {
     let dir = root.join("openvla-tabletop");
     let failed = || format!("cannot write the example to {}", dir.display());

@@ -1,4 +1,4 @@
-//! `export-llama`: the Llama of a model file, for llama.cpp and what is built on it.
+//! `export-llama`: the Llama of a model file, for llama.cpp and programs built on it.
 
 use std::path::PathBuf;
 

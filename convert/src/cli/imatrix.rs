@@ -1,4 +1,4 @@
-//! `imatrix`: a model, images and instructions to an importance matrix.
+//! `imatrix`: collects an importance matrix from a model, images and instructions.
 
 use std::path::PathBuf;
 
@@ -6,23 +6,22 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::Options;
 use openvla::cli::{Threads, output_file, say};
-use openvla_convert::calibrate::Calibration;
+use openvla_convert::imatrix::collect::Collector;
 
-/// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more precise
+/// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more accurate
 ///
-/// The model acts on images and instructions like those it is for; the file says how large what
-/// each column of each matrix was multiplied by is, in llama.cpp's format. A few dozen different
-/// prompts are enough. Meanwhile the activations of a whole prompt are kept in memory.
+/// Runs the model on images and instructions like those it is for, and writes how large the inputs of
+/// each matrix were, by column, in llama.cpp's format. A few dozen different prompts are enough. The
+/// activations of a whole prompt are kept in memory meanwhile.
 #[derive(clap::Args)]
 pub struct Imatrix {
-    /// Model file of any type, best F32 or BF16
+    /// Model file of any type, preferably F32 or BF16
     model: PathBuf,
-    /// Folder of PNG, JPEG, WebP or BMP images, taken in the order of their names, in
-    /// which f2 comes before f10
+    /// Folder of PNG, JPEG, WebP or BMP images, in the order of their names, f2 before f10
     #[arg(long, value_name = "FOLDER")]
     images: PathBuf,
-    /// Text file with an instruction on each line; the first is for the first image, and so on, and
-    /// if there are fewer of one than of the other, they start again
+    /// Text file with an instruction on each line; the first is for the first image, and so on; the
+    /// shorter of the two lists is repeated
     #[arg(long, value_name = "FILE")]
     instructions: PathBuf,
     #[command(flatten)]
@@ -35,15 +34,15 @@ pub struct Imatrix {
 pub fn run(args: &Imatrix) -> Result<()> {
     let mut options = Options::default();
     options.n_threads = args.threads.count();
-    let calibration = Calibration::new(&args.model, &args.images, &args.instructions, options)?;
-    let n = calibration.pairs.len();
+    let collector = Collector::new(&args.model, &args.images, &args.instructions, options)?;
+    let n = collector.pairs.len();
     // indicatif draws nothing when stderr is no terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos} of {len} prompts, {eta} left")?;
     let progress = ProgressBar::new(n as u64).with_style(style);
     progress.tick(); // the first prompt of a large model takes minutes
-    let n_matrix = calibration.write(&args.output, &progress)?;
+    let n_matrix = collector.write(&args.output, &progress)?;
     progress.finish_and_clear();
     let out = args.output.display();
-    say(format_args!("wrote {out}: {n_matrix} matrices, seen on {n} prompts"));
+    say(format_args!("wrote {out}: {n_matrix} matrices, from {n} prompts"));
     Ok(())
 }

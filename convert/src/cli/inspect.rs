@@ -1,4 +1,4 @@
-//! `inspect`: what a model file is and holds, for people or for programs.
+//! `inspect`: describes a model file, as text or as JSON.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 use indicatif::{BinaryBytes, HumanCount};
 use openvla::{ActionCard, Gripper};
-use openvla_convert::inspect::{Report, inspect};
+use openvla_convert::inspect::{Inspection, inspect};
 
-/// Data sets that are shown in full without being asked for.
+/// With at most this many data sets, all are shown in full.
 const FEW: usize = 3;
 
-/// Says what a model file is and holds.
+/// Describes a model file: its origin, tensors, preprocessing and data sets.
 #[derive(clap::Args)]
 pub struct Inspect {
     /// The file
@@ -20,7 +20,7 @@ pub struct Inspect {
     /// Print one JSON object with everything, for programs
     #[arg(long)]
     json: bool,
-    /// Show one data set's motions in full, by its name (as --unnorm-key)
+    /// Show one data set's actions in full, by its name (as --unnorm-key)
     #[arg(long, value_name = "KEY", conflicts_with = "json")]
     dataset: Option<String>,
 }
@@ -59,8 +59,8 @@ fn report(args: &Inspect) -> Result<String> {
     Ok(out)
 }
 
-/// What the file says about itself, one line each, without what it does not say.
-fn facts(report: &Report, out: &mut String) -> Result<()> {
+/// The file's general metadata, one line each, without what is unknown.
+fn facts(report: &Inspection, out: &mut String) -> Result<()> {
     let general = &report.general;
     writeln!(out, "{}", printable(&general.name))?;
     let known = |parts: &[&Option<String>]| {
@@ -86,7 +86,7 @@ fn facts(report: &Report, out: &mut String) -> Result<()> {
         ("tuned from", base.collect::<Vec<_>>().join("; ")),
         ("made by", known(&[&general.organization])),
         ("code", known(&[&general.repo_url])),
-        ("licence", known(&[&general.license, &general.license_name, &general.license_link])),
+        ("license", known(&[&general.license, &general.license_name, &general.license_link])),
         ("source", source),
         ("converter", known(&[&converter])),
         ("checksums", carried(report.checksums, "in the file").to_owned()),
@@ -99,7 +99,7 @@ fn facts(report: &Report, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-fn tensors(report: &Report, out: &mut String) -> Result<()> {
+fn tensors(report: &Inspection, out: &mut String) -> Result<()> {
     let mut row = |[component, dtype, n, parameters, bytes]: [&str; 5]| {
         writeln!(out, "  {component:<15} {dtype:<7} {n:>7} {parameters:>13} {bytes:>11}")
     };
@@ -115,7 +115,7 @@ fn tensors(report: &Report, out: &mut String) -> Result<()> {
     Ok(())
 }
 
-fn image(report: &Report, out: &mut String) -> Result<()> {
+fn image(report: &Inspection, out: &mut String) -> Result<()> {
     let image = &report.image;
     let (size, patch) = (image.size, image.patch_size);
     let fill = image.letterbox_fill.map(|fill| format!(" with {fill:?}")).unwrap_or_default();
@@ -130,7 +130,7 @@ fn image(report: &Report, out: &mut String) -> Result<()> {
 }
 
 /// The `shown` data sets in full, or else one line each.
-fn datasets(report: &Report, shown: &[&str], out: &mut String) -> Result<()> {
+fn datasets(report: &Inspection, shown: &[&str], out: &mut String) -> Result<()> {
     if shown.is_empty() {
         writeln!(out, "\n{} data sets; --dataset KEY shows one", report.datasets.len())?;
         for (name, card) in &report.datasets {
@@ -162,7 +162,7 @@ fn summary(card: &ActionCard) -> String {
     format!("{} dimensions, {rate}, {gripper}", card.dimensions.len())
 }
 
-/// A file's words may hold what a terminal takes for commands: shown, not obeyed.
+/// Escapes control characters: a file's strings must not command the terminal.
 fn printable(text: &str) -> String {
     let escape = |c: char| match c {
         '"' | '\'' => c.to_string(),
@@ -171,7 +171,7 @@ fn printable(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-/// JSON escapes the control characters of ASCII only, and lays lines out with one of them.
+/// Escapes the control characters that JSON leaves as they are: all but ASCII's.
 fn json_char(c: char) -> String {
     match c {
         '\n' => c.to_string(),

@@ -1,4 +1,4 @@
-//! `random`: a model file without a model, to measure with.
+//! `random`: a model file of random weights, for benchmarks.
 
 use std::path::PathBuf;
 
@@ -9,16 +9,16 @@ use openvla_example::{COMMITTED, Size, Spec};
 
 use super::Type;
 
-/// Writes a model file of random weights, as large as openvla-7b's, without any checkpoint: it acts
-/// without meaning, and as slowly as the real one
+/// Writes a model file of random weights, without any checkpoint: as large and as slow as openvla-7b,
+/// with meaningless actions
 #[derive(clap::Args)]
 pub struct Random {
     #[command(flatten)]
     kind: Type,
-    /// How large
+    /// Size of the model
     #[arg(long, value_enum, default_value_t = Size::Full)]
     size: Size,
-    /// Chooses the weights
+    /// Seed of the weights
     #[arg(long, default_value_t = COMMITTED.seed)]
     seed: u64,
     #[command(flatten)]

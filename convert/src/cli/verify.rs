@@ -1,4 +1,4 @@
-//! `verify`: does this file, on this machine, act as it should?
+//! `verify`: checks that a file, on this machine, acts as its checkpoint does.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use openvla::cli::Place;
-use openvla_convert::verify::{Report, verify};
+use openvla_convert::verify::{Verification, verify};
 
-/// Checks a model file: every tensor's checksum, and what the checkpoint did in f32 against what
-/// this file does on this machine.
+/// Checks a model file: every tensor's checksum, and what it computes on this machine against what
+/// the checkpoint computed in f32.
 #[derive(clap::Args)]
 pub struct Verify {
     /// The model file
@@ -42,12 +42,12 @@ pub fn run(args: &Verify) -> Result<()> {
     Ok(())
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &Verification) -> String {
     let mut text = String::new();
     let mut line = |words: std::fmt::Arguments<'_>| {
         writeln!(text, "{words}").expect("a string takes anything");
     };
-    let Report { n_checksum, damaged, cases, .. } = report;
+    let Verification { n_checksum, damaged, cases, .. } = report;
     line(format_args!("{} of {n_checksum} tensors are as written", n_checksum - damaged.len()));
     for name in damaged {
         line(format_args!("damaged: {name}"));

@@ -1,7 +1,7 @@
-//! Listings and files of the Hub, over HTTP.
+//! Lists and downloads a repository's files over HTTP.
 //!
-//! `hf-hub` knows where things are in the cache, but does not download them: version 0.5.0 fails at
-//! compressed answers, waits forever for silent ones and does not check lengths; 1.0 cannot resume.
+//! `hf-hub` is used for the cache's layout, but not to download: version 0.5.0 fails at compressed
+//! responses, waits forever for silent servers and does not check lengths; 1.0 cannot resume.
 //!
 //! ref: huggingface_hub `file_download.py`; hf-hub issues 141 and 196
 
@@ -18,7 +18,7 @@ use ureq::{Agent, Body};
 
 use super::environment::Environment;
 
-/// What a revision consists of.
+/// The files of a revision.
 #[derive(Deserialize)]
 pub struct Listing {
     /// The commit's hash.
@@ -42,13 +42,13 @@ struct Lfs {
 }
 
 impl Sibling {
-    /// What the cache names its content.
+    /// The name of its content in the cache.
     fn hash(&self) -> &str {
         self.lfs.as_ref().map_or(&self.blob_id, |lfs| &lfs.sha256)
     }
 }
 
-/// Who is asked, and how.
+/// An HTTP client of the Hub.
 pub struct Hub {
     agent: Agent,
     pub endpoint: String,
@@ -62,7 +62,7 @@ impl Hub {
         let agent = Agent::config_builder()
             .user_agent(concat!("openvla-convert/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
-            // The token goes to the Hub, not to the hosts that it sends us to for large files.
+            // The token is for the Hub, not for the hosts that it redirects to for large files.
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .timeout_connect(timeout)
             .timeout_per_read(timeout)
@@ -78,7 +78,7 @@ impl Hub {
         let text = answer.body_mut().read_to_string()?;
         let listing: Listing = serde_json::from_str(&text)
             .with_context(|| format!("{url} answers with no list of files"))?;
-        // They become names of files.
+        // They become file names in the cache.
         let hashes = listing.siblings.iter().map(Sibling::hash).chain([listing.sha.as_str()]);
         for hash in hashes {
             let plain = !hash.is_empty() && hash.bytes().all(|b| b.is_ascii_hexdigit());
@@ -87,7 +87,7 @@ impl Hub {
         Ok(listing)
     }
 
-    /// Asks for all from byte `start` on. What may pass by itself is a [`ureq::Error`].
+    /// Requests the bytes from `start` on. Transient failures are [`ureq::Error`]s.
     fn get(&self, url: &str, start: u64) -> Result<Response<Body>> {
         let mut request = self.agent.get(url);
         if let Some(token) = &self.token {
@@ -125,22 +125,22 @@ impl Hub {
     }
 }
 
-/// A commit, and its folder in the cache.
+/// The folder of a commit in the cache.
 pub struct Snapshot {
     pub hub: Hub,
     /// The folder.
     pub dir: PathBuf,
-    /// Where the contents of files are.
+    /// The folder of the files' contents.
     pub blobs: PathBuf,
-    /// Where the Hub has the files.
+    /// The URL of the files.
     pub url: String,
 }
 
-/// Seconds between attempts that bring nothing.
+/// Seconds to wait after attempts without progress.
 const WAITS: [u64; 3] = [1, 2, 4];
 
 impl Snapshot {
-    /// Sees to it that the folder has a file, at its full length.
+    /// Downloads a file into the folder, unless it is there at its full length.
     pub fn download(&self, file: &Sibling) -> Result<()> {
         let link = self.dir.join(&file.rfilename);
         let whole = |path: &Path| fs::metadata(path).is_ok_and(|found| found.len() == file.size);
@@ -157,13 +157,13 @@ impl Snapshot {
             fs::rename(&part, &blob).with_context(failed)?;
         }
         if link.is_symlink() || link.exists() {
-            fs::remove_file(&link).with_context(failed)?; // It leads to nothing, or is cut off.
+            fs::remove_file(&link).with_context(failed)?; // broken, or cut off
         }
         let target = Path::new("../../blobs").join(file.hash());
         std::os::unix::fs::symlink(target, &link).with_context(failed)
     }
 
-    /// Appends to what an earlier run left, until all is there.
+    /// Resumes and retries a download until it is complete.
     fn receive(&self, file: &Sibling, path: &Path) -> Result<()> {
         let mut part = OpenOptions::new().create(true).append(true).open(path)?;
         let taken = matches!(part.try_lock(), Err(TryLockError::WouldBlock));
@@ -199,12 +199,12 @@ impl Snapshot {
         Ok(())
     }
 
-    /// One attempt at the rest.
+    /// One attempt to download the rest.
     fn append(&self, file: &Sibling, part: &mut File, progress: &ProgressBar) -> Result<()> {
         let had = part.metadata()?.len();
-        let start = if had < file.size { had } else { 0 }; // What is too long is something else.
+        let start = if had < file.size { had } else { 0 }; // A file that is too long is another one.
         let response = self.hub.get(&format!("{}/{}", self.url, file.rfilename), start)?;
-        // Not every server knows ranges; the others send all of it.
+        // A server without ranges sends the whole file.
         let start = if response.status() == StatusCode::PARTIAL_CONTENT { start } else { 0 };
         part.set_len(start)?;
         progress.set_position(start);

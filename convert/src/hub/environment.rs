@@ -1,5 +1,5 @@
-//! What the environment says of the Hub, by the variables of Hugging Face's own programs and in
-//! their order. An empty variable counts as one that is not set.
+//! Settings of the Hub from the environment: the variables of Hugging Face's own programs, in the same
+//! order of precedence. An empty variable counts as unset.
 //!
 //! ref: huggingface_hub `constants.py`, `utils/_auth.py`, `utils/_headers.py`
 
@@ -9,23 +9,23 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use regex::{Captures, Regex};
 
-/// Where the cache is, and who asks whom.
+/// The cache, the endpoint, and how to reach it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Environment {
     /// The folder of all repositories.
     pub cache: PathBuf,
-    /// Whether to do without a network.
+    /// Whether to use the cache alone.
     pub offline: bool,
-    /// Who is asked.
+    /// The Hub's URL, or a mirror's.
     pub endpoint: String,
-    /// Who asks.
+    /// The access token.
     pub token: Option<String>,
-    /// Seconds after which a silent connection is lost.
+    /// Seconds of silence after which a connection is given up.
     pub timeout: u64,
 }
 
 impl Environment {
-    /// As it is.
+    /// Reads the process's environment.
     ///
     /// # Errors
     /// If neither a variable nor a home directory says where the cache is.

@@ -1,4 +1,4 @@
-//! `tokenizer.model`: SentencePiece's own file, of which the parts that decide about ids.
+//! `tokenizer.model`: SentencePiece's own file, as far as it determines token ids.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use prost::Message;
 
 use super::SENTENCEPIECE;
-use crate::files::read_if_there;
+use crate::files::read_optional;
 
-/// The part of SentencePiece's `ModelProto` that decides about ids.
+/// The part of SentencePiece's `ModelProto` that determines token ids.
 ///
 /// ref: sentencepiece `src/sentencepiece_model.proto`
 #[derive(Clone, PartialEq, Message)]
@@ -41,9 +41,9 @@ pub struct TrainerSpec {
 impl SentencePieceModel {
     const BPE: i32 = 2;
 
-    /// Reads `tokenizer.model`, or nothing where there is none.
+    /// Reads `tokenizer.model`, if there is one.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let Some(bytes) = read_if_there(&dir.join(SENTENCEPIECE))? else { return Ok(None) };
+        let Some(bytes) = read_optional(&dir.join(SENTENCEPIECE))? else { return Ok(None) };
         let model = Self::decode(bytes.as_slice()).context(SENTENCEPIECE)?;
         let model_type = model.trainer_spec.unwrap_or_default().model_type();
         ensure!(
@@ -57,7 +57,7 @@ impl SentencePieceModel {
         Ok(Some(model))
     }
 
-    /// The score of each piece, once sure that both files mean the same vocabulary.
+    /// The score of each piece, after checking that both files have the same vocabulary.
     pub fn scores_of(&self, vocab: &BTreeMap<String, u32>) -> Result<HashMap<String, f32>> {
         let (here, there) = (vocab.len(), self.pieces.len());
         ensure!(here == there, "{here} pieces, but {SENTENCEPIECE} has {there}");
@@ -71,8 +71,8 @@ impl SentencePieceModel {
         Ok(self.pieces.iter().map(|piece| (piece.text.clone(), piece.score)).collect())
     }
 
-    /// The merges that the scores imply, as `"a b"`: each way to cut a piece into two pieces, by
-    /// the ids of the two, and then the best-scored pieces first.
+    /// The merges that the scores imply, as `"a b"`: each way to split a piece into two pieces, sorted by
+    /// the ids of the two and then, stably, by the piece's score, best first.
     ///
     /// ref: `SentencePieceExtractor.extract`, whose sort is stable too
     pub fn merges(&self) -> Vec<String> {

@@ -1,6 +1,5 @@
-//! Collects an importance matrix: a model acts on robot prompts, each with its image in the context,
-//! and the squares of what its matrices were multiplied by go to a file that [`crate::imatrix`] and
-//! llama.cpp read.
+//! Collects an importance matrix: a model acts on robot prompts, each with its image, and the sums of
+//! the squared inputs of its matrices are written to a file that [`crate::imatrix`] and llama.cpp read.
 //!
 //! ref: llama.cpp `tools/imatrix/imatrix.cpp`, `save_imatrix`
 
@@ -16,25 +15,26 @@ use openvla::{OpenVla, Options};
 use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
 use regex::Regex;
 
-use crate::beside::Beside;
+use crate::atomic_file::AtomicFile;
 use crate::imatrix::{COUNTS, SUMS, TYPE};
 use crate::interrupt;
 
-/// More bytes than a number for each column of openvla-7b.
-const ROOM: u64 = 1 << 24;
+/// An upper bound of the file's size, for the check of free disk space: one f32 per column of
+/// openvla-7b's matrices.
+const MAX_BYTES: u64 = 1 << 24;
 
-/// A model, and the prompts it is to act on. All of them were looked at, so that none fails late.
-pub struct Calibration {
+/// A model, and the prompts to run it on. All of them were checked, so that none fails late.
+pub struct Collector {
     policy: OpenVla,
-    /// Each image with an instruction, in order; where there are fewer of one, they start again.
+    /// Images paired with instructions, in order; the shorter of the two lists is repeated.
     pub pairs: Vec<(PathBuf, String)>,
-    /// Where those came from, for the file's metadata.
+    /// The names of the images' folder and the instructions' file, for the metadata.
     datasets: Vec<String>,
-    /// Rows of the longest prompt, its image among them.
+    /// Tokens of the longest prompt, image patches included.
     n_row: usize,
 }
 
-impl Calibration {
+impl Collector {
     /// Opens a model, a folder of images and a text file of instructions, one per line.
     ///
     /// # Errors
@@ -68,13 +68,13 @@ impl Calibration {
         Ok(Self { policy, pairs, datasets, n_row })
     }
 
-    /// Acts on each pair and writes the file. Gives the number of matrices in it.
+    /// Runs the model on each pair and writes the file. Returns the number of matrices in it.
     ///
     /// # Errors
-    /// What cannot be computed or written. The file is then as it was before.
+    /// Names what cannot be computed or written. An existing file is then left unchanged.
     pub fn write(mut self, out: &Path, progress: &ProgressBar) -> Result<usize> {
-        let mut file = Beside::create(out, ROOM)?;
-        // Every data set's motions are made by the same networks; only their units differ.
+        let mut file = AtomicFile::create(out, MAX_BYTES)?;
+        // Any key will do: the data sets share the network, and only the units of the actions differ.
         let key = self.policy.config().statistics.first().0.to_owned();
         for (path, instruction) in &self.pairs {
             interrupt::check()?;
@@ -88,7 +88,7 @@ impl Calibration {
             let sums: Vec<f32> = sums.iter().map(|sum| *sum as f32).collect();
             ensure!(
                 sums.iter().all(|sum| sum.is_finite()),
-                "what {name} is multiplied by is too large to be squared; \
+                "the squared inputs of {name} overflow; \
                  is the model file damaged?"
             );
             for numbers in [sums, vec![*n_row as f32]] {
@@ -118,22 +118,22 @@ impl Calibration {
     }
 }
 
-/// The last part of a path: where things are on this machine is nobody else's business.
+/// The last component of a path: the file must not tell how folders are named on this machine.
 fn name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// A name as it is sorted: numbers in it by their size, so that `f2` comes before `f10`.
+/// The sort key of a name: numbers compare by value, so that `f2` comes before `f10`.
 fn natural(name: &str) -> Vec<(String, u128, String)> {
     let parts = Regex::new(r"([^0-9]*)([0-9]*)").expect("a pattern");
     let part = |[text, digits]: [&str; 2]| {
-        // Longer ones than a number can be go by their digits.
+        // Numbers that overflow compare by their digits.
         (text.to_owned(), digits.parse().unwrap_or(u128::MAX), digits.to_owned())
     };
     parts.captures_iter(name).map(|found| part(found.extract().1)).collect()
 }
 
-/// The images of a folder, by name.
+/// The images of a folder, sorted by name.
 fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let cannot = || format!("cannot list the images in {}", folder.display());
     let mut images = Vec::new();
@@ -145,7 +145,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     ensure!(
         !images.is_empty(),
-        "{} holds no images (*.{}); some are needed, as the robot's camera takes them",
+        "{} holds no images (*.{}); it needs some, as the robot's camera takes them",
         folder.display(),
         PICTURES.join(", *.")
     );
@@ -159,7 +159,7 @@ fn decode(path: &Path) -> Result<RgbImage> {
     image.with_context(|| format!("the image {}", path.display()))
 }
 
-/// The lines of a file that say something.
+/// The lines of a file that are not blank.
 fn read_lines(path: &Path) -> Result<Vec<String>> {
     let text = fs::read_to_string(path)
         .with_context(|| format!("cannot read the instructions in {}", path.display()))?;
@@ -173,7 +173,10 @@ fn read_lines(path: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Rows of a prompt. One that does not fit with the longest motion would fail in the middle.
+/// Tokens of a prompt, image patches included.
+///
+/// # Errors
+/// If the prompt and the longest action exceed the context.
 fn rows(policy: &OpenVla, instruction: &str) -> openvla::Result<usize> {
     let config = policy.config();
     let n_row = config.n_patch() + policy.prompt_ids(instruction)?.len();
@@ -191,6 +194,6 @@ mod tests {
         let sorted =
             ["10.png", "a", "f1.png", "f2.png", "f10.jpg", "f10.png", "f10b2", &long, "g0"];
         assert!(sorted.is_sorted_by_key(|name| natural(name)), "{sorted:?}");
-        assert!(natural("f01") != natural("f1"), "no order is left to chance");
+        assert!(natural("f01") != natural("f1"), "the order is total");
     }
 }

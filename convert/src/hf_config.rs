@@ -1,15 +1,15 @@
-//! `config.json` and `preprocessor_config.json`, and whether what they say is run.
+//! `config.json` and `preprocessor_config.json`, and whether the runtime supports what they say.
 //!
-//! Keys are those of transformers 4.40 to 5. A key that would change the numbers is either read or
-//! refused; one that is at its default says nothing.
+//! Keys are those of transformers 4.40 to 5. A key that would change the results is either read or
+//! refused, unless it has its default value.
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::ActionSpace;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// `config.json`, of which what OpenVLA's code reads. Absent fields of the Llama have
-/// `LlamaConfig`'s defaults: the published file states four of them.
+/// The keys of `config.json` that OpenVLA's code reads. Absent keys of the Llama have `LlamaConfig`'s
+/// defaults: the published file states four of them.
 #[derive(Debug, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the file's own")]
 pub struct HfConfig {
@@ -32,10 +32,10 @@ pub struct HfConfig {
 }
 
 impl HfConfig {
-    /// Holds that the model is one this version runs as the reference does.
+    /// Checks that this version runs the model as the reference does.
     ///
     /// # Errors
-    /// Names the setting that it does not.
+    /// Names the setting that it does not support.
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.model_type == "openvla",
@@ -58,10 +58,10 @@ impl HfConfig {
         Ok(())
     }
 
-    /// Which ids are actions: the last of the vocabulary before the rows that pad it.
+    /// The action tokens: the last of the vocabulary before its padding.
     ///
     /// # Errors
-    /// If the config's numbers leave no room for them.
+    /// If the vocabulary is too small for them.
     pub fn actions(&self) -> Result<ActionSpace> {
         let (n_vocab, padding, n_bin) =
             (self.text_config.vocab_size, self.pad_to_multiple_of, self.n_action_bins);
@@ -89,11 +89,11 @@ pub struct HfLlama {
     pub num_key_value_heads: Option<usize>,
     pub hidden_act: String,
     pub max_position_embeddings: usize,
-    /// 1e-6, not the 1e-5 of Llama-2's own config, which the published model does not carry.
+    /// 1e-6, not the 1e-5 of Llama-2's own config: the published model does not state it.
     pub rms_norm_eps: f32,
     pub rope_theta: Option<f32>,
     pub rope_scaling: Option<Map<String, Value>>,
-    /// Where transformers 5 writes all that is said of rotary positions.
+    /// All settings of rotary positions in transformers 5.
     pub rope_parameters: Option<Map<String, Value>>,
     pub partial_rotary_factor: Option<f64>,
     pub head_dim: Option<usize>,
@@ -134,7 +134,7 @@ impl Default for HfLlama {
 }
 
 impl HfLlama {
-    /// `pretraining_tp` is not among what is checked: it only changes how sums are cut.
+    /// `pretraining_tp` is not checked: it only changes how sums are split.
     fn check(&self) -> Result<()> {
         let Self { model_type, hidden_act, hidden_size, num_attention_heads, .. } = self;
         ensure!(model_type == "llama", "its language model is `{model_type}`; `llama` is needed");
@@ -160,24 +160,24 @@ impl HfLlama {
         if let Some(window) = &self.sliding_window {
             bail!("text_config.sliding_window is {window}; only full attention is run");
         }
-        let full = |kind: &&String| kind.as_str() == "full_attention";
-        if let Some(kind) = self.layer_types.iter().flatten().find(|kind| !full(kind)) {
-            bail!("text_config.layer_types has `{kind}`; only full attention is run");
+        let full = |attention: &&String| attention.as_str() == "full_attention";
+        if let Some(other) = self.layer_types.iter().flatten().find(|layer| !full(layer)) {
+            bail!("text_config.layer_types has `{other}`; only full attention is run");
         }
         Ok(())
     }
 
-    /// The base of the rotary positions, wherever it stands.
+    /// The base of the rotary positions, from whichever key states it.
     ///
     /// # Errors
-    /// Names the setting that makes them others, and bases that contradict each other.
+    /// Names a setting that scales the positions, or bases that contradict each other.
     ///
     /// ref: transformers 5 `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`
     pub fn rope_base(&self) -> Result<f32> {
         let mut base = self.rope_theta;
-        let places =
+        let sources =
             [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
-        for (place, settings) in places {
+        for (source, settings) in sources {
             for (key, value) in settings.iter().flatten() {
                 match (key.as_str(), value) {
                     (_, Value::Null) => {}
@@ -189,12 +189,12 @@ impl HfLlama {
                         ensure!(
                             base.is_none() || base == theta,
                             "text_config has two bases of rotary positions: {base:?} and, in \
-                             {place}, {theta:?}; remove one of them"
+                             {source}, {theta:?}; remove one of them"
                         );
                         base = theta;
                     }
                     _ => bail!(
-                        "text_config.{place}.{key} is {value}: it scales rotary positions, which \
+                        "text_config.{source}.{key} is {value}: it scales rotary positions, which \
                          this version does not"
                     ),
                 }
@@ -213,8 +213,8 @@ mod defaults {
     }
 }
 
-/// `preprocessor_config.json`. Its `tvf_*` values are the truth: the reference computes them anew
-/// from `means` and `stds` and then overwrites them with these.
+/// `preprocessor_config.json`. Its `tvf_*` values are authoritative: the reference computes its own from
+/// `means` and `stds`, and then replaces them by these.
 #[derive(Debug, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the file's own")]
 pub struct HfPreprocessor {
@@ -261,8 +261,8 @@ pub struct NormalizeParams {
     pub std: [f32; 3],
 }
 
-/// Ends of the names of tensors that only quantized checkpoints have.
-const QUANTIZED: [(&str, &str); 10] = [
+/// Suffixes of tensors that only quantized checkpoints have, and what wrote them.
+const QUANTIZED_SUFFIXES: [(&str, &str); 10] = [
     (".absmax", "bitsandbytes"),
     (".quant_map", "bitsandbytes"),
     (".SCB", "bitsandbytes"),
@@ -275,13 +275,13 @@ const QUANTIZED: [(&str, &str); 10] = [
     ("._data", "quanto"),
 ];
 
-/// Holds that no tensor is one that only quantized checkpoints have, whatever their config says.
+/// Checks that no tensor is one that only quantized checkpoints have, whatever their config says.
 ///
 /// # Errors
-/// Names what quantized it.
+/// Names what quantized the checkpoint.
 pub fn check_not_quantized<'a>(tensors: impl IntoIterator<Item = &'a String>) -> Result<()> {
     for name in tensors {
-        if let Some((_, by)) = QUANTIZED.iter().find(|(end, _)| name.ends_with(end)) {
+        if let Some((_, by)) = QUANTIZED_SUFFIXES.iter().find(|(end, _)| name.ends_with(end)) {
             refuse_quantized(by, &format!("the tensor {name}"))?;
         }
     }

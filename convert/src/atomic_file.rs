@@ -1,4 +1,5 @@
-//! A file that is written beside its place and moved there when it is whole.
+//! A file that appears under its name only when it is complete: written to a temporary file in the
+//! same folder, then renamed.
 
 use std::io::{BufWriter, Seek, Write};
 use std::path::Path;
@@ -7,25 +8,25 @@ use anyhow::{Context, Result, ensure};
 use openvla_kernels::ALIGNMENT;
 use tempfile::NamedTempFile;
 
-/// Dropped, it leaves no trace.
-pub struct Beside<'a> {
+/// An output file. Dropped before [`AtomicFile::finish`], it leaves no trace.
+pub struct AtomicFile<'a> {
     out: &'a Path,
     file: BufWriter<NamedTempFile>,
 }
 
-impl<'a> Beside<'a> {
-    /// Starts a file of about `bytes` that will be at `out`.
+impl<'a> AtomicFile<'a> {
+    /// Starts a file of about `bytes` bytes that will appear at `out`.
     ///
     /// # Errors
-    /// If nothing can be written there, or the disk has less room.
+    /// If the folder is not writable, or the disk has less space.
     pub fn create(out: &'a Path, bytes: u64) -> Result<Self> {
         let folder = match out.parent() {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
         ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
-        // Such as /dev/null, which would be replaced.
-        let replaceable = std::fs::metadata(out).map_or(true, |there| there.is_file());
+        // A device such as /dev/null would be replaced.
+        let replaceable = std::fs::metadata(out).map_or(true, |found| found.is_file());
         ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
         let file = tempfile::Builder::new()
             .prefix(".openvla-")
@@ -44,10 +45,10 @@ impl<'a> Beside<'a> {
         Ok(Self { out, file: BufWriter::new(file) })
     }
 
-    /// Adds bytes, and zeros up to [`ALIGNMENT`].
+    /// Appends bytes, and zeros up to [`ALIGNMENT`].
     ///
     /// # Errors
-    /// What the system says.
+    /// If the system cannot write.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
         for bytes in [bytes, &[0; ALIGNMENT][..padding]] {
@@ -56,19 +57,19 @@ impl<'a> Beside<'a> {
         Ok(())
     }
 
-    /// Overwrites the start of the file; nothing can be added after that.
+    /// Overwrites the start of the file. Must come last: [`AtomicFile::append`] would go on from there.
     ///
     /// # Errors
-    /// What the system says.
+    /// If the system cannot write.
     pub fn replace_start(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.rewind().with_context(|| cannot_write(self.out))?;
         self.append(bytes)
     }
 
-    /// Moves the file to its place, whole and on the disk.
+    /// Flushes the file to the disk and renames it to its final name.
     ///
     /// # Errors
-    /// What the system says. What was in its place is then there still.
+    /// If the system cannot. A file that had the name before is then left unchanged.
     pub fn finish(self) -> Result<()> {
         let failed = || cannot_write(self.out);
         let file = self.file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
@@ -82,7 +83,7 @@ fn cannot_write(out: &Path) -> String {
     format!("cannot write {}", out.display())
 }
 
-/// A model is no secret: as any new file, not as a temporary one.
+/// Readable by all, as any new file; a temporary file would be its owner's alone.
 fn permissions() -> std::fs::Permissions {
     use std::os::unix::fs::PermissionsExt;
     std::fs::Permissions::from_mode(0o644)

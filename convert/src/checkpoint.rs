@@ -1,8 +1,7 @@
-//! A Hugging Face checkpoint folder as found on disk, checked once.
+//! A Hugging Face checkpoint folder on disk: its JSON files, shards and statistics.
 //!
-//! What transformers 4.40.1 would load is loaded: `model.safetensors`, and without it the shards that
-//! the index names. Tensors are found through every shard's own header; the index is only held
-//! against them. Data is mapped tensor by tensor, so that memory stays small at any model size.
+//! Loads what transformers 4.40.1 would load: `model.safetensors`, or else the shards that the index
+//! names. Tensors are found through the shards' own headers; the index is only checked against them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,29 +14,29 @@ use serde_json::{Map, Value};
 
 use crate::aliases::canonical;
 use crate::files;
-use crate::kinds;
-use crate::settings::{HfConfig, HfPreprocessor};
+use crate::hf_config::{HfConfig, HfPreprocessor};
+use crate::recognize;
 use crate::tensors::Tensors;
 
 /// A repository of the Hugging Face Hub at one commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Origin {
+pub struct HubRevision {
     /// `openvla/openvla-7b`
     pub repository: String,
     /// The commit's hash.
     pub revision: String,
 }
 
-/// What a checkpoint folder holds beside its tensors.
-pub struct Files {
+/// What the JSON files of a checkpoint folder say.
+pub struct CheckpointInfo {
     /// The folder.
     pub dir: PathBuf,
-    /// What the checkpoint is called: as its folder, or as its repository if the folder is a
-    /// snapshot in the Hub's cache, which is named after a commit.
+    /// The checkpoint's name: that of its folder, or of its repository if the folder is a snapshot in
+    /// the Hub's cache, which is named after a commit.
     pub name: String,
-    /// Where it was downloaded from, if that is known.
-    pub origin: Option<Origin>,
-    /// What the LoRA adapter is called that is merged into it.
+    /// The revision it was downloaded from, if known.
+    pub hub_revision: Option<HubRevision>,
+    /// The name of the LoRA adapter to be merged into it.
     pub adapter: Option<String>,
     /// `config.json`
     pub config: HfConfig,
@@ -45,44 +44,44 @@ pub struct Files {
     pub preprocessor: HfPreprocessor,
 }
 
-/// The JSON of a model's statistics, which scale its motions.
+/// The JSON text of a model's statistics, which scale its actions.
 pub struct StatisticsText {
-    /// The file, or the part of one, for people.
+    /// The file, or the key in a file, to be shown.
     pub from: String,
-    /// Whether they are those of `config.json`, which a fine-tune has from its base model.
+    /// Whether they come from `config.json`, where a fine-tuned model still has its base model's.
     pub inherited: bool,
-    /// Without the numbers that JSON does not have: see [`files::json`].
+    /// See [`files::json_text`] about numbers that JSON lacks.
     json: String,
 }
 
-/// A checkpoint folder: what its JSON files say, and where its tensors are.
-pub struct Source {
-    /// The JSON files.
-    pub files: Files,
+/// A checkpoint folder that was read and checked.
+pub struct Checkpoint {
+    /// What the JSON files say.
+    pub info: CheckpointInfo,
     /// Every tensor of every shard.
     pub tensors: Tensors,
-    /// Weights in the folder that are passed over, in words.
+    /// Messages about weights in the folder that are ignored.
     pub warnings: Vec<String>,
 }
 
-impl Files {
-    /// Reads a folder's JSON files. Its shards need not be there.
+impl CheckpointInfo {
+    /// Reads a folder's JSON files. The shards may be missing.
     ///
     /// # Errors
-    /// What is missing, damaged, or of an OpenVLA-OFT checkpoint, by name.
+    /// Names what is missing or damaged, or says that this is an OpenVLA-OFT checkpoint.
     pub fn open(dir: &Path) -> Result<Self> {
         let shown = dir.display().to_string();
-        let names = list(dir)?;
-        kinds::check_checkpoint(&shown, &names)?;
+        let names = list_folder(dir)?;
+        recognize::check_checkpoint(&shown, &names)?;
         let path = dir.join("config.json");
-        let settings: Map<String, Value> = files::read_json(&path)?;
-        kinds::check_settings(&shown, &settings)?;
+        let keys: Map<String, Value> = files::read_json(&path)?;
+        recognize::check_config(&shown, &keys)?;
         let config: HfConfig = files::read_json(&path)?;
         let preprocessor = read_preprocessor(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
-            name: name(dir)?,
-            origin: origin(dir)?,
+            name: model_name(dir)?,
+            hub_revision: hub_revision(dir)?,
             adapter: None,
             config,
             preprocessor,
@@ -98,8 +97,8 @@ struct Processor {
 
 fn read_preprocessor(dir: &Path) -> Result<HfPreprocessor> {
     let path = dir.join(PREPROCESSOR);
-    if !files::is_there(&path)? {
-        let processor: Option<Processor> = files::read_json_if_there(&dir.join(PROCESSOR))?;
+    if !files::exists(&path)? {
+        let processor: Option<Processor> = files::read_json_optional(&dir.join(PROCESSOR))?;
         if let Some(found) = processor.and_then(|processor| processor.image_processor) {
             return Ok(found);
         }
@@ -107,17 +106,17 @@ fn read_preprocessor(dir: &Path) -> Result<HfPreprocessor> {
     files::read_json(&path)
 }
 
-/// The names in a folder, sorted.
+/// The file names in a folder, sorted.
 ///
 /// # Errors
-/// Says what is there if it is not a folder, or cannot be listed.
-pub fn list(dir: &Path) -> Result<Vec<String>> {
+/// If it cannot be listed or is not a folder; says what it is instead.
+pub fn list_folder(dir: &Path) -> Result<Vec<String>> {
     let shown = dir.display();
     if dir.is_file() {
         let gguf = files::read_start(dir)? == *b"GGUF";
-        ensure!(!gguf, "{shown} is a GGUF file, {}", kinds::IS_CONVERTED);
+        ensure!(!gguf, "{shown} is a GGUF file, {}", recognize::IS_CONVERTED);
         let native = dir.extension().is_some_and(|extension| extension == "pt");
-        ensure!(!native, "{shown} is one file: {}", kinds::PRISMATIC);
+        ensure!(!native, "{shown} is one file: {}", recognize::PRISMATIC);
         bail!(
             "{shown} is not a folder with an OpenVLA checkpoint, but a file; give the folder with \
              config.json and {WEIGHTS} or its shards"
@@ -132,54 +131,54 @@ pub fn list(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Where the Hub has what is in a folder: a snapshot in its cache is
+/// The revision that a folder is a snapshot of: in the Hub's cache those are
 /// `models--USER--REPO/snapshots/COMMIT`.
 ///
 /// # Errors
 /// If there is no such folder.
-pub fn origin(dir: &Path) -> Result<Option<Origin>> {
+pub fn hub_revision(dir: &Path) -> Result<Option<HubRevision>> {
     let dir = dir.canonicalize().with_context(|| format!("cannot find {}", dir.display()))?;
     let folders: Vec<_> = dir.iter().rev().take(3).map(|name| name.to_string_lossy()).collect();
     let [revision, snapshots, repository] = folders.as_slice() else { return Ok(None) };
     let repository = repository.strip_prefix("models--").filter(|_| snapshots == "snapshots");
-    Ok(repository.map(|repository| Origin {
+    Ok(repository.map(|repository| HubRevision {
         repository: repository.replace("--", "/"),
         revision: revision.clone().into_owned(),
     }))
 }
 
-/// What a folder is called: as its repository if the Hub has it, whichever way it was named.
+/// A folder's name, or its repository's if it is a snapshot in the Hub's cache.
 ///
 /// # Errors
 /// If there is no such folder.
-pub fn name(dir: &Path) -> Result<String> {
-    if let Some(Origin { repository, .. }) = origin(dir)? {
+pub fn model_name(dir: &Path) -> Result<String> {
+    if let Some(HubRevision { repository, .. }) = hub_revision(dir)? {
         return Ok(repository.rsplit('/').next().unwrap_or_default().to_owned());
     }
     let dir = dir.canonicalize()?;
     Ok(dir.file_name().unwrap_or_default().to_string_lossy().into_owned())
 }
 
-impl Source {
+impl Checkpoint {
     /// Reads a folder's JSON files and its shards' headers.
     ///
     /// # Errors
-    /// What is missing or damaged, by name.
+    /// Names what is missing or damaged.
     pub fn open(dir: &Path) -> Result<Self> {
-        let files = Files::open(dir)?;
+        let info = CheckpointInfo::open(dir)?;
         let (tensors, warnings) = read_weights(dir)?;
-        Ok(Self { files, tensors, warnings })
+        Ok(Self { info, tensors, warnings })
     }
 }
 
-/// The tensors that count, and words on files that do not.
+/// The tensors that are used, and warnings about files that are not.
 fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
-    let names = list(dir)?;
-    kinds::check_weights(&dir.display().to_string(), &names)?;
+    let names = list_folder(dir)?;
+    recognize::check_weights(&dir.display().to_string(), &names)?;
     let mut tensors = Tensors::default();
     let mut taken = BTreeSet::from([WEIGHTS]);
     let index;
-    if files::is_there(&dir.join(WEIGHTS))? {
+    if files::exists(&dir.join(WEIGHTS))? {
         tensors.add(&dir.join(WEIGHTS))?;
     } else {
         index = Index::read(dir)?;
@@ -189,11 +188,11 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
         }
         index.check(&tensors)?;
     }
-    let counts = |name: &str| taken.contains(name) || (name == INDEX && !taken.contains(WEIGHTS));
-    let weights = |name: &str| kinds::is_shard(name) || [WEIGHTS, INDEX].contains(&name);
-    let passed_over =
-        names.iter().map(String::as_str).filter(|name| weights(name) && !counts(name));
-    let passed_over: Vec<_> = passed_over.collect();
+    let is_used = |name: &str| taken.contains(name) || (name == INDEX && !taken.contains(WEIGHTS));
+    let is_weights = |name: &str| recognize::is_shard(name) || [WEIGHTS, INDEX].contains(&name);
+    let ignored =
+        names.iter().map(String::as_str).filter(|name| is_weights(name) && !is_used(name));
+    let ignored: Vec<_> = ignored.collect();
     let warning = || {
         let taken: Vec<_> = taken.iter().copied().collect();
         format!(
@@ -201,11 +200,11 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
              not: {}. Remove what is older",
             dir.display(),
             taken.join(", "),
-            passed_over.join(", ")
+            ignored.join(", ")
         )
     };
-    let mut warnings = if passed_over.is_empty() { Vec::new() } else { vec![warning()] };
-    if names.iter().any(|name| name == kinds::ADAPTER_WEIGHTS) {
+    let mut warnings = if ignored.is_empty() { Vec::new() } else { vec![warning()] };
+    if names.iter().any(|name| name == recognize::ADAPTER_WEIGHTS) {
         warnings.push(format!(
             "{} holds a LoRA adapter too, which is taken as merged into the weights already; if it \
              is not, give this folder with --lora as well",
@@ -215,16 +214,16 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
     Ok((tensors, warnings))
 }
 
-/// What images are resized to and how they are normalized.
+/// How images are resized and normalized.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
-/// Where transformers 5 writes that.
+/// Where transformers 5 writes the same.
 pub const PROCESSOR: &str = "processor_config.json";
 /// The file that lists the shards of a large checkpoint.
 pub const INDEX: &str = "model.safetensors.index.json";
-/// The only shard of a small one, which has no index.
+/// The only file of a small checkpoint, which has no index.
 pub const WEIGHTS: &str = "model.safetensors";
 
-/// Which shard holds which tensor.
+/// The index of a large checkpoint: which shard holds which tensor.
 #[derive(Deserialize)]
 pub struct Index {
     weight_map: BTreeMap<String, String>,
@@ -234,13 +233,17 @@ impl Index {
     /// Reads a folder's index.
     ///
     /// # Errors
-    /// Names the file if it is missing or damaged, or asks for files elsewhere.
+    /// Names the file if it is missing or damaged, or names shards outside the folder.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(INDEX);
         let index: Self = files::read_json(&path)?;
         for shard in index.shards() {
             let plain = Path::new(shard).file_name().is_some_and(|name| name == shard);
-            ensure!(plain, "{} names the shard {shard:?}, no plain file name", path.display());
+            ensure!(
+                plain,
+                "{} names the shard {shard:?}, which is not a plain file name",
+                path.display()
+            );
         }
         Ok(index)
     }
@@ -250,7 +253,7 @@ impl Index {
         self.weight_map.values().map(String::as_str).collect()
     }
 
-    /// Holds that its tensors are there.
+    /// Checks that all of its tensors exist.
     fn check(&self, tensors: &Tensors) -> Result<()> {
         for (name, shard) in &self.weight_map {
             ensure!(
@@ -266,15 +269,15 @@ impl Index {
 const STATISTICS: &str = "dataset_statistics.json";
 
 impl StatisticsText {
-    /// The statistics of a checkpoint. Its `config.json` still carries those of the model that it
-    /// was tuned from, so the file beside it wins: the wrong ones move a robot wrongly without a
-    /// word.
+    /// The statistics of a checkpoint. A fine-tuned model's `config.json` still has those of its base
+    /// model, so the file in the folder takes precedence: wrong statistics move a robot wrongly without
+    /// any error.
     ///
     /// # Errors
-    /// If there are none, or a file is there and cannot be read.
-    pub fn of(checkpoint: &Files) -> Result<Self> {
+    /// If there are none, or the file exists and cannot be read.
+    pub fn of(checkpoint: &CheckpointInfo) -> Result<Self> {
         let dir = &checkpoint.dir;
-        if let Some(statistics) = Self::beside(dir)? {
+        if let Some(statistics) = Self::in_folder(dir)? {
             return Ok(statistics);
         }
         match &checkpoint.config.norm_stats {
@@ -292,13 +295,13 @@ impl StatisticsText {
         }
     }
 
-    /// What lies in a folder, if anything does.
+    /// The statistics file of a folder, if there is one.
     ///
     /// # Errors
-    /// Names the file if it is there and cannot be read.
-    pub fn beside(dir: &Path) -> Result<Option<Self>> {
+    /// Names the file if it exists and cannot be read.
+    pub fn in_folder(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(STATISTICS);
-        if files::is_there(&path)? { Self::read(&path).map(Some) } else { Ok(None) }
+        if files::exists(&path)? { Self::read(&path).map(Some) } else { Ok(None) }
     }
 
     /// Reads a file.
@@ -306,22 +309,25 @@ impl StatisticsText {
     /// # Errors
     /// Names the file if it cannot be read.
     pub fn read(path: &Path) -> Result<Self> {
-        let json = files::json(path, files::read(path)?)?;
+        let json = files::json_text(path, files::read(path)?)?;
         Ok(Self { from: path.display().to_string(), inherited: false, json })
     }
 
-    /// What they say of each data set.
+    /// Parses and checks the statistics.
     ///
     /// # Errors
-    /// Names where they are from, and what is wrong.
+    /// Names where they come from, and what is wrong.
     pub fn parse(&self) -> Result<Statistics> {
-        let parsed = Statistics::parse(self.json.clone()).map_err(of_checkpoint);
+        let parsed = Statistics::parse(self.json.clone()).map_err(checkpoint_error);
         parsed.with_context(|| self.from.clone())
     }
 }
 
-/// What to know of statistics that a fine-tuned checkpoint has from its base model, in words.
-pub fn inherited(checkpoint: &Files, taken: &StatisticsText) -> Option<String> {
+/// The warning about statistics that a fine-tuned checkpoint inherited from its base model.
+pub fn inherited_statistics_warning(
+    checkpoint: &CheckpointInfo,
+    taken: &StatisticsText,
+) -> Option<String> {
     taken.inherited.then(|| {
         format!(
             "{} has no {STATISTICS}, so the statistics are those of its config.json, which in a \
@@ -332,9 +338,8 @@ pub fn inherited(checkpoint: &Files, taken: &StatisticsText) -> Option<String> {
     })
 }
 
-/// What the runtime says of a model file, said of a checkpoint: its advice, to write the file again,
-/// would lead back here.
-pub fn of_checkpoint(error: openvla::Error) -> anyhow::Error {
+/// The runtime's error about a model file, without its advice to convert the checkpoint again.
+pub fn checkpoint_error(error: openvla::Error) -> anyhow::Error {
     match error {
         openvla::Error::Model { why } => anyhow!(why),
         other => other.into(),

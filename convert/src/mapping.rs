@@ -1,7 +1,7 @@
-//! The table: which tensors of a checkpoint become which of the file, and how.
+//! Maps the tensors of a checkpoint to those of the file.
 //!
-//! Sizes come from the checkpoint's own shapes wherever `config.json` does not state them, and
-//! every shape is held against the others.
+//! Sizes that `config.json` does not state come from the checkpoint's shapes, and all shapes are
+//! checked against each other.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use openvla::{LlamaConfig, TowerConfig};
 use openvla_kernels::Shape;
 
 use crate::aliases;
-use crate::settings::HfConfig;
+use crate::hf_config::HfConfig;
 
 /// Shapes by tensor name, in PyTorch's order.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -28,40 +28,41 @@ pub enum Role {
     Embedding,
     /// The Llama's matrices.
     Llama,
-    /// The matrix that gives logits.
+    /// The matrix that computes logits.
     Head,
-    /// Its rows for action tokens.
+    /// The head's rows for action tokens.
     ActionHead,
 }
 
 /// One tensor of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Part {
+pub struct MappedTensor {
     /// Its name in the file.
     pub name: String,
-    /// ggml's order. Longer than its sources where they are padded with zeros.
+    /// ggml's order, fastest first. Larger than its sources where those are padded with zeros.
     pub shape: Shape,
     /// What it is for.
     pub role: Role,
-    /// The checkpoint's tensors whose rows follow each other.
+    /// The checkpoint's tensors, whose rows are concatenated.
     pub sources: Vec<String>,
-    /// Rows of the sources before the first that is taken.
+    /// Rows of the sources to skip.
     pub first_row: usize,
-    /// For q and k: heads whose rows change from Hugging Face's pairs to llama.cpp's.
+    /// For q and k: the number of heads, whose rows are permuted from Hugging Face's RoPE pairs to
+    /// llama.cpp's.
     pub rope_heads: Option<usize>,
 }
 
-/// A checkpoint, sorted into parts.
-pub struct Layout {
+/// All tensors of a checkpoint, mapped to those of the file, and the sizes found on the way.
+pub struct Mapping {
     /// The file's tensors, in its order.
-    pub parts: Vec<Part>,
+    pub tensors: Vec<MappedTensor>,
     /// Tensors that the model never reads.
     pub unused: Vec<String>,
     /// The towers, in the order of their channels.
     pub towers: Vec<TowerConfig>,
-    /// Pixels along a patch.
+    /// Pixels along a patch's side.
     pub patch_size: usize,
-    /// Of the position table: patches along the image's side, squared.
+    /// Patches of an image: rows of the position table.
     pub n_patch: usize,
     /// Widths from the joined towers to the Llama.
     pub projector: Vec<usize>,
@@ -69,7 +70,7 @@ pub struct Layout {
     pub llama: LlamaConfig,
 }
 
-/// What timm knows by a model's name and tensors do not tell.
+/// What timm knows by a model's name and the tensors do not say.
 struct Timm {
     id: &'static str,
     name: &'static str,
@@ -81,17 +82,17 @@ const TIMM: [Timm; 2] = [
     Timm { id: "vit_so400m_patch14_siglip_224", name: "siglip", n_head: 16 },
 ];
 
-/// Where the first and the second tower of a checkpoint are.
+/// The prefixes of the first and the second tower in a checkpoint.
 const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
 
 /// ref: timm 0.9.10 `VisionTransformer`: `norm_layer = partial(nn.LayerNorm, eps=1e-6)`
 const LAYER_NORM_EPS: f32 = 1e-6;
 
-/// Block formats hold whole blocks of 32; SigLIP's MLP of 4304 needs 16 more columns of zeros.
-/// Exact: GELU(0) = 0, and what it is multiplied by is 0 too.
+/// Quantized rows are whole blocks of 32; SigLIP's MLP of 4304 is padded with 16 columns of zeros.
+/// That is exact: GELU(0) = 0, and the weights it is multiplied by are 0 too.
 const BLOCK: usize = 32;
 
-/// The part of the model that a tensor of the file belongs to, for people.
+/// The component of the model that a tensor of the file belongs to, to be shown.
 pub fn component(name: &str) -> &str {
     match name.split('.').next().unwrap_or(name) {
         "blk" | "output_norm" => "llama",
@@ -101,9 +102,12 @@ pub fn component(name: &str) -> &str {
     }
 }
 
-/// Sorts a checkpoint's tensors. Every one is accounted for, or it is an error.
-pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
-    let mut table = Table { left: shapes.clone(), parts: Vec::new(), unused: Vec::new() };
+/// Maps a checkpoint's tensors.
+///
+/// # Errors
+/// Names a tensor that is missing, of another shape, or of no known use.
+pub fn mapping(config: &HfConfig, shapes: &Shapes) -> Result<Mapping> {
+    let mut mapper = Mapper { remaining: shapes.clone(), tensors: Vec::new(), unused: Vec::new() };
     let n_tower = config.timm_model_ids.len();
     ensure!((1..=2).contains(&n_tower), "timm_model_ids names {n_tower} towers; 1 or 2 can be");
     let fused = config.use_fused_vision_backbone.unwrap_or(n_tower == 2);
@@ -114,61 +118,68 @@ pub fn layout(config: &HfConfig, shapes: &Shapes) -> Result<Layout> {
     let mut towers = Vec::new();
     let mut grids = Vec::new();
     for (id, prefix) in config.timm_model_ids.iter().zip(TOWERS) {
-        let (tower, grid) = table.tower(id, prefix)?;
+        let (tower, grid) = mapper.tower(id, prefix)?;
         towers.push(tower);
         grids.push(grid);
     }
     ensure!(grids.iter().all(|g| *g == grids[0]), "the towers cut images differently: {grids:?}");
     let (patch_size, n_patch) = grids[0];
     let n_in = towers.iter().map(|tower| tower.dim).sum();
-    let projector = table.projector(n_in, n_tower + 1)?;
-    let llama = table.llama(config)?;
-    table.drop_matching(|name| name.ends_with(".rotary_emb.inv_freq"));
-    if let Some(name) = table.left.keys().next() {
+    let projector = mapper.projector(n_in, n_tower + 1)?;
+    let llama = mapper.llama(config)?;
+    mapper.drop_matching(|name| name.ends_with(".rotary_emb.inv_freq"));
+    if let Some(name) = mapper.remaining.keys().next() {
         bail!("the tensor {name} belongs to no part of OpenVLA; is this another model?");
     }
-    let Table { parts, unused, .. } = table;
-    Ok(Layout { parts, unused, towers, patch_size, n_patch, projector, llama })
+    let Mapper { tensors, unused, .. } = mapper;
+    Ok(Mapping { tensors, unused, towers, patch_size, n_patch, projector, llama })
 }
 
-/// Moves tensors from what is left to parts.
-struct Table {
-    left: Shapes,
-    parts: Vec<Part>,
+/// Moves tensors from `remaining` to `tensors` or `unused`.
+struct Mapper {
+    remaining: Shapes,
+    tensors: Vec<MappedTensor>,
     unused: Vec<String>,
 }
 
-impl Table {
+impl Mapper {
     fn shape(&self, name: &str) -> Result<&[usize]> {
-        self.left.get(name).map(Vec::as_slice).with_context(|| {
-            match aliases::explain(self.left.keys(), name) {
+        self.remaining.get(name).map(Vec::as_slice).with_context(|| {
+            match aliases::explain(self.remaining.keys(), name) {
                 Some(why) => format!("the checkpoint lacks the tensor {name}; {why}"),
                 None => format!("the checkpoint lacks the tensor {name}"),
             }
         })
     }
 
-    /// Takes a tensor that must have `shape`, in PyTorch's order.
+    /// Removes a tensor, which must have `shape`, in PyTorch's order.
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<()> {
         let found = self.shape(name)?;
         ensure!(found == shape, "the tensor {name} has shape {found:?}, {shape:?} is needed");
-        self.left.remove(name);
+        self.remaining.remove(name);
         Ok(())
     }
 
     fn add(&mut self, name: String, shape: &[usize], role: Role, sources: &[String]) {
         let (shape, sources) = (openvla_kernels::shape(shape), sources.to_vec());
-        self.parts.push(Part { name, shape, role, sources, first_row: 0, rope_heads: None });
+        self.tensors.push(MappedTensor {
+            name,
+            shape,
+            role,
+            sources,
+            first_row: 0,
+            rope_heads: None,
+        });
     }
 
-    /// A vector, padded with zeros to `n`.
+    /// Maps a vector of `found` numbers, padded with zeros to `n`.
     fn vector(&mut self, to: &str, from: &str, found: usize, n: usize) -> Result<()> {
         self.take(from, &[found])?;
         self.add(to.into(), &[n], Role::Plain, &[from.into()]);
         Ok(())
     }
 
-    /// A linear layer's matrix `[n_out, n_in]`, padded with zeros to `padded`, and its bias.
+    /// Maps a linear layer's matrix `[n_out, n_in]`, padded with zeros to `padded`, and its bias.
     fn linear(
         &mut self,
         to: &str,
@@ -191,12 +202,13 @@ impl Table {
     }
 
     fn drop_matching(&mut self, unused: impl Fn(&str) -> bool) {
-        let (out, left) = std::mem::take(&mut self.left).into_iter().partition(|(n, _)| unused(n));
-        self.left = left;
+        let (out, left) =
+            std::mem::take(&mut self.remaining).into_iter().partition(|(n, _)| unused(n));
+        self.remaining = left;
         self.unused.extend(Shapes::into_keys(out));
     }
 
-    /// One tower; gives its patch size and number of patches too.
+    /// Maps one tower. Returns its patch size and number of patches too.
     fn tower(&mut self, id: &str, from: &str) -> Result<(TowerConfig, (usize, usize))> {
         let timm = TIMM.iter().find(|timm| timm.id == id).with_context(|| {
             let known = TIMM.map(|timm| timm.id).join(", ");
@@ -216,11 +228,11 @@ impl Table {
         self.take(&position, &[1, n_patch, dim])?;
         let name = format!("{to}.position_embd.weight");
         self.add(name, &[dim, n_patch], Role::Plain, &[position]);
-        let n_prefix = self.prefix(to, from, dim)?;
+        let n_prefix = self.prefix_tokens(to, from, dim)?;
         let n_layer = self.run_depth(from)?;
         let fc1 = format!("{from}.blocks.0.mlp.fc1.weight");
         let n_ff = self.shape(&fc1)?.first().copied().unwrap_or(0);
-        let layer_scale = self.left.contains_key(&format!("{from}.blocks.0.ls1.scale_factor"));
+        let layer_scale = self.remaining.contains_key(&format!("{from}.blocks.0.ls1.scale_factor"));
         let tower = TowerConfig {
             name: to.to_owned(),
             dim,
@@ -234,17 +246,17 @@ impl Table {
         for i in 0..n_layer {
             self.block(&tower, from, i, n_ff)?;
         }
-        // The features come from the second-to-last block, without the final norm and the pooling.
+        // The features are those of the second-to-last block, without the final norm and pooling.
         let last = format!("{from}.blocks.{n_layer}.");
         let (norm, pool) = (format!("{from}.norm."), format!("{from}.attn_pool."));
         self.drop_matching(|name| [&last, &norm, &pool].iter().any(|p| name.starts_with(*p)));
         Ok((tower, (patch, n_patch)))
     }
 
-    /// Class and register tokens become one table, in the order they are put before the patches.
-    fn prefix(&mut self, to: &str, from: &str, dim: usize) -> Result<usize> {
+    /// Joins class and register tokens in one table, in the order they precede the patches.
+    fn prefix_tokens(&mut self, to: &str, from: &str, dim: usize) -> Result<usize> {
         let (class, register) = (format!("{from}.cls_token"), format!("{from}.reg_token"));
-        if !self.left.contains_key(&class) {
+        if !self.remaining.contains_key(&class) {
             return Ok(0);
         }
         self.take(&class, &[1, 1, dim])?;
@@ -255,10 +267,10 @@ impl Table {
         Ok(1 + n)
     }
 
-    /// Blocks that run: all but the last.
+    /// The number of blocks that run: all but the last.
     fn run_depth(&self, from: &str) -> Result<usize> {
         let blocks = format!("{from}.blocks.");
-        let numbers = self.left.keys().filter_map(|name| name.strip_prefix(&blocks));
+        let numbers = self.remaining.keys().filter_map(|name| name.strip_prefix(&blocks));
         let last = numbers.filter_map(|rest| rest.split('.').next()?.parse::<usize>().ok()).max();
         match last {
             Some(last @ 1..) => Ok(last),
@@ -270,8 +282,8 @@ impl Table {
         let dim = t.dim;
         let to = |part: &str| format!("{}.blk.{i}.{part}", t.name);
         let from = |part: &str| format!("{from}.blocks.{i}.{part}");
-        let linear = |table: &mut Self, name: &str, source: &str, size, padded| {
-            table.linear(&to(name), &from(source), Role::Vision, size, padded)
+        let linear = |mapper: &mut Self, name: &str, source: &str, size, padded| {
+            mapper.linear(&to(name), &from(source), Role::Vision, size, padded)
         };
         self.norm(&to("ln1"), &from("norm1"), dim)?;
         linear(self, "attn_qkv", "attn.qkv", [dim, 3 * dim], [dim, 3 * dim])?;
@@ -286,7 +298,7 @@ impl Table {
         Ok(())
     }
 
-    /// Two layers over one tower, three over two; gives the widths.
+    /// Maps the projector: two layers for one tower, three for two. Returns the widths.
     fn projector(&mut self, n_in: usize, n_layer: usize) -> Result<Vec<usize>> {
         let mut widths = vec![n_in];
         for i in 1..=n_layer {
@@ -332,28 +344,28 @@ impl Table {
         Ok(c)
     }
 
-    /// The head's rows for action tokens once more: they may have a better type than the others.
+    /// Stores the head's rows for action tokens a second time: they may get a better type.
     fn action_head(&mut self, head: &str, config: &HfConfig, dim: usize) -> Result<()> {
         let actions = config.actions()?;
         let n_row = actions.n_bin as usize;
         let name = "action_head.weight".to_owned();
         self.add(name, &[dim, n_row], Role::ActionHead, &[head.into()]);
-        self.parts.last_mut().expect("one was added").first_row = actions.rows().start;
+        self.tensors.last_mut().expect("one was added").first_row = actions.rows().start;
         Ok(())
     }
 
-    /// q, k, v and gate, up stand side by side in the file, so that a reader may join them.
+    /// q, k, v and gate, up are adjacent in the file, so that a reader may join them.
     fn layer(&mut self, c: &LlamaConfig, i: usize) -> Result<()> {
         let (dim, kv) = (c.dim, c.n_head_kv * c.head_dim());
         let to = |part: &str| format!("blk.{i}.{part}");
         let from = |part: &str| format!("language_model.model.layers.{i}.{part}.weight");
-        let matrix = |table: &mut Self, name: &str, source: &str, size| {
-            table.matrix(&to(name), &from(source), Role::Llama, size)
+        let matrix = |mapper: &mut Self, name: &str, source: &str, size| {
+            mapper.matrix(&to(name), &from(source), Role::Llama, size)
         };
         matrix(self, "attn_q", "self_attn.q_proj", [dim, dim])?;
-        self.turn(c.n_head);
+        self.set_rope_heads(c.n_head);
         matrix(self, "attn_k", "self_attn.k_proj", [dim, kv])?;
-        self.turn(c.n_head_kv);
+        self.set_rope_heads(c.n_head_kv);
         matrix(self, "attn_v", "self_attn.v_proj", [dim, kv])?;
         matrix(self, "attn_output", "self_attn.o_proj", [dim, dim])?;
         matrix(self, "ffn_gate", "mlp.gate_proj", [dim, c.n_ff])?;
@@ -375,8 +387,8 @@ impl Table {
         Ok(())
     }
 
-    /// Marks the part added last as one whose heads turn.
-    fn turn(&mut self, n_head: usize) {
-        self.parts.last_mut().expect("one was added").rope_heads = Some(n_head);
+    /// Marks the tensor added last as one whose heads are rotated by RoPE.
+    fn set_rope_heads(&mut self, n_head: usize) {
+        self.tensors.last_mut().expect("one was added").rope_heads = Some(n_head);
     }
 }

@@ -1,21 +1,21 @@
-//! What a folder or repository is, if it is not what is converted: told by the names of its files,
-//! before any of them is read.
+//! Recognizes folders and repositories that cannot be converted, by the names of their files, and says
+//! what they are instead: OpenVLA-OFT runs, adapters, native Prismatic runs, pickled weights.
 
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
-use crate::source::{INDEX, WEIGHTS};
+use crate::checkpoint::{INDEX, WEIGHTS};
 
-/// The weights of an adapter.
+/// The file with an adapter's weights.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
-/// An OpenVLA-OFT checkpoint has OpenVLA's own config and tensors, plus a head of its own, without
-/// which its motions are wrong.
+/// Refuses OpenVLA-OFT checkpoints. They have OpenVLA's config and tensors and a head of their own,
+/// without which their actions are wrong.
 ///
 /// # Errors
-/// Names the checkpoint, and the file that gives it away.
+/// Names the checkpoint, and the file that only OpenVLA-OFT has.
 pub fn refuse_oft(checkpoint: &str, names: &[String]) -> Result<()> {
     const PARTS: [&str; 4] =
         ["action_head--", "proprio_projector--", "noisy_action_projector--", "vision_backbone--"];
@@ -28,7 +28,7 @@ pub fn refuse_oft(checkpoint: &str, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what is not a checkpoint, or OpenVLA-OFT's.
+/// Refuses what is not a checkpoint of OpenVLA.
 ///
 /// # Errors
 /// Says what it is, and what to do with it.
@@ -51,26 +51,26 @@ pub fn check_checkpoint(checkpoint: &str, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a `config.json` of the training code, by its keys.
+/// Refuses the `config.json` of a training run, by its keys.
 ///
 /// # Errors
 /// Says what it is, and what to do with it.
-pub fn check_settings(checkpoint: &str, settings: &Map<String, Value>) -> Result<()> {
-    const OF_TRAINING: [&str; 4] = ["run_id", "run_root_dir", "data_root_dir", "vla"];
-    let native = !settings.contains_key("model_type")
-        && OF_TRAINING.iter().any(|key| settings.contains_key(*key));
+pub fn check_config(checkpoint: &str, config: &Map<String, Value>) -> Result<()> {
+    const TRAINING_KEYS: [&str; 4] = ["run_id", "run_root_dir", "data_root_dir", "vla"];
+    let native = !config.contains_key("model_type")
+        && TRAINING_KEYS.iter().any(|key| config.contains_key(*key));
     ensure!(!native, "{checkpoint} has a config.json of training: {PRISMATIC}");
     Ok(())
 }
 
-/// What is said of a GGUF file in place of a checkpoint.
+/// The end of the message about a GGUF file in place of a checkpoint.
 pub const IS_CONVERTED: &str = "which is converted already; openvla-run -m takes it, and another type is made from the \
      checkpoint";
 
-/// Refuses a checkpoint whose weights are not there, or are in another format.
+/// Refuses a checkpoint whose weights are missing or in another format.
 ///
 /// # Errors
-/// Says what is there, and how it becomes a checkpoint that is converted.
+/// Says what was found, and how to turn it into a checkpoint that can be converted.
 pub fn check_weights(checkpoint: &str, names: &[String]) -> Result<()> {
     if has(names, WEIGHTS) || has(names, INDEX) {
         return Ok(());
@@ -99,12 +99,12 @@ pub fn check_weights(checkpoint: &str, names: &[String]) -> Result<()> {
     }
 }
 
-/// What is said of a run of the training code that checkpoints are exported from.
+/// The end of the message about a native run of the training code.
 pub const PRISMATIC: &str = "it is a native Prismatic run, as OpenVLA's training leaves it, not a checkpoint in Hugging \
      Face's format; export it with openvla's vla-scripts/extern/convert_openvla_weights_to_hf.py \
      and convert what that writes";
 
-/// Refuses an adapter that is a whole checkpoint, or has its weights in another format.
+/// Refuses what is a whole checkpoint, and adapters with weights in another format.
 ///
 /// # Errors
 /// Says what it is, and what to do.
@@ -125,13 +125,13 @@ pub fn check_adapter(adapter: &str, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file is one of the shards that an index lists.
+/// Whether a file's name is that of a shard, as an index lists them.
 pub fn is_shard(name: &str) -> bool {
     let inner = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
     inner.is_some_and(|inner| inner.contains("-of-"))
 }
 
-/// Weights in a format that runs code when it is read, or of another framework.
+/// Weights in a format that runs code when it is read, or that belongs to another framework.
 fn pickled(names: &[String]) -> Option<&String> {
     let extensions = ["bin", "pt", "pth", "ckpt", "h5", "msgpack"];
     let others = ["training_args", "optimizer", "scheduler", "rng_state"];
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_converted_is_called_by_its_name() {
+    fn what_cannot_be_converted_is_named() {
         let all = |listing: &str| {
             let listing = names(&listing.split(' ').collect::<Vec<_>>());
             check_checkpoint("X", &listing).and_then(|()| check_weights("X", &listing))

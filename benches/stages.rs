@@ -15,12 +15,12 @@ use criterion::{Criterion, Throughput};
 use openvla::Options;
 use openvla_bench::work;
 use openvla_bench::workload::{ModelFile, Workload};
-use openvla_convert::inspect::{Report, inspect};
+use openvla_convert::inspect::{Inspection, inspect};
 
 /// A model, what it is given, and what is in its file.
 struct Bench {
     workload: Workload,
-    file: Report,
+    file: Inspection,
 }
 
 fn main() {

@@ -57,10 +57,11 @@ fn fact_2_features_come_from_the_second_to_last_block_without_norm_and_pooling()
             let source = |i| format!(".blocks.{i}.");
             let block = |planned: &&PlannedTensor| planned.tensor.name.starts_with(&name(last));
             let mut block: Vec<_> = conversion.plan.iter().filter(block).cloned().collect();
-            for PlannedTensor { part, .. } in &mut block {
-                part.name = part.name.replace(&name(last), &name(next));
-                part.sources[0] = part.sources[0].replace(&source(last), &source(next));
-                assert!(subject.unused.contains(&part.sources[0]), "{} is used", part.sources[0]);
+            for PlannedTensor { tensor, .. } in &mut block {
+                tensor.name = tensor.name.replace(&name(last), &name(next));
+                let from = &mut tensor.sources[0];
+                *from = from.replace(&source(last), &source(next));
+                assert!(subject.unused.contains(from), "{from} is used");
             }
             conversion.plan.extend(block);
         }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::{Action, Options, Session, Timing};
-use openvla_convert::inspect::{Report, inspect};
+use openvla_convert::inspect::{Inspection, inspect};
 use rustix::fs::Advice;
 
 use crate::machine::{self, Origin, disk_bytes};
@@ -102,7 +102,7 @@ fn check(action: &Action, wanted: &Action, when: &str) -> Result<()> {
     Ok(())
 }
 
-fn stages(workload: &Workload, file: &Report, timings: &[Timing]) -> Vec<Stage> {
+fn stages(workload: &Workload, file: &Inspection, timings: &[Timing]) -> Vec<Stage> {
     let (n_row, n_step) = (workload.n_row(), workload.n_step());
     let config = workload.policy.config();
     let n_patch = config.n_patch();
@@ -143,12 +143,12 @@ fn drafted(workload: &mut Workload, n: usize, progress: &ProgressBar) -> Result<
 }
 
 /// Of the model: the head's action rows are in the file twice.
-fn parameters(file: &Report) -> u64 {
+fn parameters(file: &Inspection) -> u64 {
     let own = file.tensors.iter().filter(|group| group.component != "action_head");
     own.map(|group| group.parameters).sum()
 }
 
-fn memory(workload: &Workload, file: &Report) -> Vec<Memory> {
+fn memory(workload: &Workload, file: &Inspection) -> Vec<Memory> {
     let weights = |of: &dyn Fn(&str) -> bool| {
         file.tensors.iter().filter(|group| of(&group.component)).map(|group| group.bytes).sum()
     };

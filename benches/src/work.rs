@@ -8,7 +8,7 @@ use std::iter::Sum;
 use std::ops::{Add, Mul};
 
 use openvla::{Config, LlamaConfig, TowerConfig};
-use openvla_convert::inspect::Report;
+use openvla_convert::inspect::Inspection;
 use serde::{Deserialize, Serialize};
 
 /// What a stage has to do.
@@ -43,26 +43,26 @@ impl Sum for Work {
 }
 
 /// Both towers over one image.
-pub fn vision(config: &Config, file: &Report) -> Work {
+pub fn vision(config: &Config, file: &Inspection) -> Work {
     let flop = config.towers.iter().map(|t| tower(config, t)).sum::<usize>() as u64;
     let is_tower = |name: &str| config.towers.iter().any(|t| t.name == name);
     Work { bytes: weights(file, is_tower), flop }
 }
 
 /// The projector over the patches of one image.
-pub fn projector(config: &Config, file: &Report) -> Work {
+pub fn projector(config: &Config, file: &Inspection) -> Work {
     let products: usize = config.projector.windows(2).map(|w| w[0] * w[1]).sum();
     let flop = (2 * products * config.n_patch()) as u64;
     Work { bytes: weights(file, |name| name == "projector"), flop }
 }
 
 /// The Llama over a prompt of `n_row` rows, and the head over the last.
-pub fn prefill(config: &Config, file: &Report, n_row: usize) -> Work {
+pub fn prefill(config: &Config, file: &Inspection, n_row: usize) -> Work {
     llama(config, file, n_row, n_row)
 }
 
 /// The Llama over one row, which looks at the keys and values of `n_row` rows, in F16.
-pub fn decode_step(config: &Config, file: &Report, n_row: usize) -> Work {
+pub fn decode_step(config: &Config, file: &Inspection, n_row: usize) -> Work {
     let c = &config.llama;
     let cache = 2 * 2 * n_row * c.n_head_kv * c.head_dim() * c.n_layer;
     llama(config, file, 1, n_row) + Work { bytes: cache as u64, flop: 0 }
@@ -75,7 +75,7 @@ fn tower(config: &Config, t: &TowerConfig) -> usize {
     2 * embedding + t.n_layer * (2 * matrices + attention(t.dim, n_row, n_row))
 }
 
-fn llama(config: &Config, file: &Report, n_row: usize, n_seen: usize) -> Work {
+fn llama(config: &Config, file: &Inspection, n_row: usize, n_seen: usize) -> Work {
     let c: &LlamaConfig = &config.llama;
     let kv = c.n_head_kv * c.head_dim();
     let matrices = (2 * c.dim + 2 * kv + 3 * c.n_ff) * c.dim * n_row;
@@ -90,6 +90,6 @@ fn attention(dim: usize, n_row: usize, n_seen: usize) -> usize {
     4 * dim * n_row * n_seen
 }
 
-fn weights(file: &Report, of: impl Fn(&str) -> bool) -> u64 {
+fn weights(file: &Inspection, of: impl Fn(&str) -> bool) -> u64 {
     file.tensors.iter().filter(|group| of(&group.component)).map(|group| group.bytes).sum()
 }

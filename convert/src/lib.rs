@@ -5,6 +5,7 @@
 //! | [`interrupt`], [`atomic_file`] | Ctrl-C as an error; output that is written whole or not at all |
 //! | [`files`], [`recognize`] | reading files of other programs; what a folder is if not a checkpoint |
 //! | [`aliases`], [`tensors`] | safetensors files, and the other names of their tensors |
+//! | [`torch`] | tensors in PyTorch's `.pt` files |
 //! | [`hf_config`] | `config.json` and `preprocessor_config.json`, and whether the runtime supports them |
 //! | [`checkpoint`] | the folder: JSON files, shards, statistics |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
@@ -45,6 +46,7 @@ pub mod random;
 pub mod recognize;
 pub mod tensors;
 pub mod tokenizer;
+pub mod torch;
 pub mod verify;
 pub mod weights;
 

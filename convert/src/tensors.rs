@@ -1,4 +1,4 @@
-//! Reads safetensors files: their headers, and the rows of their tensors as f32.
+//! Reads safetensors and PyTorch files: which tensors they hold, and the rows of those as f32.
 //!
 //! Headers are read and checked at once; data is mapped tensor by tensor and unmapped after use, so
 //! that memory stays small at any model size.
@@ -15,6 +15,7 @@ use safetensors::tensor::Metadata;
 
 use crate::aliases::canonical;
 use crate::files;
+use crate::torch;
 
 /// One tensor of a header: its type, its shape, and where its bytes are.
 #[derive(Debug, Clone)]
@@ -79,6 +80,24 @@ impl Tensors {
             };
             let twice = self.entries.insert(canonical(&tensor), entry).is_some();
             ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
+        }
+        self.files.push((path.to_owned(), file));
+        Ok(())
+    }
+
+    /// Adds the tensors of a state dict that `torch.save` wrote, with `prefix` before each name.
+    ///
+    /// # Errors
+    /// Names the file, and what is damaged or refused: see [`torch::read`].
+    pub fn add_torch(&mut self, path: &Path, prefix: &str) -> Result<()> {
+        let file = files::open(path)?;
+        let tensors = torch::read(&file)
+            .with_context(|| format!("cannot read the PyTorch file {}", path.display()))?;
+        for (name, torch::Tensor { dtype, shape, offset, length }) in tensors {
+            let name = format!("{prefix}{name}");
+            let entry = TensorEntry { file: self.files.len(), dtype, shape, offset, length };
+            let twice = self.entries.insert(name.clone(), entry).is_some();
+            ensure!(!twice, "{} holds {name}, which another file holds too", path.display());
         }
         self.files.push((path.to_owned(), file));
         Ok(())

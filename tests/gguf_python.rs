@@ -50,7 +50,7 @@ fn the_package_finds_every_tensor_as_planned() {
         let tensors = found["tensors"].as_object().unwrap();
         assert_eq!(tensors.len(), conversion.plan.len());
         for (planned, info) in conversion.plan.iter().zip(file.tensors()) {
-            let name = &planned.part.name;
+            let name = &planned.tensor.name;
             let wanted = [json!(planned.dtype.to_string()), json!(shape(info))];
             assert_eq!(
                 [&tensors[name]["type"], &tensors[name]["shape"]],

@@ -37,7 +37,7 @@ fn write(path: &Path, size: Size, encoding: Encoding) -> PathBuf {
     let mut header = Header::default();
     model.config.write(&mut header);
     for planned in &model.plan {
-        header.tensor(&planned.part.name, planned.dtype, planned.part.shape);
+        header.tensor(&planned.tensor.name, planned.dtype, planned.tensor.shape);
     }
     let start = header.encode();
     let mut file = File::create(path).unwrap();

@@ -8,15 +8,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use openvla::Statistics;
+use openvla::{Bounds, Statistics};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::aliases::canonical;
 use crate::files;
 use crate::hf_config::{HfConfig, HfPreprocessor};
+use crate::oft::RunFiles;
 use crate::recognize;
 use crate::tensors::Tensors;
+use crate::tokenizer;
 
 /// A repository of the Hugging Face Hub at one commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +44,10 @@ pub struct CheckpointInfo {
     pub config: HfConfig,
     /// `preprocessor_config.json`
     pub preprocessor: HfPreprocessor,
+    /// The files of an OpenVLA-OFT run, if it is one.
+    pub run: Option<RunFiles>,
+    /// The folder of the model that an OpenVLA-OFT run is to be merged into.
+    base: Option<PathBuf>,
 }
 
 /// The JSON text of a model's statistics, which scale its actions.
@@ -68,16 +74,34 @@ impl CheckpointInfo {
     /// Reads a folder's JSON files. The shards may be missing.
     ///
     /// # Errors
-    /// Names what is missing or damaged, or says that this is an OpenVLA-OFT checkpoint.
+    /// Names what is missing or damaged.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_over(dir, None)
+    }
+
+    /// The same of an OpenVLA-OFT run that was not merged into its `base`: what the run's folder lacks is read from
+    /// the base model's.
+    ///
+    /// # Errors
+    /// As [`CheckpointInfo::open`], or if there is nothing to merge.
+    pub fn open_over(dir: &Path, base: Option<&Path>) -> Result<Self> {
         let shown = dir.display().to_string();
         let names = list_folder(dir)?;
-        recognize::check_checkpoint(&shown, &names)?;
-        let path = dir.join("config.json");
+        let run = RunFiles::find(&shown, &names)?;
+        let config_dir = base.unwrap_or(dir);
+        if let Some(base) = base {
+            check_unmerged(dir, base, &names)?;
+        }
+        recognize::check_checkpoint(&config_dir.display().to_string(), &list_folder(config_dir)?)?;
+        let path = config_dir.join("config.json");
         let keys: Map<String, Value> = files::read_json(&path)?;
         recognize::check_config(&shown, &keys)?;
         let config: HfConfig = files::read_json(&path)?;
-        let preprocessor = read_preprocessor(dir)?;
+        let folder = |files: &[&str]| match base {
+            Some(base) if !files.iter().any(|name| dir.join(name).exists()) => base,
+            _ => dir,
+        };
+        let preprocessor = read_preprocessor(folder(&[PREPROCESSOR, PROCESSOR]))?;
         Ok(Self {
             dir: dir.to_owned(),
             name: model_name(dir)?,
@@ -85,8 +109,41 @@ impl CheckpointInfo {
             adapter: None,
             config,
             preprocessor,
+            run,
+            base: base.map(Path::to_owned),
         })
     }
+
+    /// The folder with the tokenizer's files.
+    pub fn tokenizer_dir(&self) -> &Path {
+        match &self.base {
+            Some(base) if !tokenizer::FILES.iter().any(|name| self.dir.join(name).exists()) => base,
+            _ => &self.dir,
+        }
+    }
+}
+
+/// Checks that a folder is an OpenVLA-OFT run that was not merged, and that the other is no run.
+fn check_unmerged(dir: &Path, base: &Path, names: &[String]) -> Result<()> {
+    let has = |name: &str| names.iter().any(|found| found == name);
+    ensure!(
+        !has(WEIGHTS) && !has(INDEX),
+        "{} holds weights, into which its adapter is merged already; leave out --base, or the adapter counts twice",
+        dir.display()
+    );
+    ensure!(
+        dir.join(ADAPTER_FOLDER).is_dir(),
+        "{} holds neither weights nor {ADAPTER_FOLDER}/; is the run complete?",
+        dir.display()
+    );
+    let shown = base.display().to_string();
+    let is_run = RunFiles::find(&shown, &list_folder(base)?)?.is_some();
+    ensure!(
+        !is_run,
+        "{shown} is an OpenVLA-OFT run itself, not the model that one was trained from; an adapter must not be merged \
+         into weights that contain one"
+    );
+    Ok(())
 }
 
 /// Transformers 5 writes one file for the whole processor, and reads the other one first.
@@ -160,13 +217,17 @@ pub fn model_name(dir: &Path) -> Result<String> {
 }
 
 impl Checkpoint {
-    /// Reads a folder's JSON files and its shards' headers.
+    /// Reads a folder's JSON files and its shards' headers, the latter from `base` if it is an OpenVLA-OFT run that was
+    /// not merged.
     ///
     /// # Errors
     /// Names what is missing or damaged.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let info = CheckpointInfo::open(dir)?;
-        let (tensors, warnings) = read_weights(dir)?;
+    pub fn open(dir: &Path, base: Option<&Path>) -> Result<Self> {
+        let info = CheckpointInfo::open_over(dir, base)?;
+        let (mut tensors, warnings) = read_weights(base.unwrap_or(dir))?;
+        if let Some(run) = &info.run {
+            run.add_to(&mut tensors, dir)?;
+        }
         Ok(Self { info, tensors, warnings })
     }
 }
@@ -214,6 +275,8 @@ fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
     Ok((tensors, warnings))
 }
 
+/// Where OpenVLA-OFT's trainer puts the adapter of a run.
+pub const ADAPTER_FOLDER: &str = "lora_adapter";
 /// How images are resized and normalized.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 /// Where transformers 5 writes the same.
@@ -318,7 +381,16 @@ impl StatisticsText {
     /// # Errors
     /// Names where they come from, and what is wrong.
     pub fn parse(&self) -> Result<Statistics> {
-        let parsed = Statistics::parse(self.json.clone()).map_err(checkpoint_error);
+        self.parse_with(Bounds::Quantiles, false)
+    }
+
+    /// The same with other bounds, and with the scale of the arm's state.
+    ///
+    /// # Errors
+    /// As [`StatisticsText::parse`].
+    pub fn parse_with(&self, bounds: Bounds, with_state: bool) -> Result<Statistics> {
+        let parsed =
+            Statistics::parse_with(self.json.clone(), bounds, with_state).map_err(checkpoint_error);
         parsed.with_context(|| self.from.clone())
     }
 }

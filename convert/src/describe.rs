@@ -3,7 +3,9 @@
 use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
-use openvla::{BaseModel, Config, General, Normalize, Preprocess, Resize, Source, Statistics};
+use openvla::{
+    BaseModel, Config, General, Normalize, OftConfig, Preprocess, Resize, Source, Statistics,
+};
 
 use crate::cards;
 use crate::checkpoint::{CheckpointInfo, HubRevision, checkpoint_error};
@@ -26,10 +28,11 @@ pub fn describe(
     statistics: Statistics,
     shapes: &Shapes,
     mapping: &Mapping,
+    oft: Option<OftConfig>,
     encoding: Encoding,
 ) -> Result<Config> {
     let hf = &info.config;
-    let vocabulary = tokenizer::read(&info.dir, mapping.llama.n_vocab)?;
+    let vocabulary = tokenizer::read(info.tokenizer_dir(), mapping.llama.n_vocab)?;
     let preprocess = preprocess(&info.preprocessor, mapping)
         .with_context(|| format!("{}/preprocessor_config.json", info.dir.display()))?;
     let config = Config {
@@ -39,13 +42,17 @@ pub fn describe(
         towers: mapping.towers.clone(),
         projector: mapping.projector.clone(),
         llama: mapping.llama.clone(),
-        prompt: Prompt::new(template(hf)?.to_owned(), suffix(&vocabulary)?)
-            .map_err(checkpoint_error)?,
+        // ref: openvla-oft `get_vla_action`, which has one prompt whatever the backbone
+        prompt: Prompt::new(
+            if oft.is_some() { prompt::OPENVLA } else { template(hf)? }.to_owned(),
+            suffix(&vocabulary)?,
+        )
+        .map_err(checkpoint_error)?,
         vocabulary,
         actions: hf.actions()?,
         cards: cards::cards(&statistics),
         statistics,
-        oft: None,
+        oft,
     };
     config.check().map_err(checkpoint_error)?;
     ensure!(

@@ -7,6 +7,7 @@
 //! | [`aliases`], [`tensors`] | safetensors files, and the other names of their tensors |
 //! | [`torch`] | tensors in PyTorch's `.pt` files |
 //! | [`hf_config`] | `config.json` and `preprocessor_config.json`, and whether the runtime supports them |
+//! | [`oft`] | OpenVLA-OFT runs: their own files, and what no file says |
 //! | [`checkpoint`] | the folder: JSON files, shards, statistics |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
@@ -39,6 +40,7 @@ pub mod inspect;
 pub mod interrupt;
 pub mod lora;
 pub mod mapping;
+pub mod oft;
 pub mod peft;
 pub mod plan;
 pub mod proof;
@@ -52,7 +54,7 @@ pub mod weights;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use openvla::{Config, Proof};
 use openvla_example::Spec;
@@ -63,6 +65,7 @@ use crate::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
 use crate::imatrix::ImportanceMatrix;
 use crate::lora::Adapter;
 use crate::mapping::{Mapping, Shapes};
+use crate::oft::RunOptions;
 use crate::plan::{Encoding, Override, PlannedTensor};
 use crate::random::RandomWeights;
 use crate::weights::{CheckpointWeights, TensorSource};
@@ -81,6 +84,10 @@ pub struct Options {
     pub overrides: Vec<Override>,
     /// Folder of a LoRA adapter to merge first.
     pub adapter: Option<PathBuf>,
+    /// Folder of the model that an OpenVLA-OFT run was trained from, if the run was not merged.
+    pub base: Option<PathBuf>,
+    /// What no file of an OpenVLA-OFT run says.
+    pub run: RunOptions,
     /// The statistics file. Without it: the file in the adapter's folder, which belongs to the
     /// fine-tuned model, else the checkpoint's.
     pub statistics: Option<PathBuf>,
@@ -99,6 +106,8 @@ impl Default for Options {
             encoding: Encoding::default(),
             overrides: Vec::new(),
             adapter: None,
+            base: None,
+            run: RunOptions::default(),
             statistics: None,
             importance: None,
             proof: false,
@@ -138,14 +147,18 @@ impl Conversion {
     /// # Errors
     /// Names what is missing, damaged, or belongs to another model.
     pub fn new(checkpoint: &Path, options: &Options) -> Result<Self> {
-        let Checkpoint { mut info, tensors, mut warnings } = Checkpoint::open(checkpoint)?;
+        let base = options.base.as_deref();
+        let Checkpoint { mut info, tensors, mut warnings } = Checkpoint::open(checkpoint, base)?;
         let shapes: Shapes = (tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect();
         let cannot = || format!("{} cannot be converted", checkpoint.display());
         info.config.check().with_context(cannot)?;
         hf_config::check_not_quantized(shapes.keys()).with_context(cannot)?;
-        let dir = options.adapter.as_deref();
+        let is_run = info.run.is_some() || options.run.are_given();
+        let unmerged = base.map(|_| checkpoint.join(checkpoint::ADAPTER_FOLDER));
+        options.adapter.as_deref().map(lora::check_parent).transpose()?;
+        let dir = options.adapter.as_deref().or(unmerged.as_deref());
         info.adapter = dir.map(checkpoint::model_name).transpose()?;
         let mut adapter = dir.map(|dir| Adapter::open(dir, &tensors)).transpose()?;
         let of_adapter = adapter.as_mut().and_then(|adapter| adapter.statistics.take());
@@ -155,6 +168,12 @@ impl Conversion {
             (None, Some(statistics)) => statistics,
             (None, None) => {
                 let statistics = StatisticsText::of(&info)?;
+                ensure!(
+                    !(is_run && statistics.inherited),
+                    "{} has no dataset_statistics.json, and the statistics of config.json are the base model's; copy it \
+                     from the run's folder, or name it with --statistics",
+                    checkpoint.display()
+                );
                 warnings.extend(match dir {
                     Some(dir) => Some(lora::missing_statistics_warning(dir, &statistics)),
                     None => checkpoint::inherited_statistics_warning(&info, &statistics),
@@ -163,12 +182,23 @@ impl Conversion {
             }
         };
         let Options { encoding, proof, n_threads, .. } = *options;
-        let mapping = mapping::mapping(&info.config, &shapes).with_context(cannot)?;
+        let mapping = mapping::mapping(&info.config, &shapes, is_run).with_context(cannot)?;
         for name in mapping.tensors.iter().flat_map(|tensor| &tensor.sources) {
             tensors.check_type(name)?;
         }
-        let parsed = statistics.parse().with_context(cannot)?;
-        let config = describe::describe(&info, parsed, &shapes, &mapping, encoding);
+        let oft = match mapping.run {
+            Some(run) => {
+                let oft =
+                    oft::configure_with(run, &statistics, &options.run).with_context(cannot)?;
+                warnings.extend(oft::doubt(&info.name, &oft));
+                Some(oft)
+            }
+            None => None,
+        };
+        let (bounds, has_state) =
+            oft.as_ref().map(|oft| (oft.bounds, oft.n_state > 0)).unwrap_or_default();
+        let parsed = statistics.parse_with(bounds, has_state).with_context(cannot)?;
+        let config = describe::describe(&info, parsed, &shapes, &mapping, oft, encoding);
         let mut config = config.with_context(cannot)?;
         let fingerprint = fingerprint::fingerprint(&mapping, &tensors, adapter.as_ref())?;
         config.general.source.fingerprint = Some(fingerprint);
@@ -204,10 +234,10 @@ impl Conversion {
         let info = CheckpointInfo::open(&dir)?;
         let tensors = spec.tensors();
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-        let mapping = mapping::mapping(&info.config, &shapes)?;
+        let mapping = mapping::mapping(&info.config, &shapes, false)?;
         let statistics = StatisticsText::of(&info)?;
         let parsed = statistics.parse()?;
-        let mut config = describe::describe(&info, parsed, &shapes, &mapping, encoding)?;
+        let mut config = describe::describe(&info, parsed, &shapes, &mapping, None, encoding)?;
         config.general.source.fingerprint = Some(format!("{:016x}", spec.seed));
         let plan = plan::plan(&mapping, encoding, &[])?;
         let weights = Box::new(RandomWeights::new(tensors, spec.seed, n_threads));

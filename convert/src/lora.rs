@@ -11,12 +11,15 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::checkpoint::{StatisticsText, list_folder};
 use crate::files;
+use crate::oft::RunFiles;
 use crate::peft::PeftConfig;
 use crate::recognize;
 use crate::tensors::{Matrix, Tensors, ZERO_3};
 
 /// The prefix of peft's tensor names: it wraps the model twice.
 pub const PREFIX: &str = "base_model.model.";
+/// How names of towers begin that were wrapped in FiLM.
+const FILM_TOWERS: &str = "vision_backbone.vision_backbone.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
@@ -41,7 +44,6 @@ impl Adapter {
         let not_an_adapter = || format!("{shown} is not a folder with a LoRA adapter");
         ensure!(dir.is_dir(), not_an_adapter());
         recognize::check_adapter(&shown, &list_folder(dir)?)?;
-        check_run(dir)?;
         let path = dir.join("adapter_config.json");
         let config: PeftConfig = files::read_json(&path).with_context(not_an_adapter)?;
         config.check().with_context(|| path.display().to_string())?;
@@ -61,6 +63,9 @@ impl Adapter {
         for (name, entry) in self.tensors.entries() {
             let module = name.strip_prefix(PREFIX).unwrap_or(name);
             let original = module.replace(".base_layer.", ".");
+            if module.starts_with(FILM_TOWERS) {
+                continue; // the run's vision file holds them too, and the merge of openvla-oft finds no place for these
+            }
             if base.entries().contains_key(&original) {
                 self.check_copy(name, base, &original)?;
                 continue; // peft saves the head too if it is a target
@@ -180,6 +185,41 @@ impl Adapter {
     }
 }
 
+/// The difference that an adapter makes whose A and B are among the checkpoint's own tensors, as in the vision file of
+/// an OpenVLA-OFT run. ref: openvla-oft `vla-scripts/finetune.py`: alpha is at most 16
+///
+/// # Errors
+/// Names the file if it cannot be mapped, and what does not fit.
+pub fn own_delta(tensors: &Tensors, weight: &str) -> Result<Option<Delta>> {
+    const MAX_ALPHA: usize = 16;
+    let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
+    let names = [A, B].map(|half| format!("{module}{half}"));
+    let [Some(a), Some(b)] = names.each_ref().map(|name| tensors.entries().get(name)) else {
+        return Ok(None);
+    };
+    let rank = a.shape.first().copied().unwrap_or(0);
+    let (n_out, n_in) = rows_of(&tensors.entries()[weight].shape);
+    ensure!(
+        rank > 0 && rows_of(&a.shape) == (rank, n_in) && rows_of(&b.shape) == (n_out, rank),
+        "{} and {} have shapes {:?} and {:?}, which do not fit {weight}",
+        names[0],
+        names[1],
+        a.shape,
+        b.shape
+    );
+    names.iter().try_for_each(|name| tensors.check_type(name))?;
+    let half = |name: &String| Ok::<_, anyhow::Error>(all(&tensors.matrix(name)?));
+    let (a, b) = (half(&names[0])?, half(&names[1])?);
+    ensure!(a.iter().chain(&b).all(|x| x.is_finite()), "the adapter of {weight} is not finite");
+    let scale = rank.min(MAX_ALPHA) as f32 / rank as f32;
+    Ok(Some(Delta { a, b, rank, scale }))
+}
+
+/// Whether a tensor is the A or B of an adapter.
+pub fn is_half(name: &str) -> bool {
+    name.ends_with(A) || name.ends_with(B)
+}
+
 /// The warning about an adapter without statistics in its folder.
 pub fn missing_statistics_warning(adapter: &Path, taken: &StatisticsText) -> String {
     format!(
@@ -192,14 +232,22 @@ pub fn missing_statistics_warning(adapter: &Path, taken: &StatisticsText) -> Str
     )
 }
 
-/// Refuses OpenVLA-OFT's adapters: its trainer writes them to a subfolder of its run, and the head that
-/// belongs to them to the run's folder.
-fn check_run(adapter: &Path) -> Result<()> {
+/// Refuses an adapter in the folder of an OpenVLA-OFT run, whose head and statistics belong to it.
+///
+/// # Errors
+/// Says how the run is converted.
+pub fn check_parent(adapter: &Path) -> Result<()> {
     let adapter = adapter.canonicalize()?;
-    match adapter.parent().map(|run| (run, list_folder(run))) {
-        Some((run, Ok(names))) => recognize::refuse_oft(&run.display().to_string(), &names),
-        _ => Ok(()), // The parent folder may not be readable.
-    }
+    let Some((run, Ok(names))) = adapter.parent().map(|run| (run, list_folder(run))) else {
+        return Ok(()); // The parent folder may not be readable.
+    };
+    let shown = run.display();
+    ensure!(
+        RunFiles::find(&shown.to_string(), &names)?.is_none(),
+        "the adapter is of the OpenVLA-OFT run in {shown}; give that as CHECKPOINT, and the model that it was trained \
+         from with --base if the folder has no weights"
+    );
+    Ok(())
 }
 
 /// A shape as rows and columns: the first dimension, and the product of the others, as for convolutions.

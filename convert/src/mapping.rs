@@ -3,14 +3,18 @@
 //! Sizes that `config.json` does not state come from the checkpoint's shapes, and all shapes are
 //! checked against each other.
 
+mod oft;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
-use openvla::{LlamaConfig, TowerConfig};
+use openvla::{LlamaConfig, OftHead, TowerConfig};
 use openvla_kernels::Shape;
 
 use crate::aliases;
 use crate::hf_config::HfConfig;
+
+pub use oft::RunTensors;
 
 /// Shapes by tensor name, in PyTorch's order.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -32,6 +36,10 @@ pub enum Role {
     Head,
     /// The head's rows for action tokens.
     ActionHead,
+    /// The matrices of OpenVLA-OFT's head.
+    OftHead,
+    /// The projector of the arm's state.
+    State,
 }
 
 /// One tensor of the file.
@@ -68,6 +76,8 @@ pub struct Mapping {
     pub projector: Vec<usize>,
     /// The language model.
     pub llama: LlamaConfig,
+    /// What the tensors of an OpenVLA-OFT run tell.
+    pub run: Option<RunTensors>,
 }
 
 /// What timm knows by a model's name and the tensors do not say.
@@ -81,6 +91,9 @@ const TIMM: [Timm; 2] = [
     Timm { id: "vit_large_patch14_reg4_dinov2.lvd142m", name: "dinov2", n_head: 16 },
     Timm { id: "vit_so400m_patch14_siglip_224", name: "siglip", n_head: 16 },
 ];
+
+/// The matrix that computes logits.
+const LM_HEAD: &str = "language_model.lm_head.weight";
 
 /// The prefixes of the first and the second tower in a checkpoint.
 const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
@@ -98,15 +111,17 @@ pub fn component(name: &str) -> &str {
         "blk" | "output_norm" => "llama",
         "token_embd" => "token_embedding",
         "output" => "head",
+        "oft" if name.starts_with("oft.state") => "state_projector",
+        "oft" => "oft_head",
         itself => itself,
     }
 }
 
-/// Maps a checkpoint's tensors.
+/// Maps a checkpoint's tensors, those of an OpenVLA-OFT run if it `is_run`.
 ///
 /// # Errors
 /// Names a tensor that is missing, of another shape, or of no known use.
-pub fn mapping(config: &HfConfig, shapes: &Shapes) -> Result<Mapping> {
+pub fn mapping(config: &HfConfig, shapes: &Shapes, is_run: bool) -> Result<Mapping> {
     let mut mapper = Mapper { remaining: shapes.clone(), tensors: Vec::new(), unused: Vec::new() };
     let n_tower = config.timm_model_ids.len();
     ensure!((1..=2).contains(&n_tower), "timm_model_ids names {n_tower} towers; 1 or 2 can be");
@@ -127,12 +142,18 @@ pub fn mapping(config: &HfConfig, shapes: &Shapes) -> Result<Mapping> {
     let n_in = towers.iter().map(|tower| tower.dim).sum();
     let projector = mapper.projector(n_in, n_tower + 1)?;
     let llama = mapper.llama(config)?;
+    let run = is_run.then(|| mapper.run(&towers, llama.dim)).transpose()?;
+    if run.is_none_or(|run| run.head == OftHead::Tokens) {
+        mapper.token_head(config, &llama)?;
+    } else {
+        mapper.drop_matching(|name| name == LM_HEAD);
+    }
     mapper.drop_matching(|name| name.ends_with(".rotary_emb.inv_freq"));
     if let Some(name) = mapper.remaining.keys().next() {
         bail!("the tensor {name} belongs to no part of OpenVLA; is this another model?");
     }
     let Mapper { tensors, unused, .. } = mapper;
-    Ok(Mapping { tensors, unused, towers, patch_size, n_patch, projector, llama })
+    Ok(Mapping { tensors, unused, towers, patch_size, n_patch, projector, llama, run })
 }
 
 /// Moves tensors from `remaining` to `tensors` or `unused`.
@@ -338,18 +359,16 @@ impl Mapper {
             self.layer(&c, i)?;
         }
         self.vector("output_norm.weight", &model("norm"), dim, dim)?;
-        let head = "language_model.lm_head.weight";
-        self.matrix("output", head, Role::Head, [dim, c.n_vocab])?;
-        self.action_head(head, config, dim)?;
         Ok(c)
     }
 
-    /// Stores the head's rows for action tokens a second time: they may get a better type.
-    fn action_head(&mut self, head: &str, config: &HfConfig, dim: usize) -> Result<()> {
+    /// The matrix that computes logits. Its rows for action tokens are stored a second time: they may get a better type.
+    fn token_head(&mut self, config: &HfConfig, c: &LlamaConfig) -> Result<()> {
+        self.matrix("output", LM_HEAD, Role::Head, [c.dim, c.n_vocab])?;
         let actions = config.actions()?;
         let n_row = actions.n_bin as usize;
         let name = "action_head.weight".to_owned();
-        self.add(name, &[dim, n_row], Role::ActionHead, &[head.into()]);
+        self.add(name, &[c.dim, n_row], Role::ActionHead, &[LM_HEAD.into()]);
         self.tensors.last_mut().expect("one was added").first_row = actions.rows().start;
         Ok(())
     }

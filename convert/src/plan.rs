@@ -103,7 +103,8 @@ impl Encoding {
         let at_least = |dtype| if quantized { dtype } else { self.body };
         let wanted = match tensor.role {
             Role::Plain => return DType::F32,
-            Role::Vision | Role::Projector => at_least(DType::Q8_0),
+            Role::Vision | Role::Projector | Role::OftHead => at_least(DType::Q8_0),
+            Role::State => at_least(DType::BF16),
             Role::Head if self.body != DType::Q8_0 => at_least(DType::Q6_K),
             Role::ActionHead => at_least(DType::BF16),
             Role::Embedding | Role::Llama | Role::Head => self.body,

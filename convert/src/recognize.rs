@@ -7,35 +7,24 @@ use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{INDEX, WEIGHTS};
+use crate::oft::RunFiles;
 
 /// The file with an adapter's weights.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
-
-/// Refuses OpenVLA-OFT checkpoints. They have OpenVLA's config and tensors and a head of their own,
-/// without which their actions are wrong.
-///
-/// # Errors
-/// Names the checkpoint, and the file that only OpenVLA-OFT has.
-pub fn refuse_oft(checkpoint: &str, names: &[String]) -> Result<()> {
-    const PARTS: [&str; 4] =
-        ["action_head--", "proprio_projector--", "noisy_action_projector--", "vision_backbone--"];
-    if let Some(name) = names.iter().find(|name| PARTS.iter().any(|part| name.starts_with(part))) {
-        bail!(
-            "{checkpoint} holds {name}: it is an OpenVLA-OFT checkpoint, whose parallel decoding \
-             and action head this version does not run"
-        );
-    }
-    Ok(())
-}
 
 /// Refuses what is not a checkpoint of OpenVLA.
 ///
 /// # Errors
 /// Says what it is, and what to do with it.
 pub fn check_checkpoint(checkpoint: &str, names: &[String]) -> Result<()> {
-    refuse_oft(checkpoint, names)?;
     if has(names, "config.json") {
         return Ok(());
+    }
+    if RunFiles::find(checkpoint, names)?.is_some() {
+        bail!(
+            "{checkpoint} is an OpenVLA-OFT run without config.json and weights: its adapter was not merged; give the \
+             model that it was trained from with --base, such as --base openvla/openvla-7b"
+        );
     }
     ensure!(
         !has(names, "adapter_config.json"),
@@ -109,7 +98,12 @@ pub const PRISMATIC: &str = "it is a native Prismatic run, as OpenVLA's training
 /// # Errors
 /// Says what it is, and what to do.
 pub fn check_adapter(adapter: &str, names: &[String]) -> Result<()> {
-    refuse_oft(adapter, names)?;
+    if RunFiles::find(adapter, names)?.is_some() {
+        bail!(
+            "{adapter} is an OpenVLA-OFT run, not a LoRA adapter; give it as CHECKPOINT, and the model that it was \
+             trained from with --base if its weights are not merged"
+        );
+    }
     ensure!(
         has(names, "adapter_config.json") || !has(names, "config.json"),
         "{adapter} is a whole checkpoint, not a LoRA adapter; give it as CHECKPOINT, without --lora"

@@ -27,6 +27,8 @@ pub struct TensorEntry {
     pub shape: Vec<usize>,
     offset: u64,
     length: usize,
+    /// Whether its numbers are rounded to bf16, which the model computes with whatever the file holds.
+    as_bf16: bool,
 }
 
 /// The tensors of one file or several.
@@ -77,6 +79,7 @@ impl Tensors {
                 shape: info.shape.clone(),
                 offset: 8 + header + start as u64,
                 length: end - start,
+                as_bf16: false,
             };
             let twice = self.entries.insert(canonical(&tensor), entry).is_some();
             ensure!(!twice, at(&format!("holds {tensor}, which another shard holds too")));
@@ -85,7 +88,8 @@ impl Tensors {
         Ok(())
     }
 
-    /// Adds the tensors of a state dict that `torch.save` wrote, with `prefix` before each name.
+    /// Adds the tensors of a state dict that `torch.save` wrote, with `prefix` before each name. Their numbers are
+    /// rounded to bf16: openvla-oft saves some of its modules in f32, and loads all into bf16.
     ///
     /// # Errors
     /// Names the file, and what is damaged or refused: see [`torch::read`].
@@ -95,12 +99,24 @@ impl Tensors {
             .with_context(|| format!("cannot read the PyTorch file {}", path.display()))?;
         for (name, torch::Tensor { dtype, shape, offset, length }) in tensors {
             let name = format!("{prefix}{name}");
-            let entry = TensorEntry { file: self.files.len(), dtype, shape, offset, length };
+            let entry =
+                TensorEntry { file: self.files.len(), dtype, shape, offset, length, as_bf16: true };
             let twice = self.entries.insert(name.clone(), entry).is_some();
             ensure!(!twice, "{} holds {name}, which another file holds too", path.display());
         }
         self.files.push((path.to_owned(), file));
         Ok(())
+    }
+
+    /// Takes out the tensors that `matches`.
+    pub fn remove(&mut self, matches: impl Fn(&str) -> bool) {
+        self.entries.retain(|name, _| !matches(name));
+    }
+
+    /// Gives every tensor the name that `to` makes of its own.
+    pub fn rename(&mut self, to: impl Fn(&str) -> String) {
+        let entries = std::mem::take(&mut self.entries).into_iter();
+        self.entries = entries.map(|(name, entry)| (to(&name), entry)).collect();
     }
 
     /// All tensors, by name.
@@ -133,7 +149,7 @@ impl Tensors {
         let (path, file) = &self.files[entry.file];
         let bytes = Mapped::range(file, entry.offset, entry.length)
             .with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Matrix { bytes, dtype: entry.dtype, row, n_row })
+        Ok(Matrix { bytes, dtype: entry.dtype, as_bf16: entry.as_bf16, row, n_row })
     }
 }
 
@@ -141,6 +157,7 @@ impl Tensors {
 pub struct Matrix {
     bytes: Mapped,
     dtype: Dtype,
+    as_bf16: bool,
     /// Numbers in a row.
     pub row: usize,
     /// Rows.
@@ -166,6 +183,9 @@ impl Matrix {
         match self.dtype {
             Dtype::BF16 => decode(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
             Dtype::F16 => decode(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            _ if self.as_bf16 => {
+                decode(bytes, out, |b| bf16::from_f32(f32::from_le_bytes(b)).to_f32());
+            }
             _ => decode(bytes, out, f32::from_le_bytes),
         }
     }

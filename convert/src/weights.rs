@@ -7,7 +7,7 @@ use openvla_kernels::{ALIGNMENT, DType, Gguf, Header, parallel_for_each};
 
 use crate::imatrix::ImportanceMatrix;
 use crate::interrupt;
-use crate::lora::{Adapter, Delta};
+use crate::lora::{self, Adapter, Delta};
 use crate::mapping::MappedTensor;
 use crate::plan::PlannedTensor;
 use crate::tensors::{Matrix, Tensors};
@@ -98,7 +98,10 @@ impl<'a> SourceRows<'a> {
     fn open(from: &CheckpointWeights, tensor: &'a MappedTensor) -> Result<Self> {
         let open = |name: &String| {
             let adapter = from.adapter.as_ref();
-            let delta = adapter.map(|adapter| adapter.delta(name)).transpose()?.flatten();
+            let delta = match adapter.map(|adapter| adapter.delta(name)).transpose()?.flatten() {
+                Some(delta) => Some(delta),
+                None => lora::own_delta(&from.tensors, name)?,
+            };
             Ok((from.tensors.matrix(name)?, delta))
         };
         Ok(Self { tensor, sources: tensor.sources.iter().map(open).collect::<Result<_>>()? })

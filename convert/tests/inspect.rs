@@ -292,10 +292,10 @@ mod shared {
             revision: "47a0ec7fc4ec123775a391911046cf33cf9ed83f".into(),
         });
         info.adapter = Some("openvla-7b+my_robot+b16".into());
-        let mapping = mapping(&info.config, &shapes).unwrap();
+        let mapping = mapping(&info.config, &shapes, false).unwrap();
         let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
         let config =
-            describe(&info, statistics, &shapes, &mapping, "Q8_0".parse().unwrap()).unwrap();
+            describe(&info, statistics, &shapes, &mapping, None, "Q8_0".parse().unwrap()).unwrap();
         let mut header = Header::default();
         config.write(&mut header);
         let dir = tempfile::tempdir().unwrap();

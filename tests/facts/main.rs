@@ -32,7 +32,7 @@ fn model(name: &str) -> (Shapes, Mapping) {
     openvla_example::write_settings(folder.path(), &spec).unwrap();
     let config: HfConfig =
         serde_json::from_value(json(&folder.path().join("config.json"))).unwrap();
-    let mapping = mapping(&config, &shapes).unwrap();
+    let mapping = mapping(&config, &shapes, false).unwrap();
     (shapes, mapping)
 }
 

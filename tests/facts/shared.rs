@@ -17,9 +17,9 @@ use crate::model;
 
 fn config_of(dir: &Path, encoding: &str) -> Config {
     let (info, (shapes, _)) = (CheckpointInfo::open(dir).unwrap(), model("openvla"));
-    let mapping = mapping(&info.config, &shapes).unwrap();
+    let mapping = mapping(&info.config, &shapes, false).unwrap();
     let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
-    describe(&info, statistics, &shapes, &mapping, encoding.parse().unwrap()).unwrap()
+    describe(&info, statistics, &shapes, &mapping, None, encoding.parse().unwrap()).unwrap()
 }
 
 /// `dir` under another name, with what `base` holds beside it.
@@ -53,7 +53,7 @@ fn the_indices_list_the_references_tensors() {
 fn the_settings_give_the_layout_that_the_examples_give() {
     let dir = real_configs().join("openvla-7b");
     let (shapes, ours) = model("openvla");
-    let theirs = mapping(&CheckpointInfo::open(&dir).unwrap().config, &shapes).unwrap();
+    let theirs = mapping(&CheckpointInfo::open(&dir).unwrap().config, &shapes, false).unwrap();
     assert_eq!(theirs.llama, ours.llama);
     assert_eq!((theirs.towers, theirs.projector), (ours.towers, ours.projector));
     let stated = json(&dir.join("config.json"))["text_config"].clone();
@@ -90,7 +90,7 @@ fn the_published_files_are_read_as_they_are() {
             .all(|d| d.action.mask == [[true; 6].as_slice(), &[false]].concat())
     );
     // Without its shards the folder is incomplete, which the index tells.
-    let error = Checkpoint::open(&dir).err().unwrap().to_string();
+    let error = Checkpoint::open(&dir, None).err().unwrap().to_string();
     assert!(
         error.contains("model-00001-of-00003.safetensors; is the checkpoint complete?"),
         "{error}"

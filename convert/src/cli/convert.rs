@@ -4,10 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use openvla::Bounds;
 use openvla::cli::{output_file, say};
 use openvla_convert::checkpoint::{HubRevision, hub_revision};
 use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
+use openvla_convert::oft::{self, Platform, RunOptions};
 use openvla_convert::plan::{Encoding, Override};
 use openvla_convert::{Conversion, Options};
 
@@ -26,6 +28,8 @@ pub struct Convert {
     /// adapter_model.safetensors
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
+    #[command(flatten)]
+    run: Run,
     /// Statistics of the model's data sets, as finetune.py writes them [default:
     /// dataset_statistics.json of the adapter or the checkpoint, else config.json's norm_stats]
     #[arg(long, value_name = "FILE")]
@@ -65,6 +69,9 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     if !args.example {
         say(format_args!("statistics: {}", conversion.statistics));
     }
+    if let Some(oft) = &conversion.config.oft {
+        say(oft::summary(oft));
+    }
     for warning in &conversion.warnings {
         say(format_args!("warning: {warning}"));
     }
@@ -84,6 +91,40 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     Ok(())
 }
 
+/// What no file of an OpenVLA-OFT run says.
+#[derive(clap::Args)]
+#[command(next_help_heading = "OpenVLA-OFT")]
+struct Run {
+    /// The model that a run was trained from, if its adapter was not merged: a folder or a repository
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "lora")]
+    base: Option<PathBuf>,
+    /// Defaults of the options below: libero, aloha or bridge [default: what the sizes tell]
+    #[arg(long, value_name = "NAME", value_parser = platform)]
+    platform: Option<Platform>,
+    /// Actions of one pass
+    #[arg(long, value_name = "N")]
+    chunk: Option<usize>,
+    /// Cameras: the third-person one, then those on wrists
+    #[arg(long, value_name = "N")]
+    cameras: Option<usize>,
+    /// Which statistics -1 and 1 stand for: q99 or min-max
+    #[arg(long, value_name = "NAME", value_parser = bounds)]
+    bounds: Option<Bounds>,
+    /// The model was trained without random crops, so pictures are not cropped
+    #[arg(long)]
+    no_center_crop: bool,
+}
+
+fn platform(name: &str) -> Result<Platform, String> {
+    let found = Platform::ALL.into_iter().find(|platform| platform.name() == name);
+    found.ok_or_else(|| "libero, aloha or bridge is needed".to_owned())
+}
+
+fn bounds(name: &str) -> Result<Bounds, String> {
+    let found = [Bounds::Quantiles, Bounds::Extremes].into_iter().find(|b| b.as_ref() == name);
+    found.ok_or_else(|| "q99 or min-max is needed".to_owned())
+}
+
 impl Convert {
     fn options(&self, encoding: Encoding, n_threads: usize) -> Result<Options> {
         let lora = self.lora.as_ref();
@@ -91,6 +132,19 @@ impl Convert {
             encoding,
             overrides: self.tensor_type.clone(),
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
+            base: self
+                .run
+                .base
+                .as_deref()
+                .map(|dir| folder(dir, Content::Checkpoint))
+                .transpose()?,
+            run: RunOptions {
+                platform: self.run.platform,
+                chunk: self.run.chunk,
+                n_camera: self.run.cameras,
+                bounds: self.run.bounds,
+                no_center_crop: self.run.no_center_crop,
+            },
             statistics: self.statistics.clone(),
             importance: self.imatrix.clone(),
             proof: !self.no_proof,

@@ -1,0 +1,405 @@
+//! OpenVLA-OFT runs: which files are theirs, and what no file says.
+//!
+//! A run is an OpenVLA checkpoint with weights of its own in PyTorch's format: the head, the state's projector, the
+//! towers if they have FiLM. Its `config.json` is the base model's and says nothing of all this, and the chunk, the
+//! cameras and the bounds are in no file: they come from the user, or from the platform that the sizes tell.
+//!
+//! ref: openvla-oft `experiments/robot/openvla_utils.py` `find_checkpoint_file`, `prismatic/vla/constants.py`
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use openvla::{Bounds, OftConfig, OftHead};
+
+use crate::checkpoint::StatisticsText;
+use crate::mapping::RunTensors;
+use crate::tensors::Tensors;
+
+/// Prefixes of the tensors of each file, once they are with the checkpoint's.
+pub const HEAD: &str = "action_head.";
+/// See [`HEAD`].
+pub const STATE: &str = "proprio_projector.";
+/// See [`HEAD`]: the towers' names have it already.
+pub const VISION: &str = "vision_backbone.";
+
+/// The files of a run that OpenVLA's checkpoints lack, by their names in its folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunFiles {
+    /// `action_head--150000_checkpoint.pt`
+    head: Option<String>,
+    /// `proprio_projector--…`, of those that read the arm's state.
+    state: Option<String>,
+    /// `vision_backbone--…`, of those whose instruction modulates the towers.
+    vision: Option<String>,
+}
+
+impl RunFiles {
+    /// Finds them among the names in a folder; none if it is not a run.
+    ///
+    /// # Errors
+    /// If there are two for one part, or if it is a run with a diffusion head.
+    pub fn find(folder: &str, names: &[String]) -> Result<Option<Self>> {
+        let part = |part: &str| {
+            let is_it = |name: &&String| {
+                name.contains(part) && name.contains("checkpoint") && name.ends_with(".pt")
+            };
+            let found: Vec<&String> = names.iter().filter(is_it).collect();
+            match found[..] {
+                [] => Ok(None),
+                [name] => Ok(Some(name.clone())),
+                [one, other, ..] => bail!(
+                    "{folder} holds {one} and {other}, one of which is of another step of training; leave the \
+                     one that belongs to the weights"
+                ),
+            }
+        };
+        if let Some(name) = part("noisy_action_projector")? {
+            bail!("{folder} holds {name}: {DIFFUSION}");
+        }
+        let (head, state) = (part("action_head")?, part("proprio_projector")?);
+        let files = Self { head, state, vision: part("vision_backbone")? };
+        Ok((files != Self::default()).then_some(files))
+    }
+
+    /// Whether the instruction modulates the towers.
+    pub fn has_film(&self) -> bool {
+        self.vision.is_some()
+    }
+
+    /// Reads the files and adds their tensors to the checkpoint's. The towers of a run with FiLM are those of its file:
+    /// the checkpoint's are the base model's.
+    ///
+    /// # Errors
+    /// Names a file that cannot be read, or a head that is not supported.
+    pub fn add_to(&self, tensors: &mut Tensors, dir: &Path) -> Result<()> {
+        if let Some(name) = &self.head {
+            tensors.add_torch(&dir.join(name), HEAD)?;
+            let is_diffusion =
+                tensors.entries().keys().any(|name| name.contains("noise_predictor."));
+            ensure!(!is_diffusion, "{}: {DIFFUSION}", dir.join(name).display());
+        }
+        if let Some(name) = &self.state {
+            tensors.add_torch(&dir.join(name), STATE)?;
+        }
+        if let Some(name) = &self.vision {
+            tensors.remove(|name| name.starts_with(VISION));
+            tensors.add_torch(&dir.join(name), "")?;
+            tensors.rename(unwrapped);
+        }
+        Ok(())
+    }
+}
+
+/// What is said of a run with a diffusion head.
+const DIFFUSION: &str = "its head is a diffusion model, which takes 50 passes for a chunk and is not run by this \
+     version; OpenVLA-OFT's published runs have an L1 head";
+
+/// A tower's tensor by the name that it has without FiLM and LoRA: both wrap what they change.
+fn unwrapped(name: &str) -> String {
+    if !name.starts_with(VISION) {
+        return name.to_owned();
+    }
+    name.replace(".block.", ".").replace(".base_layer.", ".").replace(".default.weight", ".weight")
+}
+
+/// What a user says of a run. What is left out comes from its platform.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RunOptions {
+    /// The platform that it was trained for, by openvla-oft's names.
+    pub platform: Option<Platform>,
+    /// Actions of one pass.
+    pub chunk: Option<usize>,
+    /// Cameras: the third-person one, then those on wrists.
+    pub n_camera: Option<usize>,
+    /// What -1 and 1 stand for.
+    pub bounds: Option<Bounds>,
+    /// Whether the model was trained without random crops.
+    pub no_center_crop: bool,
+}
+
+impl RunOptions {
+    /// Whether something was said that only an OpenVLA-OFT has.
+    pub fn are_given(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+/// A row of openvla-oft's table of constants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "they are names")]
+pub enum Platform {
+    Libero,
+    Aloha,
+    Bridge,
+}
+
+impl Platform {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Libero, Self::Aloha, Self::Bridge];
+
+    /// Its name on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Libero => "libero",
+            Self::Aloha => "aloha",
+            Self::Bridge => "bridge",
+        }
+    }
+
+    fn chunk(self) -> usize {
+        match self {
+            Self::Libero => 8,
+            Self::Aloha => 25,
+            Self::Bridge => 5,
+        }
+    }
+
+    fn n_action(self) -> usize {
+        if self == Self::Aloha { 14 } else { 7 }
+    }
+
+    fn n_state(self) -> usize {
+        match self {
+            Self::Libero => 8,
+            Self::Aloha => 14,
+            Self::Bridge => 7,
+        }
+    }
+
+    fn bounds(self) -> Bounds {
+        if self == Self::Aloha { Bounds::Extremes } else { Bounds::Quantiles }
+    }
+
+    /// Of its evaluation; nothing is published for Bridge, whose data have one camera.
+    fn n_camera(self) -> usize {
+        match self {
+            Self::Libero => 2,
+            Self::Aloha => 3,
+            Self::Bridge => 1,
+        }
+    }
+}
+
+/// What the weights of a run tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunSizes {
+    /// Numbers of an action.
+    pub n_action: usize,
+    /// Numbers of the arm's state; 0 if it is not read.
+    pub n_state: usize,
+    /// What makes actions.
+    pub head: OftHead,
+    /// Whether the instruction modulates the towers.
+    pub film: bool,
+}
+
+/// [`configure`], with what the statistics tell where there is no head.
+///
+/// # Errors
+/// As [`configure`], or if the statistics cannot be used.
+pub fn configure_with(
+    run: RunTensors,
+    statistics: &StatisticsText,
+    options: &RunOptions,
+) -> Result<OftConfig> {
+    let RunTensors { head, n_action, n_state, film } = run;
+    let n_action = match n_action {
+        Some(n) => n,
+        None => {
+            let bounds = options.bounds.or(options.platform.map(Platform::bounds));
+            statistics.parse_with(bounds.unwrap_or_default(), false)?.longest()
+        }
+    };
+    configure(RunSizes { n_action, n_state, head, film }, options)
+}
+
+/// What no file says, from the user or, where all platforms that the sizes allow agree, from those.
+///
+/// # Errors
+/// Names what is ambiguous, and the options that say it.
+pub fn configure(sizes: RunSizes, options: &RunOptions) -> Result<OftConfig> {
+    let RunSizes { n_action, n_state, head, film } = sizes;
+    if let Some(platform) = options.platform {
+        ensure!(
+            platform.n_action() == n_action,
+            "--platform {} has actions of {} numbers, this model of {n_action}; say --chunk, --cameras and --bounds \
+             instead",
+            platform.name(),
+            platform.n_action()
+        );
+    }
+    let possible: Vec<Platform> = match options.platform {
+        Some(platform) => vec![platform],
+        None => {
+            let fits = |platform: &Platform| {
+                platform.n_action() == n_action && (n_state == 0 || platform.n_state() == n_state)
+            };
+            Platform::ALL.into_iter().filter(fits).collect()
+        }
+    };
+    let chunk = agreed(options.chunk, &possible, Platform::chunk)
+        .with_context(|| unknown("how many actions it gives", "--chunk N", sizes))?;
+    let n_camera = agreed(options.n_camera, &possible, Platform::n_camera)
+        .with_context(|| unknown("how many cameras it sees", "--cameras N", sizes))?;
+    let bounds = agreed(options.bounds, &possible, Platform::bounds)
+        .with_context(|| unknown("what -1 and 1 stand for", "--bounds q99|min-max", sizes))?;
+    let center_crop = !options.no_center_crop;
+    let cameras = camera_names(n_camera);
+    Ok(OftConfig { chunk, n_action, n_state, cameras, bounds, center_crop, head, film })
+}
+
+/// What was said, else what all platforms have in common.
+fn agreed<T: Copy + PartialEq>(
+    said: Option<T>,
+    possible: &[Platform],
+    of: impl Fn(Platform) -> T,
+) -> Option<T> {
+    let mut values = possible.iter().map(|platform| of(*platform));
+    said.or_else(|| values.next().filter(|first| values.all(|other| other == *first)))
+}
+
+fn unknown(what: &str, option: &str, RunSizes { n_action, n_state, .. }: RunSizes) -> String {
+    let state = if n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() };
+    format!(
+        "no file of an OpenVLA-OFT run says {what}, and actions of {n_action} numbers with {state} do not tell; say \
+         {option}, or --platform libero, aloha or bridge"
+    )
+}
+
+/// The cameras as openvla-oft's clients call them. The left wrist comes first, as in training.
+fn camera_names(n: usize) -> Vec<String> {
+    let wrists: Vec<String> = match n {
+        0 | 1 => Vec::new(),
+        2 => vec!["wrist_image".to_owned()],
+        3 => vec!["left_wrist_image".to_owned(), "right_wrist_image".to_owned()],
+        _ => (1..n).map(|i| format!("wrist_image_{i}")).collect(),
+    };
+    [vec!["full_image".to_owned(); n.min(1)], wrists].concat()
+}
+
+/// One line on what was taken, for people.
+pub fn summary(oft: &OftConfig) -> String {
+    let OftConfig { chunk, n_action, n_state, cameras, bounds, center_crop, head, film } = oft;
+    let state = if *n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() };
+    let [low, high] = bounds.keys();
+    format!(
+        "OpenVLA-OFT: {chunk} actions of {n_action} numbers ({} head{}) from {} ({}), {state}; {low} and {high} are -1 \
+         and 1; {}",
+        head.as_ref(),
+        if *film { ", FiLM" } else { "" },
+        if cameras.len() == 1 {
+            "1 camera".to_owned()
+        } else {
+            format!("{} cameras", cameras.len())
+        },
+        cameras.join(", "),
+        if *center_crop { "the center of pictures is cropped" } else { "pictures are not cropped" },
+    )
+}
+
+/// Where the name of a run contradicts what was taken: the trainer notes some of it there.
+pub fn doubt(name: &str, oft: &OftConfig) -> Option<String> {
+    let words = name.split("--").flat_map(|part| part.split_once("_acts_chunk"));
+    let said = words.filter_map(|(n, _)| n.rsplit(['-', '+']).next()?.parse::<usize>().ok()).next();
+    let chunk = said.filter(|n| *n != oft.chunk);
+    let has_wrist = name.contains("wrist_img") && oft.cameras.len() == 1;
+    let has_state = name.contains("proprio_state") && oft.n_state == 0;
+    if let Some(n) = chunk {
+        Some(format!("the run's name says chunks of {n}, not of {}", oft.chunk))
+    } else if has_wrist {
+        Some("the run's name says that it sees a wrist camera, but one camera is taken".to_owned())
+    } else if has_state {
+        Some(
+            "the run's name says that it reads the arm's state, but no projector of it is here"
+                .to_owned(),
+        )
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes(n_action: usize, n_state: usize) -> RunSizes {
+        RunSizes { n_action, n_state, head: OftHead::L1, film: false }
+    }
+
+    fn taken(
+        n_action: usize,
+        n_state: usize,
+        options: RunOptions,
+    ) -> Result<(usize, usize, Bounds)> {
+        let oft = configure(sizes(n_action, n_state), &options)?;
+        Ok((oft.chunk, oft.cameras.len(), oft.bounds))
+    }
+
+    #[test]
+    fn sizes_tell_the_platform_where_they_can() {
+        let none = RunOptions::default();
+        assert_eq!(taken(7, 8, none).unwrap(), (8, 2, Bounds::Quantiles));
+        assert_eq!(taken(7, 7, none).unwrap(), (5, 1, Bounds::Quantiles));
+        assert_eq!(taken(14, 14, none).unwrap(), (25, 3, Bounds::Extremes));
+        assert_eq!(taken(14, 0, none).unwrap(), (25, 3, Bounds::Extremes));
+    }
+
+    #[test]
+    fn what_is_ambiguous_is_asked_for() {
+        let error =
+            |n_action, n_state, options| taken(n_action, n_state, options).unwrap_err().to_string();
+        let chunk = |n| RunOptions { chunk: Some(n), ..RunOptions::default() };
+        assert!(error(7, 0, RunOptions::default()).contains("--chunk N"));
+        assert!(error(7, 0, chunk(8)).contains("--cameras N"));
+        assert!(error(6, 6, chunk(8)).contains("--cameras N"));
+        let cameras = RunOptions { n_camera: Some(1), ..chunk(10) };
+        assert_eq!(taken(7, 0, cameras).unwrap(), (10, 1, Bounds::Quantiles), "both have q99");
+        assert!(error(6, 6, cameras).contains("--bounds"));
+        let platform = |platform| RunOptions { platform: Some(platform), ..RunOptions::default() };
+        assert_eq!(taken(7, 0, platform(Platform::Libero)).unwrap(), (8, 2, Bounds::Quantiles));
+        assert!(error(14, 14, platform(Platform::Libero)).contains("actions of 7"));
+    }
+
+    #[test]
+    fn files_are_found_as_the_reference_finds_them() {
+        let find = |names: &str| {
+            RunFiles::find("X", &names.split(' ').map(String::from).collect::<Vec<_>>())
+        };
+        assert_eq!(find("config.json model.safetensors").unwrap(), None);
+        let files = find("action_head--latest_checkpoint.pt a.txt").unwrap().unwrap();
+        assert_eq!(files.head.as_deref(), Some("action_head--latest_checkpoint.pt"));
+        let twice = find("action_head--1_checkpoint.pt action_head--2_checkpoint.pt");
+        assert!(twice.unwrap_err().to_string().contains("of another step"));
+        let diffusion = find("noisy_action_projector--1_checkpoint.pt").unwrap_err();
+        assert!(diffusion.to_string().contains("diffusion"));
+    }
+
+    #[test]
+    fn names_of_wrapped_towers_are_the_plain_ones() {
+        for (wrapped, plain) in [
+            (
+                "featurizer.blocks.0.block.attn.qkv.base_layer.weight",
+                "featurizer.blocks.0.attn.qkv.weight",
+            ),
+            (
+                "featurizer.blocks.0.block.mlp.fc1.lora_A.default.weight",
+                "featurizer.blocks.0.mlp.fc1.lora_A.weight",
+            ),
+            ("fused_featurizer.blocks.1.scale.weight", "fused_featurizer.blocks.1.scale.weight"),
+            ("featurizer.patch_embed.proj.base_layer.bias", "featurizer.patch_embed.proj.bias"),
+        ] {
+            assert_eq!(unwrapped(&format!("{VISION}{wrapped}")), format!("{VISION}{plain}"));
+        }
+        assert_eq!(unwrapped("language_model.block.x"), "language_model.block.x");
+    }
+
+    #[test]
+    fn a_name_that_contradicts_is_noted() {
+        let oft = configure(sizes(7, 8), &RunOptions::default()).unwrap();
+        let name = "run--parallel_dec--8_acts_chunk--continuous_acts--L1--wrist_img--proprio_state";
+        assert_eq!(doubt(name, &oft), None);
+        assert!(doubt("run--25_acts_chunk", &oft).unwrap().contains("25"));
+        let alone = OftConfig { cameras: camera_names(1), n_state: 0, ..oft };
+        assert!(doubt(name, &alone).unwrap().contains("wrist"));
+    }
+}

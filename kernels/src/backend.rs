@@ -2,63 +2,23 @@
 
 use std::ffi::{CStr, c_void};
 use std::ptr::NonNull;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::buffer::{Counts, Usage, Use};
 use crate::device::{keep, start};
 use crate::exceptions::{openvla_free, openvla_start};
-use crate::{Device, Error, Result, panel, threads};
-
-/// Whose functions a CPU computes with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kernels {
-    /// Our own where the CPU has AVX-512 VNNI, else ggml's: products of quantised matrices, which round
-    /// as ggml does and differ in the order of sums; and where there are no GPUs, for many rows,
-    /// products of floats and attention, and GELU, in f32.
-    Fastest,
-    /// ggml's, which are llama.cpp's to the bit.
-    Ggml,
-}
-
-impl Kernels {
-    /// The environment variable that names another default.
-    pub const VARIABLE: &str = "OPENVLA_KERNELS";
-}
-
-impl Default for Kernels {
-    /// The fastest, or those that `$OPENVLA_KERNELS` names: so a whole test suite runs with either.
-    ///
-    /// # Panics
-    /// If it names none.
-    fn default() -> Self {
-        match std::env::var(Self::VARIABLE) {
-            Ok(name) => name.parse().unwrap_or_else(|why| panic!("{}: {why}", Self::VARIABLE)),
-            Err(_) => Self::Fastest,
-        }
-    }
-}
-
-impl FromStr for Kernels {
-    type Err = String;
-
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        match name {
-            "" | "fastest" => Ok(Self::Fastest),
-            "ggml" => Ok(Self::Ggml),
-            _ => Err(format!("`{name}` is not one of fastest, ggml")),
-        }
-    }
-}
+use crate::own::isa::Isa;
+use crate::usage::{Counts, Use};
+use crate::{Device, Error, Kernels, Result, Usage, threads};
 
 /// Devices that own memory and compute together. Values of this type prove that ggml has started.
 pub struct Backend {
     /// GPUs in the order they were named, then the CPU.
     places: Vec<Place>,
     n_threads: usize,
-    kernels: Kernels,
+    /// What our own kernels compute with, if they are to.
+    isa: Option<Isa>,
     /// One computation or transfer at a time: ggml's backends are not made for two.
     gate: Mutex<()>,
 }
@@ -110,7 +70,7 @@ impl Backend {
             );
             return Err(Error::Device { device: "CPU".into(), why });
         }
-        let backend = Self { places, n_threads, kernels, gate: Mutex::new(()) };
+        let backend = Self { places, n_threads, isa: kernels.isa(), gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -166,14 +126,15 @@ impl Backend {
         self.n_threads
     }
 
-    pub(crate) fn kernels(&self) -> Kernels {
-        self.kernels
+    /// What our own products of quantized weights compute with on the CPU, if they are to.
+    pub(crate) fn isa(&self) -> Option<Isa> {
+        self.isa
     }
 
-    /// Whether functions of ours compute all that there are: on a CPU that has the instructions, and
-    /// no GPU beside it, where all but products would be.
+    /// Whether our own kernels compute all that there are: on a CPU that has the instructions, and no GPU
+    /// besides it, where all but products would be.
     pub fn has_own_kernels(&self) -> bool {
-        self.kernels == Kernels::Fastest && self.host() == 0 && panel::available()
+        self.isa.is_some() && self.host() == 0
     }
 
     pub(crate) fn device(&self, device: usize) -> sys::ggml_backend_dev_t {

@@ -2,51 +2,11 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
 use crate::Backend;
-
-/// What memory is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Use {
-    Weights,
-    States,
-    Graphs,
-}
-
-/// Bytes that a model takes on one device, by what they are for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Usage {
-    /// The device's name.
-    pub device: String,
-    /// Weights, those that stay in the mapped file included.
-    pub weights: usize,
-    /// Inputs, what stages hand on, and the KV cache.
-    pub states: usize,
-    /// What lies between the operations of graphs.
-    pub graphs: usize,
-}
-
-/// The count of one device.
-#[derive(Default)]
-pub(crate) struct Counts([AtomicUsize; 3]);
-
-impl Counts {
-    pub fn add(&self, what: Use, bytes: usize) {
-        self.0[what as usize].fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub fn subtract(&self, what: Use, bytes: usize) {
-        self.0[what as usize].fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    pub fn get(&self, what: Use) -> usize {
-        self.0[what as usize].load(Ordering::Relaxed)
-    }
-}
+use crate::usage::Use;
 
 /// A buffer of ggml's, freed when it is dropped. Its tensors' context must outlive it.
 pub(crate) struct Buffer {

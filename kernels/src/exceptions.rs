@@ -43,7 +43,7 @@ mod tests {
     use std::ffi::c_int;
 
     use super::*;
-    use crate::custom::{Function, portable_node};
+    use crate::custom::{Function, raw_node};
     use crate::{Backend, DType, Graph, State, shape};
 
     unsafe extern "C-unwind" {
@@ -69,8 +69,7 @@ mod tests {
         let mut graph = Graph::build(&backend, 2, |g| {
             let (args, shape) = ([g.state(&x)], shape(&[4]));
             // SAFETY: it touches nothing.
-            let node =
-                unsafe { portable_node(DType::F32, shape, &args, lose, std::ptr::null_mut()) };
+            let node = unsafe { raw_node(DType::F32, shape, &args, lose, std::ptr::null_mut()) };
             g.store(node, &y);
         })
         .unwrap();

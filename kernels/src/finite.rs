@@ -3,16 +3,7 @@
 //! A quantized product first rounds its activations to 8 bits, and ggml's rounding turns NaN into some
 //! number. Without a look at both, a damaged file or an overflow would end in an arbitrary motion.
 
-use std::ffi::{c_int, c_void};
-use std::ops::Range;
-use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use llama_cpp_sys_2 as sys;
-
-use crate::custom::{self, share};
-use crate::{DType, Error, Gguf, Result, Tensor, parallel_for_each};
+use crate::{DType, Error, Gguf, Result, parallel_for_each};
 
 /// Bytes that one thread looks at in one go, about.
 const PIECE_BYTES: usize = 4 << 20;
@@ -84,6 +75,11 @@ fn first<T>(items: &[T], is_special: impl Fn(&T) -> bool) -> Option<usize> {
     Some(run * RUN + within)
 }
 
+/// Whether all numbers are finite.
+pub(crate) fn are_finite(x: &[f32]) -> bool {
+    first(x, |x| !x.is_finite()).is_none()
+}
+
 /// Checks that all weights of a file are finite, on that many threads.
 ///
 /// # Errors
@@ -106,49 +102,6 @@ pub(crate) fn check(file: &Gguf, n_thread: usize) -> Result<()> {
         );
         Err(Error::Tensor { file: file.file().to_owned(), name: info.name.clone(), why })
     })
-}
-
-/// Whether the activations of a product were finite when its graph last ran.
-pub(crate) struct Guard {
-    weight: String,
-    failed: AtomicBool,
-}
-
-impl Guard {
-    /// And the node that looks at `x`, contiguous f32 that `weight` is multiplied by. The guard must live as
-    /// long as the graph.
-    pub fn new(weight: String, x: Tensor<'_>) -> (NonNull<sys::ggml_tensor>, Arc<Self>) {
-        let guard = Arc::new(Self { weight, failed: AtomicBool::new(false) });
-        let data = NonNull::from(&*guard).as_ptr().cast();
-        // SAFETY: `look` reads a contiguous f32 source and a guard, which stays where it is in its `Arc`.
-        let node = unsafe { custom::portable_node(DType::F32, [1; 4], &[x], look, data) };
-        (node.raw, guard)
-    }
-
-    /// What was found since the last call.
-    ///
-    /// # Errors
-    /// [`Error::NotFinite`] names the weight.
-    pub fn check(&self) -> Result<()> {
-        if self.failed.swap(false, Ordering::Relaxed) {
-            return Err(Error::NotFinite { weight: self.weight.clone() });
-        }
-        Ok(())
-    }
-}
-
-/// Looks at a share of the node's source.
-extern "C" fn look(to: *mut sys::ggml_tensor, i: c_int, n_thread: c_int, guard: *mut c_void) {
-    // SAFETY: `Guard::new` made the node: its source is contiguous f32, and its graph keeps the guard.
-    let (x, guard) = unsafe {
-        let x = &*(*to).src[0];
-        let n: i64 = x.ne.iter().product();
-        (std::slice::from_raw_parts(x.data.cast::<f32>(), n as usize), &*guard.cast::<Guard>())
-    };
-    let share: Range<usize> = share(x.len(), i, n_thread);
-    if first(&x[share], |x| !x.is_finite()).is_some() {
-        guard.failed.store(true, Ordering::Relaxed);
-    }
 }
 
 #[cfg(test)]

@@ -17,17 +17,11 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::header::{MAGIC, VERSION, bytes_of};
 use crate::value::{Cursor, Parsed};
-use crate::{DType, Error, Header, Mapped, Result, Shape, Value};
+use crate::{ALIGNMENT, DType, Error, Header, MAX_TENSOR_NAME, Mapped, Result, Shape, Value};
 
-/// Tensor data starts at multiples of this many bytes: ggml's default, and its CPU's need.
-pub const ALIGNMENT: usize = 32;
-
-pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
-pub(crate) const VERSION: u32 = 3;
 const MAX_KEYS: u64 = 100_000;
-/// ggml keeps names in 64 bytes, the last one zero.
-pub const MAX_TENSOR_NAME: usize = 63;
 
 /// Where a tensor lies, and how to read it. Checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -299,10 +293,4 @@ fn place(tensors: &mut [TensorInfo], data: usize, length: usize) -> Parsed<()> {
         }
     }
     Ok(())
-}
-
-/// Bytes of a tensor, or `None` if rows are no whole number of blocks or it is too large.
-pub(crate) fn bytes_of(dtype: DType, shape: &Shape) -> Option<usize> {
-    let row = dtype.row_bytes(shape[0])?;
-    shape[1..].iter().try_fold(row, |bytes, n| bytes.checked_mul(*n))
 }

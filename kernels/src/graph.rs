@@ -1,22 +1,21 @@
 //! One stage's computation: built once with fixed shapes, allocated once, run many times.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::any::Any;
+use std::collections::BTreeSet;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::buffer::{Counts, Use};
+use crate::context::Context;
 use crate::device::{complained, keep};
 use crate::exceptions::{openvla_compute, openvla_free_scheduler};
-use crate::finite::Guard;
-use crate::memory::{Context, Home, Place};
-use crate::observer::{Observed, Sink};
-use crate::panel::Rounding;
+use crate::guard::Guard;
+use crate::memory::Home;
+use crate::observer::Observed;
 use crate::repack::Layout;
-use crate::state::is_countable;
-use crate::{Backend, DType, Error, Result, State, Tensor, Weight, panel};
+use crate::usage::{Counts, Use};
+use crate::{Backend, Builder, Error, Result};
 
 /// A computation that is ready to run. What it reads and writes are [`State`]s.
 ///
@@ -33,6 +32,8 @@ pub struct Graph {
     guards: Vec<Arc<Guard>>,
     /// Weights and states that nodes point to.
     _homes: Vec<Arc<Home>>,
+    /// What nodes compute with.
+    _kept: Vec<Box<dyn Any + Send + Sync>>,
 }
 
 // SAFETY: a graph is its own memory plus homes, which may be shared; running it takes `&mut self`
@@ -56,10 +57,11 @@ impl Graph {
         max_nodes: usize,
         build: impl FnOnce(&Builder),
     ) -> Result<Self> {
+        let most = Self::MAX_NODES;
+        assert!(max_nodes <= most, "a graph of {max_nodes} operations; {most} are possible");
         let builder = Builder::new(backend, max_nodes);
         build(&builder);
-        let Builder { raw, context: _context, homes, observed, guards, nodes_left, leaves, .. } =
-            builder;
+        let Builder { raw, context: _context, nodes_left, leaves, .. } = builder;
         let size = max_nodes - nodes_left.get() + leaves.get();
         let mut raws = backend.raws();
         let (list, n) = (raws.as_mut_ptr(), i32::try_from(raws.len()).expect("a few devices"));
@@ -68,11 +70,18 @@ impl Graph {
             sys::ggml_backend_sched_new(list, std::ptr::null_mut(), n, size, false, false)
         };
         let scheduler = NonNull::new(scheduler).expect("ggml allocates its scheduler");
-        let (observed, _homes) = (observed.into_inner(), homes.into_inner());
-        let guards = guards.into_inner().into_values().map(|(_, guard)| guard).collect();
-        let backend = backend.clone();
-        let mut graph = Self { raw, _context, scheduler, backend, observed, guards, _homes };
-        graph.check_support()?;
+        let guards = builder.guards.into_inner().into_values().map(|(_, guard)| guard).collect();
+        let mut graph = Self {
+            raw,
+            _context,
+            scheduler,
+            backend: backend.clone(),
+            observed: builder.observed.into_inner(),
+            guards,
+            _homes: builder.homes.into_inner(),
+            _kept: builder.kept.into_inner(),
+        };
+        graph.check_support(&builder.packed.into_inner())?;
         graph.keep_own_nodes();
         let idle = graph.backend.lock();
         // SAFETY: graph and scheduler are live, every node has a device that computes it, and
@@ -163,8 +172,8 @@ impl Graph {
     }
 
     /// ggml aborts when no device has an operation, or when that of the memory that it writes has
-    /// not; so ask before.
-    fn check_support(&self) -> Result<()> {
+    /// not; so ask before. `own_packed` are the weights that only our own products can read.
+    fn check_support(&self, own_packed: &BTreeSet<NonNull<sys::ggml_tensor>>) -> Result<()> {
         let (raws, packed) = (self.backend.raws(), Layout::packed(&self.backend));
         for node in self.nodes() {
             // SAFETY: node and backends are live; a view's source lives as long as the view, and so
@@ -181,7 +190,8 @@ impl Graph {
                 };
                 raws.iter().any(|raw| reaches(*raw) && sys::ggml_backend_supports_op(*raw, node))
             };
-            let misused = |node| panel::misused(node) || Layout::misused(&packed, node);
+            let misused =
+                |node| reads_packed_bytes(own_packed, node) || Layout::misused(&packed, node);
             if can && !NonNull::new(node).is_some_and(misused) {
                 continue;
             }
@@ -202,201 +212,18 @@ impl Drop for Graph {
     }
 }
 
-/// How functions of ours have activations.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Laid {
-    /// Rounded to 8 bits: for products with panels.
-    Rounded(Rounding),
-    /// As they are, eight columns side by side: for products with floats.
-    #[cfg(target_arch = "x86_64")]
-    ByEights,
-}
-
-/// The node that lays a node in some way.
-type LaidNodes = BTreeMap<(NonNull<sys::ggml_tensor>, Laid), NonNull<sys::ggml_tensor>>;
-
-/// By what they look at: a guard and its node.
-type Guards = BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Arc<Guard>)>;
-
-/// A graph under construction. Its [`Tensor`]s borrow it.
-pub struct Builder {
-    raw: NonNull<sys::ggml_cgraph>,
-    context: Context,
-    backend: Arc<Backend>,
-    homes: RefCell<Vec<Arc<Home>>>,
-    /// Where to tell what these weights are multiplied by.
-    sinks: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Sink>>,
-    observed: RefCell<Vec<Observed>>,
-    guards: RefCell<Guards>,
-    /// The names of weights.
-    names: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Arc<str>>>,
-    /// What the elements of states that hold row numbers stay below.
-    bounds: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, usize>>,
-    /// Activations that were laid for products of ours.
-    laid: RefCell<LaidNodes>,
-    nodes_left: Cell<usize>,
-    /// Weights and states that nodes were given, each time.
-    leaves: Cell<usize>,
-}
-
-impl Builder {
-    fn new(backend: &Arc<Backend>, max_nodes: usize) -> Self {
-        let most = Graph::MAX_NODES;
-        assert!(max_nodes <= most, "a graph of {max_nodes} operations; {most} are possible");
-        // ggml has as much room for leaves as for nodes; attention reads four.
-        let slots = 4 * max_nodes.max(1);
-        // SAFETY: computes a size.
-        let bytes = unsafe { sys::ggml_graph_overhead_custom(slots, false) };
-        let context = Context::new(max_nodes, bytes);
-        // SAFETY: the context has room for one graph of that size.
-        let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), slots, false) };
-        Self {
-            raw: NonNull::new(raw).expect("the context has room for its graph"),
-            context,
-            backend: backend.clone(),
-            homes: RefCell::default(),
-            sinks: RefCell::default(),
-            observed: RefCell::default(),
-            guards: RefCell::default(),
-            names: RefCell::default(),
-            bounds: RefCell::default(),
-            laid: RefCell::default(),
-            nodes_left: Cell::new(max_nodes),
-            leaves: Cell::new(0),
-        }
-    }
-
-    /// A weight as a graph's operand.
-    pub fn weight(&self, weight: &Weight) -> Tensor<'_> {
-        let leaf = self.leaf(&weight.place);
-        self.names.borrow_mut().insert(leaf.raw, weight.name.clone());
-        if let Some(sink) = &weight.sink {
-            self.sinks.borrow_mut().insert(leaf.raw, sink.clone());
-        }
-        leaf
-    }
-
-    /// A state as a graph's operand: what it holds when the node that reads it runs.
-    pub fn state(&self, state: &State) -> Tensor<'_> {
-        let leaf = self.leaf(&state.place);
-        if let Some(below) = state.below {
-            self.bounds.borrow_mut().insert(leaf.raw, below);
-        }
-        leaf
-    }
-
-    /// Whether row numbers, which are a state's, stay below `n_row`: see [`State::ids`].
-    pub(crate) fn are_below(&self, ids: Tensor<'_>, n_row: usize) -> bool {
-        self.bounds.borrow().get(&ids.viewed()).is_some_and(|below| *below <= n_row)
-    }
-
-    /// Copies `x` into the whole of `state`, converting to its type.
-    ///
-    /// # Panics
-    /// If their shapes differ, or ggml does not convert one type to the other: integers are not converted,
-    /// quantized elements only to F32, and rows with gaps not to quantized ones.
-    pub fn store(&self, x: Tensor<'_>, state: &State) {
-        self.store_in(x, self.state(state));
-    }
-
-    /// As [`Builder::store`], into a slice of a state. Runs after what was stored before.
-    ///
-    /// # Panics
-    /// As [`Builder::store`], or if `to` does not belong to a state.
-    pub fn store_in(&self, x: Tensor<'_>, to: Tensor<'_>) {
-        assert_eq!(x.shape(), to.shape(), "store: shapes differ");
-        assert!(std::ptr::eq(self, x.builder), "operands of two graphs");
-        assert!(std::ptr::eq(self, to.builder), "operands of two graphs");
-        assert!(to.is_leaf() && !to.is_weight(), "store: only states are written");
-        let (from, into) = (x.dtype(), to.dtype());
-        assert!(from.is_float() && into.is_float(), "store: not of floats");
-        let converts = from == into || !from.is_quantized() || into == DType::F32;
-        assert!(converts, "store: ggml does not convert {from} to {into}");
-        let encodes = !into.is_quantized() || x.is_packed();
-        assert!(encodes, "store: rows with gaps are not converted to {into}");
-        let fills = to.is_contiguous() || (from, into) == (DType::F32, DType::F32);
-        assert!(fills, "store: {from} is not stored in a slice of {into}");
-        let (context, raw, to) = (self.context_for_one(), x.raw.as_ptr(), to.raw.as_ptr());
-        // SAFETY: both tensors are live, of one shape, and of types that ggml converts.
-        self.run(self.node(unsafe { sys::ggml_cpy(context, raw, to) }));
-    }
-
-    /// Makes `x` part of what runs, after everything that was made so before it.
-    pub(crate) fn run(&self, x: Tensor<'_>) {
-        // SAFETY: the graph has room for as many nodes as the context, which counts them.
-        unsafe { sys::ggml_build_forward_expand(self.raw.as_ptr(), x.raw.as_ptr()) }
-    }
-
-    /// [`Backend::has_own_kernels`]
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn has_own_kernels(&self) -> bool {
-        self.backend.has_own_kernels()
-    }
-
-    /// What `weight` is multiplied by in place of `x`: the same, but kept if somebody observes it.
-    pub(crate) fn observe<'g>(&self, weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
-        let Some(sink) = self.sinks.borrow().get(&weight.raw).cloned() else { return x };
-        let x = x.kept();
-        self.observed.borrow_mut().push(Observed::new(x, sink));
-        x
-    }
-
-    /// A node that makes [`Graph::compute`] fail if `x`, which ggml's kernels multiply the quantized
-    /// `weight` by, is not finite. None where there are GPUs: `x` would have to leave them.
-    pub(crate) fn guard<'g>(&'g self, weight: Tensor<'g>, x: Tensor<'g>) -> Option<Tensor<'g>> {
-        if self.backend.host() > 0 {
-            return None;
-        }
-        let name =
-            self.names.borrow().get(&weight.raw).map_or_else(String::new, |name| name.to_string());
-        let mut guards = self.guards.borrow_mut();
-        let (node, _) = guards.entry(x.raw).or_insert_with(|| Guard::new(name, x));
-        Some(Tensor { builder: self, raw: *node })
-    }
-
-    /// `x`, laid: by `make`, unless that was made before and `x` cannot have changed since.
-    pub(crate) fn laid<'g>(
-        &'g self,
-        x: Tensor<'g>,
-        how: Laid,
-        make: impl FnOnce() -> Tensor<'g>,
-    ) -> Tensor<'g> {
-        if x.is_leaf() {
-            return make();
-        }
-        let mut laid = self.laid.borrow_mut();
-        let raw = *laid.entry((x.raw, how)).or_insert_with(|| make().raw);
-        Tensor { builder: self, raw }
-    }
-
-    /// The context, for exactly one more tensor.
-    ///
-    /// # Panics
-    /// If the graph is full: before ggml, which would abort, notices.
-    pub(crate) fn context_for_one(&self) -> *mut sys::ggml_context {
-        let left = self.nodes_left.get().checked_sub(1);
-        self.nodes_left.set(left.expect("the graph is larger than its builder was told"));
-        self.context.raw()
-    }
-
-    /// A node that ggml just made in this context.
-    ///
-    /// # Panics
-    /// If it has more elements than ggml can count.
-    pub(crate) fn node(&self, raw: *mut sys::ggml_tensor) -> Tensor<'_> {
-        let node = Tensor { builder: self, raw: NonNull::new(raw).expect("ggml made a node") };
-        assert!(is_countable(&node.shape()), "a node of shape {:?} is too large", node.shape());
-        node
-    }
-
-    fn leaf(&self, place: &Place) -> Tensor<'_> {
-        let same = Arc::ptr_eq(&place.home.backend, &self.backend);
-        assert!(same, "a graph's weights and states are on its own backend");
-        let mut homes = self.homes.borrow_mut();
-        if !homes.iter().any(|home| Arc::ptr_eq(home, &place.home)) {
-            homes.push(place.home.clone());
-        }
-        self.leaves.set(self.leaves.get() + 1);
-        Tensor { builder: self, raw: place.raw }
-    }
+/// Whether a node of ggml's reads the bytes of a weight in our own layout, of which it knows nothing.
+fn reads_packed_bytes(
+    packed: &BTreeSet<NonNull<sys::ggml_tensor>>,
+    node: NonNull<sys::ggml_tensor>,
+) -> bool {
+    // SAFETY: a graph's nodes are live.
+    let node = unsafe { node.as_ref() };
+    let mut sources = node.src.iter().filter_map(|source| NonNull::new(*source));
+    node.op != sys::GGML_OP_CUSTOM
+        && sources.any(|source| {
+            // SAFETY: a node's sources are live, as is what they view.
+            let viewed = unsafe { source.as_ref() }.view_src;
+            packed.contains(&NonNull::new(viewed).unwrap_or(source))
+        })
 }

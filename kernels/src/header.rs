@@ -1,8 +1,16 @@
 //! The header of a GGUF file to be written: metadata, tensor entries, padding.
 
-use crate::gguf::{MAGIC, MAX_TENSOR_NAME, VERSION, bytes_of};
 use crate::value::write_string;
-use crate::{ALIGNMENT, DType, Shape, Value};
+use crate::{DType, Shape, Value};
+
+/// Tensor data starts at multiples of this many bytes: ggml's default, and its CPU's need.
+pub const ALIGNMENT: usize = 32;
+
+/// ggml keeps names in 64 bytes, the last one zero.
+pub const MAX_TENSOR_NAME: usize = 63;
+
+pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
+pub(crate) const VERSION: u32 = 3;
 
 /// What stands before the data section of a file to be written.
 #[derive(Debug, Clone, Default)]
@@ -70,4 +78,10 @@ impl Header {
 /// Bytes from the start of a tensor that was added to the start of the next.
 fn padded(dtype: DType, shape: &Shape) -> usize {
     bytes_of(dtype, shape).expect("checked when it was added").next_multiple_of(ALIGNMENT)
+}
+
+/// Bytes of a tensor, or `None` if rows are not a whole number of blocks or it is too large.
+pub(crate) fn bytes_of(dtype: DType, shape: &Shape) -> Option<usize> {
+    let row = dtype.row_bytes(shape[0])?;
+    shape[1..].iter().try_fold(row, |bytes, n| bytes.checked_mul(*n))
 }

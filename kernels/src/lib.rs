@@ -22,56 +22,49 @@
 //! the weights and states it names, those to their buffer, the buffer to its file and its backend.
 //! A backend runs one thing at a time, behind a lock, so handles may be used from any thread.
 
-#[cfg(target_arch = "x86_64")]
-mod attention;
 mod backend;
 mod buffer;
+mod builder;
+mod context;
 mod custom;
 mod device;
 mod dtype;
 mod error;
 mod exceptions;
 mod finite;
-#[cfg(target_arch = "x86_64")]
-mod floats;
-#[cfg(target_arch = "x86_64")]
-mod gelu;
 mod gguf;
 mod graph;
+mod guard;
 mod header;
-#[cfg(target_arch = "x86_64")]
-mod lanes;
+mod kernels;
 mod mapped;
 mod memory;
 mod observer;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod openmp;
-#[cfg_attr(not(target_arch = "x86_64"), path = "panel_none.rs")]
-mod panel;
+mod own;
 mod repack;
 mod state;
 mod tensor;
 mod threads;
-#[cfg(target_arch = "x86_64")]
-mod unpack;
+mod usage;
 mod value;
-#[cfg(target_arch = "x86_64")]
-mod vnni;
 
-pub use backend::{Backend, Kernels};
-pub use buffer::Usage;
+pub use backend::Backend;
+pub use builder::{Builder, Tensor};
 pub use device::Device;
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use gguf::{ALIGNMENT, Gguf, MAX_TENSOR_NAME, TensorInfo};
-pub use graph::{Builder, Graph};
-pub use header::Header;
+pub use gguf::{Gguf, TensorInfo};
+pub use graph::Graph;
+pub use header::{ALIGNMENT, Header, MAX_TENSOR_NAME};
+pub use kernels::Kernels;
 pub use mapped::Mapped;
 pub use memory::{Weight, Weights};
 pub use observer::{Observer, Squares};
 pub use state::State;
-pub use tensor::Tensor;
 pub use threads::parallel_for_each;
+pub use usage::Usage;
 pub use value::{Array, Value};
 
 /// Sizes of a tensor, fastest dimension first, ones at the end.

@@ -1,19 +1,19 @@
 //! Tensors that outlive graphs, and the memory they lie in: a file's weights, which are only read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::buffer::{Buffer, Use};
+use crate::buffer::Buffer;
+use crate::context::{Context, Entry};
 use crate::observer::Sink;
-use crate::repack::{Entry, Layout};
-use crate::{
-    Backend, DType, Error, Gguf, Kernels, Mapped, Observer, Result, Shape, TensorInfo, finite,
-    panel,
-};
+use crate::own::pack::{can_pack, pack};
+use crate::repack::Layout;
+use crate::usage::Use;
+use crate::{Backend, DType, Error, Gguf, Mapped, Observer, Result, Shape, TensorInfo, finite};
 
 /// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
 pub(crate) struct Home {
@@ -23,8 +23,8 @@ pub(crate) struct Home {
     pub(crate) backend: Arc<Backend>,
     /// The mapped file that a buffer points into, if it was not copied.
     pub(crate) _file: Option<Gguf>,
-    /// What the buffer of panels points into.
-    pub(crate) _panels: Option<Mapped>,
+    /// What the buffer of packed weights points into.
+    pub(crate) _packed: Option<Mapped>,
     /// What else the tensors lie in.
     pub(crate) _parts: Option<Arc<Home>>,
 }
@@ -55,6 +55,8 @@ unsafe impl Sync for Place {}
 pub struct Weight {
     pub(crate) name: Arc<str>,
     pub(crate) place: Place,
+    /// Whether its bytes are packed for our own products, of the backend's instruction set.
+    pub(crate) is_packed: bool,
     /// Gets the squares of what graphs multiply it by, if an [`Observer`] asked for them.
     pub(crate) sink: Option<Sink>,
 }
@@ -82,12 +84,13 @@ impl Weight {
     /// # Panics
     /// If there are none.
     pub fn stacked(parts: &[&Self]) -> Option<Self> {
-        let Self { name, place: first, .. } = parts[0];
+        let Self { name, place: first, is_packed, .. } = parts[0];
         let backend = &first.home.backend;
         let [k, _, rest @ ..] = first.shape;
         let fits = |part: &&Self| {
             let Place { home, dtype, shape, .. } = &part.place;
-            let alike = Arc::ptr_eq(home, &first.home) && *dtype == first.dtype;
+            let alike = Arc::ptr_eq(home, &first.home)
+                && (*dtype, part.is_packed) == (first.dtype, *is_packed);
             alike && *shape == [k, shape[1], 1, 1] && rest == [1, 1] && part.sink.is_none()
         };
         if !parts.iter().all(fits) {
@@ -104,7 +107,7 @@ impl Weight {
         let packed = Layout::packed(backend);
         let mut end = head.data;
         for part in raws {
-            let follows = (part.buffer, part.data, part.extra) == (head.buffer, end, head.extra);
+            let follows = (part.buffer, part.data) == (head.buffer, end);
             if !follows || Layout::is_one_of(&packed, part) {
                 return None;
             }
@@ -114,21 +117,20 @@ impl Weight {
             return None;
         }
         // SAFETY: the tensor has no data yet, and as many bytes as the parts, which lie in the buffer.
-        let status = unsafe {
-            (*raw.as_ptr()).extra = head.extra; // panels of rows are panels of the whole
-            sys::ggml_backend_tensor_alloc(head.buffer, raw.as_ptr(), head.data)
-        };
+        let status =
+            unsafe { sys::ggml_backend_tensor_alloc(head.buffer, raw.as_ptr(), head.data) };
         assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a buffer takes what it holds already");
         let home = Home {
             _buffers: Vec::new(),
             _context: context,
             backend: backend.clone(),
             _file: None,
-            _panels: None,
+            _packed: None,
             _parts: Some(first.home.clone()),
         };
         let place = Place { raw, home: Arc::new(home), shape, ..first.clone() };
-        Some(Self { name: name.clone(), place, sink: None })
+        // Panels of all parts one after the other are those of the whole.
+        Some(Self { name: name.clone(), place, is_packed: *is_packed, sink: None })
     }
 }
 
@@ -163,23 +165,22 @@ impl Weights {
     ) -> Result<Self> {
         let is_table = |info: &TensorInfo| tables.contains(&info.name.as_str());
         let is_at = |info: &TensorInfo, device| place(&info.name) == device;
-        let ours = backend.kernels() == Kernels::Fastest;
-        let in_panels = |tensor: &Entry<'_>| {
-            let (info, _) = tensor;
-            ours && is_at(info, backend.host()) && !is_table(info) && panel::suits(tensor)
+        let is_packed = |tensor: &Entry<'_>| {
+            let is_here = backend.isa().is_some() && is_at(tensor.0, backend.host());
+            is_here && !is_table(tensor.0) && can_pack(tensor)
         };
         let suits = |layout: &Layout, tensor: &Entry<'_>| {
             let (info, _) = tensor;
             let here = is_at(info, layout.device) || layout.device == backend.host();
             here && layout.suits(backend, tensor, is_table(info))
         };
-        Self::new(file, backend, &in_panels, &Layout::all(backend), &suits)
+        Self::new(file, backend, &is_packed, &Layout::all(backend), &suits)
     }
 
     fn new(
         file: &Gguf,
         backend: &Arc<Backend>,
-        in_panels: &dyn Fn(&Entry<'_>) -> bool,
+        is_packed: &dyn Fn(&Entry<'_>) -> bool,
         layouts: &[Layout],
         suits: &dyn Fn(&Layout, &Entry<'_>) -> bool,
     ) -> Result<Self> {
@@ -200,14 +201,16 @@ impl Weights {
         let mut buffers: Vec<Buffer> = Vec::new();
         let mut devices = BTreeMap::new();
         let mut left: Vec<Entry<'_>> = file.tensors().iter().zip(raws.iter().copied()).collect();
-        let (here, others): (Vec<_>, _) = left.into_iter().partition(in_panels);
-        let mut panels = None;
-        if !here.is_empty() {
-            let copied = panel::copy(file, backend, &here);
-            let (buffer, memory) = copied.ok_or_else(|| no_room(backend.host(), &here))?;
+        let (to_pack, others): (Vec<_>, _) = left.into_iter().partition(is_packed);
+        let mut packed = None;
+        if let Some(isa) = backend.isa().filter(|_| !to_pack.is_empty()) {
+            let copied = pack(isa, file, backend, &to_pack);
+            let (buffer, memory) = copied.ok_or_else(|| no_room(backend.host(), &to_pack))?;
             buffers.push(buffer);
-            panels = Some(memory);
+            packed = Some(memory);
         }
+        let packed_names: BTreeSet<_> =
+            to_pack.iter().map(|(info, _)| info.name.as_str()).collect();
         left = others;
         for layout in layouts {
             let (here, others): (Vec<_>, _) = left.into_iter().partition(|t| suits(layout, t));
@@ -234,7 +237,7 @@ impl Weights {
             _context: context,
             backend,
             _file: mapped,
-            _panels: panels,
+            _packed: packed,
             _parts: None,
         });
         let weight = |(info, raw): (&TensorInfo, &NonNull<_>)| {
@@ -242,7 +245,9 @@ impl Weights {
             let device = device.unwrap_or(home.backend.host());
             let (dtype, shape) = (info.dtype, info.shape);
             let place = Place { raw: *raw, home: home.clone(), device, dtype, shape };
-            (info.name.clone(), Weight { name: info.name.as_str().into(), place, sink: None })
+            let is_packed = packed_names.contains(info.name.as_str());
+            let weight = Weight { name: info.name.as_str().into(), place, is_packed, sink: None };
+            (info.name.clone(), weight)
         };
         let left = file.tensors().iter().zip(&raws).map(weight).collect();
         Ok(Self { file: file.file().to_owned(), left })
@@ -324,42 +329,4 @@ fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buf
         assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a host buffer takes any tensor");
     }
     Some(buffer)
-}
-
-/// A ggml context: room for tensors' headers, without their data.
-pub(crate) struct Context(NonNull<sys::ggml_context>);
-
-impl Context {
-    /// For `n` tensors, and `more` bytes.
-    pub fn new(n: usize, more: usize) -> Self {
-        // SAFETY: reads a constant.
-        let overhead = unsafe { sys::ggml_tensor_overhead() };
-        let params = sys::ggml_init_params {
-            mem_size: (n + 1) * overhead + more,
-            mem_buffer: std::ptr::null_mut(),
-            no_alloc: true,
-        };
-        // SAFETY: the parameters ask ggml to allocate the memory itself.
-        Self(NonNull::new(unsafe { sys::ggml_init(params) }).expect("room for tensors' headers"))
-    }
-
-    pub fn raw(&self) -> *mut sys::ggml_context {
-        self.0.as_ptr()
-    }
-
-    /// A tensor's header. There must be room for it.
-    pub fn tensor(&self, dtype: DType, shape: &Shape) -> NonNull<sys::ggml_tensor> {
-        let sizes = shape.map(|n| i64::try_from(n).expect("sizes were checked"));
-        // SAFETY: the context is live; ggml reads four sizes.
-        let raw = unsafe { sys::ggml_new_tensor(self.raw(), dtype.number(), 4, sizes.as_ptr()) };
-        NonNull::new(raw).expect("the context has room")
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // SAFETY: a home's handles hold an `Arc` of it, and a graph's tensors borrow its builder, so none
-        // is left.
-        unsafe { sys::ggml_free(self.raw()) }
-    }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::Tensor;
+use crate::Shape;
 use crate::exceptions::openvla_tensor_get;
 
 /// The squares of what a weight `[n_in, n_out]` was multiplied by.
@@ -60,10 +60,9 @@ pub(crate) struct Observed {
 }
 
 impl Observed {
-    /// `x` must be contiguous f32 that was [`Tensor::kept`].
-    pub fn new(x: Tensor<'_>, sink: Sink) -> Self {
-        let [n_in, rows @ ..] = x.shape();
-        Self { x: x.raw, n_in, n_row: rows.iter().product(), sink }
+    /// `x` must be contiguous f32 of this shape, and an output of its graph.
+    pub fn new(x: NonNull<sys::ggml_tensor>, [n_in, rows @ ..]: Shape, sink: Sink) -> Self {
+        Self { x, n_in, n_row: rows.iter().product(), sink }
     }
 
     /// Whether the graph, now that it is allocated, computes the input at all.

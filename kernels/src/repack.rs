@@ -10,13 +10,11 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::buffer::{Buffer, Use};
+use crate::buffer::Buffer;
+use crate::context::{Context, Entry};
 use crate::exceptions::openvla_tensor_set;
-use crate::memory::Context;
-use crate::{Backend, Gguf, TensorInfo, parallel_for_each};
-
-/// A tensor of a file, and its header in a context.
-pub(crate) type Entry<'a> = (&'a TensorInfo, NonNull<sys::ggml_tensor>);
+use crate::usage::Use;
+use crate::{Backend, Gguf, parallel_for_each};
 
 /// A kind of memory for weights, on one of a backend's devices.
 #[derive(Clone, Copy)]
@@ -111,11 +109,10 @@ impl Layout {
             let buffer = sys::ggml_backend_buft_alloc_buffer(self.raw.as_ptr(), 0);
             (*raw.as_ptr()).buffer = buffer;
             let of = |kind, n| sys::ggml_new_tensor_1d(context.raw(), kind, n);
-            let node = match is_table {
-                true => sys::ggml_get_rows(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_I32, 1)),
-                false => {
-                    sys::ggml_mul_mat(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_F32, columns))
-                }
+            let node = if is_table {
+                sys::ggml_get_rows(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_I32, 1))
+            } else {
+                sys::ggml_mul_mat(context.raw(), raw.as_ptr(), of(sys::GGML_TYPE_F32, columns))
             };
             let suits = sys::ggml_backend_dev_supports_op(backend.device(self.device), node);
             (*raw.as_ptr()).buffer = std::ptr::null_mut();

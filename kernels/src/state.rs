@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
 
-use crate::buffer::{Buffer, Use};
+use crate::buffer::Buffer;
+use crate::context::Context;
 use crate::exceptions::{openvla_buffer_clear, openvla_tensor_get, openvla_tensor_set};
-use crate::gguf::bytes_of;
-use crate::memory::{Context, Home, Place};
+use crate::header::bytes_of;
+use crate::memory::{Home, Place};
+use crate::usage::Use;
 use crate::{Backend, DType, Error, Result, Shape, Weight};
 
 /// A tensor that graphs and the host write: an input, a stage's result, a KV cache.
@@ -107,7 +109,7 @@ impl State {
             _context: context,
             backend: backend.clone(),
             _file: None,
-            _panels: None,
+            _packed: None,
             _parts: None,
         });
         Ok(Self { place: Place { raw, home, device, dtype, shape }, below: None })

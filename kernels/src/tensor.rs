@@ -1,19 +1,9 @@
 //! The operations OpenVLA needs, one short method each. Shapes are asserted before ggml sees them.
 
-use std::ptr::NonNull;
-
 use llama_cpp_sys_2 as sys;
 
-use crate::{Builder, DType, Shape, panel, shape};
-#[cfg(target_arch = "x86_64")]
-use crate::{attention, floats, gelu};
-
-/// A node of a graph. `Copy`, so that model code reads like the formula.
-#[derive(Clone, Copy)]
-pub struct Tensor<'g> {
-    pub(crate) builder: &'g Builder,
-    pub(crate) raw: NonNull<sys::ggml_tensor>,
-}
+use crate::builder::Tensor;
+use crate::{DType, Shape, custom, own, shape};
 
 /// Sum. The right side repeats over the left, as a bias over rows.
 impl<'g> std::ops::Add for Tensor<'g> {
@@ -40,89 +30,6 @@ impl<'g> std::ops::Mul for Tensor<'g> {
 }
 
 impl<'g> Tensor<'g> {
-    /// Sizes, fastest first.
-    pub fn shape(self) -> Shape {
-        // SAFETY: the tensor lives as long as its builder's context or the homes it keeps.
-        unsafe { self.raw.as_ref() }.ne.map(|n| usize::try_from(n).expect("sizes are positive"))
-    }
-
-    /// Bytes from one element to the next, per dimension.
-    fn strides(self) -> Shape {
-        // SAFETY: as in `shape`.
-        unsafe { self.raw.as_ref() }.nb
-    }
-
-    pub(crate) fn dtype(self) -> DType {
-        // SAFETY: as in `shape`.
-        let number = unsafe { self.raw.as_ref() }.type_;
-        DType::from_number(number).expect("graphs are made of our types")
-    }
-
-    pub(crate) fn is_contiguous(self) -> bool {
-        // SAFETY: as in `shape`. ggml does not look at the stride of rows of one element, but its kernels do.
-        self.is_packed() && unsafe { sys::ggml_is_contiguous(self.raw.as_ptr()) }
-    }
-
-    /// Whether ggml's activations take it for contiguous, too, which look at the stride of dimension 1 even
-    /// where its size is 1.
-    fn is_plainly_contiguous(self) -> bool {
-        self.is_contiguous() && self.has_plain_rows()
-    }
-
-    /// Whether ggml's activations take it for rows without gaps, between which there may be some.
-    fn has_plain_rows(self) -> bool {
-        // SAFETY: as in `shape`.
-        self.is_packed() && unsafe { sys::ggml_is_contiguous_1(self.raw.as_ptr()) }
-    }
-
-    /// Whether the elements of a row follow each other.
-    pub(crate) fn is_packed(self) -> bool {
-        self.strides()[0] == self.dtype().block_bytes()
-    }
-
-    /// The tensor whose bytes these are: itself, unless it is a view.
-    pub(crate) fn viewed(self) -> NonNull<sys::ggml_tensor> {
-        // SAFETY: as in `shape`.
-        NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw)
-    }
-
-    /// Whether its bytes are a weight's or a state's, rather than an operation's result.
-    pub(crate) fn is_leaf(self) -> bool {
-        // SAFETY: as in `shape`; a view's source lives as long as the view.
-        unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE
-    }
-
-    /// The same numbers, to be read after the whole graph has run. No other node gets their memory;
-    /// a state's, which others may write, are copied, which takes a node.
-    pub(crate) fn kept(self) -> Self {
-        let kept = if self.is_leaf() { self.contiguous() } else { self };
-        // SAFETY: live, as is what it views; it flags both, and ggml's allocator spares outputs.
-        unsafe { sys::ggml_set_output(kept.raw.as_ptr()) };
-        kept
-    }
-
-    /// Whether its bytes are a weight's, which may be the file's own.
-    pub(crate) fn is_weight(self) -> bool {
-        // SAFETY: as in `shape`; a view's source lives as long as the view.
-        let buffer = unsafe { self.viewed().as_ref() }.buffer;
-        let weights = sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
-        // SAFETY: a tensor's buffer, if it has one yet, is live.
-        !buffer.is_null() && unsafe { sys::ggml_backend_buffer_get_usage(buffer) } == weights
-    }
-
-    fn is_f32(self) -> bool {
-        self.dtype() == DType::F32
-    }
-
-    /// The arguments every constructor of ggml starts with. Each call is for one node.
-    fn args(self) -> (*mut sys::ggml_context, *mut sys::ggml_tensor) {
-        (self.builder.context_for_one(), self.raw.as_ptr())
-    }
-
-    fn same_graph(self, other: Tensor<'_>) {
-        assert!(std::ptr::eq(self.builder, other.builder), "operands of two graphs");
-    }
-
     /// Matrix product: `[k, m] · [k, n] → [m, n]`. `self` is the weight, `x` the activations.
     /// Further dimensions of `self` repeat over those of `x`.
     pub fn mul_mat(self, x: Tensor<'g>) -> Tensor<'g> {
@@ -133,15 +40,11 @@ impl<'g> Tensor<'g> {
         let repeats = b[2].is_multiple_of(a[2]) && b[3].is_multiple_of(a[3]);
         assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
         assert!(self.is_contiguous() && x.is_contiguous(), "mul_mat: operands have gaps");
-        let x = self.builder.observe(self, x);
-        if let Some(kind) = panel::kind(self.raw) {
-            return panel::mul_mat(self, x, kind);
+        let x = self.observe(x);
+        if let Some(product) = own::mul_mat(self, x) {
+            return product;
         }
-        #[cfg(target_arch = "x86_64")]
-        if self.builder.has_own_kernels() && floats::suits(self, x) {
-            return floats::mul_mat(self, x);
-        }
-        let guard = if self.dtype().is_quantized() { self.builder.guard(self, x) } else { None };
+        let guard = if self.dtype().is_quantized() { self.guard(x) } else { None };
         let (context, raw) = self.args();
         // SAFETY: both are live, of one graph, contiguous, and of sizes that fit.
         let mut product =
@@ -157,6 +60,37 @@ impl<'g> Tensor<'g> {
             unsafe { product.raw.as_mut() }.src[2] = guard.raw.as_ptr();
         }
         product
+    }
+
+    /// `x`, which this weight is multiplied by: if somebody observes it, an output of the graph.
+    fn observe(self, x: Self) -> Self {
+        let Some(sink) = self.builder.sink(self) else { return x };
+        let x = x.retain_as_output();
+        self.builder.observe(x, sink);
+        x
+    }
+
+    /// The same numbers, to be read after the whole graph has run. No other node gets their memory;
+    /// a state's, which others may write, are copied, which takes a node.
+    fn retain_as_output(self) -> Self {
+        let output = if self.is_leaf() { self.contiguous() } else { self };
+        // SAFETY: live, as is what it views; it flags both, and ggml's allocator spares outputs.
+        unsafe { sys::ggml_set_output(output.raw.as_ptr()) };
+        output
+    }
+
+    /// A node that makes [`crate::Graph::compute`] fail if `x`, which ggml's kernels multiply this quantized
+    /// weight by, is not finite.
+    fn guard(self, x: Self) -> Option<Self> {
+        self.builder.guard(self, x, |guard| {
+            let n = x.shape().iter().product();
+            // SAFETY: the source is contiguous f32, and the node's one element is not written.
+            unsafe {
+                custom::node(DType::F32, [1; 4], &[x], move |job| {
+                    guard.look(&job.slice(0, n)[job.thread_range(n)]);
+                })
+            }
+        })
     }
 
     fn broadcasts(self, other: Tensor<'_>, op: &str) {
@@ -190,9 +124,8 @@ impl<'g> Tensor<'g> {
     pub fn gelu_erf(self) -> Tensor<'g> {
         self.rows("gelu_erf");
         assert!(self.is_plainly_contiguous(), "gelu_erf: operand has gaps");
-        #[cfg(target_arch = "x86_64")]
-        if self.builder.has_own_kernels() {
-            return gelu::gelu_erf(self);
+        if let Some(node) = own::gelu_erf(self) {
+            return node;
         }
         let (context, raw) = self.args();
         // SAFETY: live, f32 and contiguous.
@@ -407,9 +340,8 @@ impl<'g> Tensor<'g> {
             assert_eq!(mask.shape(), [kv[1], n, 1, 1], "attention: the mask's shape");
             assert!(mask.dtype() == DType::F16 && mask.is_contiguous(), "attention: the mask");
         }
-        #[cfg(target_arch = "x86_64")]
-        if self.builder.has_own_kernels() && attention::suits(self) {
-            return attention::attention(self, k, v, mask, scale);
+        if let Some(node) = own::attention([self, k, v], mask, scale) {
+            return node;
         }
         let mask = mask.map_or(std::ptr::null_mut(), |mask| mask.raw.as_ptr());
         let (context, raw) = self.args();

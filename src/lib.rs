@@ -16,6 +16,7 @@
 //! | file | stage | gives |
 //! |---|---|---|
 //! | `decode` | PNG, JPEG, WebP, BMP | an RGB image |
+//! | `profile` | what evaluations do to it first: JPEG, Lanczos, crop | an RGB image |
 //! | `preprocess` | bicubic resize as Pillow's, two normalisations | `[224, 224, 6]` planes |
 //! | `vision` | DINOv2 and SigLIP | `[2176, 256]` patch features |
 //! | `projector` | an MLP | `[4096, 256]` soft tokens |
@@ -28,8 +29,8 @@
 //!
 //! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
 //! what the file says about itself, `layers` holds what networks share. [`streamed`] runs the
-//! networks part by part where they do not fit. [`mod@format`] documents the file, and [`cli`] is what
-//! programs share.
+//! networks part by part where they do not fit. [`mod@format`] documents the file, [`cli`] is what
+//! programs share, and [`libero`] has the conventions of that environment's client.
 //!
 //! # What is deliberately absent
 //!
@@ -49,6 +50,7 @@ mod config;
 mod decode;
 mod error;
 mod layers;
+pub mod libero;
 mod llama;
 mod network;
 pub mod oft;
@@ -56,6 +58,7 @@ mod options;
 mod placement;
 mod policy;
 mod preprocess;
+mod profile;
 mod projector;
 pub mod prompt;
 mod session;
@@ -82,6 +85,7 @@ pub use options::{Decoding, Options};
 pub use placement::Devices;
 pub use policy::{Action, OpenVla, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
+pub use profile::Profile;
 pub use session::{Drafted, Session, Totals};
 pub use speculative::Draft;
 pub use statistics::{Bounds, Dataset, Scale, Statistics};

@@ -58,11 +58,7 @@ impl Preprocess {
     /// [`Error::Image`] if a side is not in 1 to 16384 pixels, or `size` not in 14 to 1024.
     pub fn square(&self, image: &RgbImage) -> Result<RgbImage> {
         check_sides(image.width(), image.height())?;
-        if !SIZES.contains(&self.size) {
-            let (size, least, most) = (self.size, SIZES.start(), SIZES.end());
-            let why = format!("the model wants it {size} pixels wide, not {least} to {most}");
-            return Err(Error::Image { why });
-        }
+        check_size(self.size)?;
         let [across, down] = self.axes(image).map(|axis| axis.taps(self.size));
         let fill = match self.resize {
             Resize::Letterbox { fill } => fill,
@@ -122,6 +118,16 @@ impl Normalize {
         let (mean, std) = (self.mean[channel], self.std[channel]);
         std::array::from_fn(|byte| (byte as f32 / 255.0 - mean) / std)
     }
+}
+
+/// A square that a tower may want.
+pub(crate) fn check_size(size: u32) -> Result<()> {
+    if SIZES.contains(&size) {
+        return Ok(());
+    }
+    let (least, most) = (SIZES.start(), SIZES.end());
+    let why = format!("the model wants it {size} pixels wide, not {least} to {most}");
+    Err(Error::Image { why })
 }
 
 /// Where the crop starts when `excess` pixels are cut: half of it, ties to even as in Python.

@@ -10,6 +10,7 @@
 //! | [`Graph`], [`Builder`], [`Tensor`] | one stage's computation, built once and run many times |
 //! | [`Observer`], [`Squares`] | what graphs multiply weights by |
 //! | [`Mapped`] | files and parts of files as byte slices |
+//! | [`decode_jpeg_fast`] | a decoder that the `turbojpeg` crate does not offer |
 //! | [`parallel_for_each`] | work that several threads share |
 //!
 //! Shapes are ggml's everywhere: fastest dimension first, four numbers, ones at the end.
@@ -36,6 +37,7 @@ mod gguf;
 mod graph;
 mod guard;
 mod header;
+mod jpeg;
 mod kernels;
 mod mapped;
 mod memory;
@@ -58,6 +60,7 @@ pub use error::{Error, Result};
 pub use gguf::{Gguf, TensorInfo};
 pub use graph::Graph;
 pub use header::{ALIGNMENT, Header, MAX_TENSOR_NAME};
+pub use jpeg::decode_jpeg_fast;
 pub use kernels::Kernels;
 pub use mapped::Mapped;
 pub use memory::{Weight, Weights};

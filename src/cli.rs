@@ -15,7 +15,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::flag;
 
-use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options};
+use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options, Policy, Profile};
 
 /// The trained example at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("../example/tabletop.gguf");
@@ -69,6 +69,24 @@ impl Place {
     }
 }
 
+/// Whether pictures are cropped.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct CenterCrop {
+    /// Show the model the middle nine tenths of a picture's area, as those expect that were trained with random crops
+    #[arg(long)]
+    center_crop: bool,
+    /// Show the model whole pictures
+    #[arg(long, conflicts_with = "center_crop")]
+    no_center_crop: bool,
+}
+
+impl CenterCrop {
+    /// What was asked for, if anything.
+    pub fn choice(self) -> Option<bool> {
+        if self.center_crop { Some(true) } else { self.no_center_crop.then_some(false) }
+    }
+}
+
 /// Which model, and how it runs.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Model {
@@ -83,6 +101,11 @@ pub struct Model {
     /// Choose among all tokens as the reference does, even those that are no motion
     #[arg(long)]
     reference_decoding: bool,
+    /// What is done to pictures first: raw, oft, libero [default: what the file says]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<Profile>,
+    #[command(flatten)]
+    crop: CenterCrop,
 }
 
 impl Model {
@@ -101,14 +124,7 @@ impl Model {
     /// # Errors
     /// As [`OpenVla::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
     pub fn open(&self) -> anyhow::Result<OpenVla> {
-        let mut options = self.place.options();
-        options.draft = self.draft;
-        if self.reference_decoding {
-            options.decoding = Decoding::Reference;
-        }
-        if let Some(why) = options.devices.left_alone() {
-            say(why);
-        }
+        let options = self.options();
         Ok(match self.path() {
             Some(path) => {
                 misnamed::check(&path)?;
@@ -116,6 +132,36 @@ impl Model {
             }
             None => OpenVla::built_in("the built-in example", EXAMPLE, &options)?,
         })
+    }
+
+    /// Opens the model, of whichever policy it is.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_policy(&self) -> anyhow::Result<Policy> {
+        let options = self.options();
+        Ok(match self.path() {
+            Some(path) => {
+                misnamed::check(&path)?;
+                Policy::open(path, &options)?
+            }
+            None => Policy::built_in("the built-in example", EXAMPLE, &options)?,
+        })
+    }
+
+    /// How it is opened.
+    fn options(&self) -> Options {
+        let mut options = self.place.options();
+        options.draft = self.draft;
+        if self.reference_decoding {
+            options.decoding = Decoding::Reference;
+        }
+        options.profile = self.profile;
+        options.center_crop = self.crop.choice();
+        if let Some(why) = options.devices.left_alone() {
+            say(why);
+        }
+        options
     }
 }
 

@@ -15,6 +15,7 @@ use openvla_kernels::{Gguf, Header, Value};
 
 use crate::action::ActionSpace;
 use crate::preprocess::{Normalize, Preprocess, Resize};
+use crate::profile::Profile;
 use crate::prompt::Prompt;
 use crate::statistics::Statistics;
 use crate::tokenizer::{TokenType, Vocabulary};
@@ -115,6 +116,13 @@ impl LlamaConfig {
 }
 
 impl Config {
+    /// The first version of the format that says all of it.
+    fn format(&self) -> u32 {
+        let Preprocess { profile, center_crop, .. } = self.preprocess;
+        let is_new = self.oft.is_some() || profile != Profile::Raw || center_crop;
+        FORMATS[usize::from(is_new)]
+    }
+
     /// Patches of an image: 256.
     pub fn n_patch(&self) -> usize {
         (self.preprocess.size as usize / self.patch_size).pow(2)
@@ -127,7 +135,7 @@ impl Config {
     /// together; [`Error::Kernels`] names a key that is missing or of another kind.
     pub fn read(file: &Gguf) -> Result<Self> {
         let oft = OftConfig::read(file)?;
-        check_format(file, oft.is_some())?;
+        check_format(file)?;
         let bounds = oft.as_ref().map(|oft| oft.bounds).unwrap_or_default();
         let has_state = oft.as_ref().is_some_and(|oft| oft.n_state > 0);
         let towers: Vec<String> = file.get(key::TOWERS)?;
@@ -136,6 +144,8 @@ impl Config {
         let config = Self {
             general: General::read(file)?,
             preprocess: Preprocess {
+                profile: read_profile(file)?,
+                center_crop: general::optional(file, key::CENTER_CROP)?.unwrap_or(false),
                 size: file.get(key::IMAGE_SIZE)?,
                 resize: read_resize(file)?,
                 towers: normalize,
@@ -165,9 +175,15 @@ impl Config {
     pub fn write(&self, to: &mut Header) {
         to.set(key::ARCHITECTURE, ARCHITECTURE.to_owned());
         self.general.write(to);
-        to.set(key::FORMAT, format_of(self.oft.is_some()));
+        to.set(key::FORMAT, self.format());
         to.set(key::IMAGE_SIZE, self.preprocess.size);
         write_resize(self.preprocess.resize, to);
+        if self.preprocess.profile != Profile::Raw {
+            to.set(key::PROFILE, self.preprocess.profile.name().to_owned());
+        }
+        if self.preprocess.center_crop {
+            to.set(key::CENTER_CROP, true);
+        }
         to.set(key::PATCH_SIZE, self.patch_size as u32);
         to.set(key::TOWERS, self.towers.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
         for (tower, normalize) in self.towers.iter().zip(&self.preprocess.towers) {
@@ -197,6 +213,8 @@ mod key {
     pub const IMAGE_SIZE: &str = "openvla.image.size";
     pub const RESIZE: &str = "openvla.image.resize";
     pub const LETTERBOX_FILL: &str = "openvla.image.letterbox_fill";
+    pub const PROFILE: &str = "openvla.image.profile";
+    pub const CENTER_CROP: &str = "openvla.image.center_crop";
     pub const TOWERS: &str = "openvla.vision.towers";
     pub const PATCH_SIZE: &str = "openvla.vision.patch_size";
     pub const PROJECTOR: &str = "openvla.projector.widths";
@@ -228,27 +246,36 @@ mod key {
 
 /// `general.architecture` of our files.
 pub const ARCHITECTURE: &str = "openvla";
-/// Version of the format: 2 if the model is an OpenVLA-OFT, which a reader of version 1 alone would take for an
-/// OpenVLA.
-fn format_of(is_oft: bool) -> u32 {
-    if is_oft { 2 } else { 1 }
-}
+/// Versions of the format that are read. 2 has OpenVLA-OFT and pictures that are prepared, which a reader of version 1
+/// alone would misread.
+const FORMATS: [u32; 2] = [1, 2];
 
 /// llama.cpp's name for SentencePiece BPE.
 const TOKENIZER: &str = "llama";
 
-fn check_format(file: &Gguf, is_oft: bool) -> Result<()> {
+fn check_format(file: &Gguf) -> Result<()> {
     let found: String = file.get(key::ARCHITECTURE)?;
     if found != ARCHITECTURE {
         let why = format!("it is a `{found}` model, not `{ARCHITECTURE}`");
         return Err(Error::Model { why });
     }
-    let (found, known): (u32, u32) = (file.get(key::FORMAT)?, format_of(is_oft));
-    if found != known {
-        let why = format!("`{}` is {found}; this version reads {known}", key::FORMAT);
+    let found: u32 = file.get(key::FORMAT)?;
+    if !FORMATS.contains(&found) {
+        let [first, last] = FORMATS;
+        let why = format!("`{}` is {found}; this version reads {first} and {last}", key::FORMAT);
         return Err(Error::Model { why });
     }
     Ok(())
+}
+
+fn read_profile(file: &Gguf) -> Result<Profile> {
+    let name: Option<String> = general::optional(file, key::PROFILE)?;
+    let parse = |name: String| {
+        let why =
+            |wanted| Error::Model { why: format!("`{}` is `{name}`; {wanted}", key::PROFILE) };
+        name.parse().map_err(why)
+    };
+    name.map_or(Ok(Profile::Raw), parse)
 }
 
 /// A count or width, which [`Config::check`] holds against its bounds.

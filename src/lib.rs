@@ -44,6 +44,7 @@
 //! - No code here is unsafe: that is a matter of `openvla-kernels`.
 
 mod action;
+mod any_policy;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod config;
@@ -72,6 +73,7 @@ mod vision;
 pub mod format {}
 
 pub use action::{ActionSpace, argmax};
+pub use any_policy::Policy;
 pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig,
     OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,

@@ -90,7 +90,8 @@ impl OpenVlaOft {
     }
 
     pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
-        let config = Config::read(file)?;
+        let mut config = Config::read(file)?;
+        options.apply(&mut config);
         if config.oft.is_none() {
             return Err(Error::OtherPolicy { found: "an OpenVLA", wanted: "OpenVLA-OFT" });
         }

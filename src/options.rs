@@ -7,6 +7,7 @@ use openvla_kernels::{Backend, Gguf, Kernels};
 use crate::Result;
 use crate::config::Config;
 use crate::placement::{Devices, Needs, Placement};
+use crate::profile::Profile;
 use crate::speculative::Draft;
 
 /// How a model is opened.
@@ -25,6 +26,10 @@ pub struct Options {
     pub draft: Draft,
     /// Whose functions a CPU computes with.
     pub kernels: Kernels,
+    /// What is done to pictures. The default is what the file says.
+    pub profile: Option<Profile>,
+    /// Whether only the center of pictures is shown. The default is what the file says.
+    pub center_crop: Option<bool>,
     /// Whether the networks note what their weights are multiplied by: see [`crate::Network::load`].
     pub observe: bool,
 }
@@ -38,8 +43,19 @@ impl Default for Options {
             decoding: Decoding::default(),
             draft: Draft::default(),
             kernels: Kernels::default(),
+            profile: None,
+            center_crop: None,
             observe: false,
         }
+    }
+}
+
+impl Options {
+    /// Puts what they say about pictures in the place of what the file says.
+    pub(crate) fn apply(&self, config: &mut Config) {
+        let preprocess = &mut config.preprocess;
+        preprocess.profile = self.profile.unwrap_or(preprocess.profile);
+        preprocess.center_crop = self.center_crop.unwrap_or(preprocess.center_crop);
     }
 }
 

@@ -94,7 +94,8 @@ impl OpenVla {
     }
 
     pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
-        let config = Config::read(file)?;
+        let mut config = Config::read(file)?;
+        options.apply(&mut config);
         if config.oft.is_some() {
             return Err(Error::OtherPolicy { found: "an OpenVLA-OFT", wanted: "OpenVLA" });
         }

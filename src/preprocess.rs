@@ -9,11 +9,9 @@
 
 use image::RgbImage;
 
+use crate::Result;
 use crate::decode::check_sides;
-use crate::{Error, Result};
-
-/// Sides of the square, in pixels: from one patch to beyond any tower there is.
-pub(crate) const SIZES: std::ops::RangeInclusive<u32> = 14..=1024;
+use crate::profile::{Profile, check_size};
 
 /// How an image of any shape becomes the square the towers see. The names are those of
 /// `image_resize_strategy` in `preprocessor_config.json`.
@@ -42,6 +40,11 @@ pub struct Normalize {
 /// From picture to pixel values, as the checkpoint's image processor does it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Preprocess {
+    /// What is done to a picture before the image processor.
+    pub profile: Profile,
+    /// Whether only the middle nine tenths of a picture's area are shown, as models expect that were trained with
+    /// random crops.
+    pub center_crop: bool,
     /// Side of the square, in pixels: 14 to 1024.
     pub size: u32,
     /// How the picture becomes square.
@@ -73,13 +76,22 @@ impl Preprocess {
         Ok(RgbImage::from_raw(self.size, self.size, square).expect("a tap for every pixel"))
     }
 
-    /// Pixel values, `[size, size, 3 * towers]`.
+    /// What the towers are shown of a picture, `[3, size, size]` bytes: prepared as the profile says, and made square.
+    ///
+    /// # Errors
+    ///
+    /// As [`Preprocess::square`].
+    pub fn shown(&self, image: &RgbImage) -> Result<RgbImage> {
+        self.square(&*self.profile.prepare(image, self.size, self.center_crop)?)
+    }
+
+    /// Pixel values, `[size, size, 3 * towers]`, of what the towers are [shown](Preprocess::shown).
     ///
     /// # Errors
     ///
     /// As [`Preprocess::square`].
     pub fn planes(&self, image: &RgbImage) -> Result<Vec<f32>> {
-        let square = self.square(image)?;
+        let square = self.shown(image)?;
         let mut planes = Vec::with_capacity(square.len() * self.towers.len());
         for tower in &self.towers {
             for channel in 0..3 {
@@ -118,16 +130,6 @@ impl Normalize {
         let (mean, std) = (self.mean[channel], self.std[channel]);
         std::array::from_fn(|byte| (byte as f32 / 255.0 - mean) / std)
     }
-}
-
-/// A square that a tower may want.
-pub(crate) fn check_size(size: u32) -> Result<()> {
-    if SIZES.contains(&size) {
-        return Ok(());
-    }
-    let (least, most) = (SIZES.start(), SIZES.end());
-    let why = format!("the model wants it {size} pixels wide, not {least} to {most}");
-    Err(Error::Image { why })
 }
 
 /// Where the crop starts when `excess` pixels are cut: half of it, ties to even as in Python.
@@ -264,7 +266,7 @@ mod tests {
     const GREY: Normalize = Normalize { mean: [0.5; 3], std: [0.5; 3] };
 
     fn to(size: u32, resize: Resize) -> Preprocess {
-        Preprocess { size, resize, towers: vec![GREY] }
+        Preprocess { profile: Profile::Raw, center_crop: false, size, resize, towers: vec![GREY] }
     }
 
     fn pattern(w: u32, h: u32) -> RgbImage {

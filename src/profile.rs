@@ -26,8 +26,10 @@ use std::str::FromStr;
 use image::{RgbImage, imageops};
 
 use crate::decode::check_sides;
-use crate::preprocess::check_size;
 use crate::{Error, Result};
+
+/// Sides of the square that towers see, in pixels: from one patch to beyond any tower there is.
+pub(crate) const SIZES: std::ops::RangeInclusive<u32> = 14..=1024;
 
 /// Where pictures come from, and what the reference does to them before the image processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -95,6 +97,16 @@ impl FromStr for Profile {
         let found = Self::ALL.into_iter().find(|profile| profile.name() == name);
         found.ok_or_else(|| format!("{} is wanted", Self::ALL.map(Self::name).join(", or ")))
     }
+}
+
+/// A square that a tower may want.
+pub(crate) fn check_size(size: u32) -> Result<()> {
+    if SIZES.contains(&size) {
+        return Ok(());
+    }
+    let (least, most) = (SIZES.start(), SIZES.end());
+    let why = format!("the model wants it {size} pixels wide, not {least} to {most}");
+    Err(Error::Image { why })
 }
 
 /// A JPEG round trip and a resize, whatever the picture's shape.

@@ -10,7 +10,7 @@ use std::path::Path;
 use common::{ids, json, picture};
 use openvla::prompt::{OPENVLA, Prompt, V01};
 use openvla::tokenizer::{Tokenizer, Vocabulary};
-use openvla::{Normalize, Preprocess, Resize};
+use openvla::{Normalize, Preprocess, Profile, Resize};
 use serde_json::Value;
 use suite::{Suite, sha256_of};
 
@@ -38,7 +38,8 @@ fn preprocess_as_the_reference(dir: &Path, cases: &Value) {
             true => vec![DINOV2, SIGLIP],
             false => vec![SIGLIP],
         };
-        let preprocess = Preprocess { size: 224, resize, towers };
+        let preprocess =
+            Preprocess { profile: Profile::Raw, center_crop: false, size: 224, resize, towers };
         let image = picture(&dir.join(case["input"].as_str().unwrap()));
         // The planes' hash says as much, but not where they differ.
         if let Some(square) = case["expected_u8"].as_str() {

@@ -5,9 +5,9 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{json, of, picture, shared as golden};
+use common::{floats, json, of, picture, shared as golden};
 use openvla::oft::{Observation, OpenVlaOft};
-use openvla::{Bounds, Decoding, Devices, Options};
+use openvla::{Bounds, Decoding, Devices, Options, Profile, libero};
 use openvla_convert::Conversion;
 use openvla_convert::oft::{Platform, RunOptions};
 use safetensors::{Dtype, SafeTensors};
@@ -32,10 +32,22 @@ struct Goldens {
     index: Value,
 }
 
-/// A run converted and opened.
+/// A run that was converted.
 struct Variant {
-    policy: OpenVlaOft,
+    path: PathBuf,
     _files: TempDir,
+}
+
+impl Variant {
+    fn open(&self, profile: Option<Profile>, center_crop: Option<bool>) -> OpenVlaOft {
+        let mut options = Options::default();
+        options.devices = common::devices();
+        options.decoding = Decoding::Reference;
+        options.n_threads = 1;
+        options.profile = profile;
+        options.center_crop = center_crop;
+        OpenVlaOft::open(&self.path, &options).unwrap()
+    }
 }
 
 impl Goldens {
@@ -50,7 +62,7 @@ impl Goldens {
     }
 
     /// Converts a variant, from a folder in the published form.
-    fn variant(&self, name: &str, encoding: &str, center_crop: bool) -> Variant {
+    fn variant(&self, name: &str, encoding: &str) -> Variant {
         let variant = &self.index["variants"][name];
         let files = tempfile::tempdir().unwrap();
         let run = files.path().join("run");
@@ -75,16 +87,11 @@ impl Goldens {
             chunk: Some(variant["chunk"].as_u64().unwrap() as usize),
             n_camera: Some(variant["num_images_in_input"].as_u64().unwrap() as usize),
             bounds: Some(if is_min_max { Bounds::Extremes } else { Bounds::Quantiles }),
-            no_center_crop: !center_crop,
         };
         let path = files.path().join("model.gguf");
         let conversion = Conversion::new(&run, &options).unwrap();
         conversion.write(&path, &indicatif::ProgressBar::hidden()).unwrap();
-        let mut options = Options::default();
-        options.devices = common::devices();
-        options.decoding = Decoding::Reference;
-        options.n_threads = 1;
-        Variant { policy: OpenVlaOft::open(&path, &options).unwrap(), _files: files }
+        Variant { path, _files: files }
     }
 }
 
@@ -134,8 +141,7 @@ fn rows(numbers: &[f32], rows: &[f64], width: usize) -> Vec<f64> {
 }
 
 /// A case stage by stage, from the pictures that the reference's processor was given.
-fn stages(goldens: &Goldens, variant: &mut Variant, case: &Value, encoding: &str) -> [f64; 4] {
-    let policy = &mut variant.policy;
+fn stages(goldens: &Goldens, policy: &mut OpenVlaOft, case: &Value, encoding: &str) -> [f64; 4] {
     let id = case["id"].as_str().unwrap();
     let want = tensors(&goldens.dir.join(case["tensors"].as_str().unwrap()));
     let mut planes = Vec::new();
@@ -161,7 +167,7 @@ fn stages(goldens: &Goldens, variant: &mut Variant, case: &Value, encoding: &str
     let network = policy.network();
     let features = network.encode(&planes, &ids).unwrap();
     let got = rows(&network.features(), &want["patch_rows"], joined);
-    let mut worst = [0.0; 4];
+    let mut worst = [0.0; 3];
     worst[0] = assert_close(id, encoding, 0, &got, &want["features_rows"]);
     let soft = network.project(&features).unwrap();
     let got = rows(&network.soft_tokens(), &want["patch_rows"], dim);
@@ -176,6 +182,40 @@ fn stages(goldens: &Goldens, variant: &mut Variant, case: &Value, encoding: &str
     worst
 }
 
+/// A case from the pictures and the state that the robot gave, to the actions.
+fn acts_as_the_reference(goldens: &Goldens, variant: &Variant, case: &Value) -> f64 {
+    let id = case["id"].as_str().unwrap();
+    let is_simulator = case["pipeline"] == "libero_env";
+    let profile = if is_simulator { Profile::Libero } else { Profile::Oft };
+    let mut policy = variant.open(Some(profile), case["center_crop"].as_bool());
+    let (mut front, mut wrists) = (Vec::new(), Vec::new());
+    for seen in case["observation"].as_array().unwrap() {
+        let image = picture(&goldens.dir.join(seen["image"].as_str().unwrap()));
+        let is_wrist = seen["key"].as_str().unwrap().contains("wrist");
+        if is_wrist { &mut wrists } else { &mut front }.push(image);
+    }
+    let images: Vec<_> = front.iter().chain(&wrists).collect();
+    let state: Option<Vec<f64>> = case["state"].as_array().map(|_| floats(&case["state"]));
+    let observation = Observation { images: &images, state: state.as_deref() };
+    let instruction = case["instruction"].as_str().unwrap();
+    let chunk = policy.act(&observation, instruction, case["unnorm_key"].as_str()).unwrap();
+    let want = tensors(&goldens.dir.join(case["tensors"].as_str().unwrap()));
+    if let Some(ids) = want.get("token_ids") {
+        let got: Vec<f64> = chunk.tokens.unwrap().concat().into_iter().map(f64::from).collect();
+        assert_eq!(&got, ids, "{id}: tokens");
+    }
+    let (n_step, n) = (chunk.actions.len(), chunk.actions[0].len());
+    assert_eq!([n_step, n], [policy.oft().chunk, policy.oft().n_action], "{id}");
+    if let (Some(env), false) = (want.get("env_actions"), case["variant"] == "G") {
+        let of_env = chunk
+            .actions
+            .iter()
+            .flat_map(|action| action[..6].iter().copied().chain([libero::gripper(action[6])]));
+        assert_close(&format!("{id}: environment"), "F32", 3, &of_env.collect::<Vec<_>>(), env);
+    }
+    assert_close(id, "F32", 3, &chunk.actions.concat(), &want["actions"])
+}
+
 mod shared {
     use super::*;
 
@@ -184,10 +224,9 @@ mod shared {
     fn every_stage(encoding: &str) {
         let goldens = Goldens::open();
         for name in VARIANTS {
-            let mut variant = goldens.variant(name, encoding, true);
+            let mut policy = goldens.variant(name, encoding).open(Some(Profile::Raw), Some(false));
             for case in goldens.cases(name) {
-                let [features, soft, normalized, _] =
-                    stages(&goldens, &mut variant, case, encoding);
+                let [features, soft, normalized] = stages(&goldens, &mut policy, case, encoding);
                 eprintln!(
                     "{encoding:6} {} features {features:.1e} soft {soft:.1e} normalized {normalized:.1e}",
                     case["id"]
@@ -200,6 +239,19 @@ mod shared {
     #[ignore = "needs ../shared/golden"]
     fn f32_stages_are_the_references() {
         every_stage("F32");
+    }
+
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn f32_acts_as_the_reference_from_pictures_to_actions() {
+        let goldens = Goldens::open();
+        for name in VARIANTS {
+            let variant = goldens.variant(name, "F32");
+            for case in goldens.cases(name) {
+                let error = acts_as_the_reference(&goldens, &variant, case);
+                eprintln!("{} actions {error:.1e}", case["id"]);
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@ use anyhow::{Context, Result, bail, ensure};
 use openvla::prompt::{self, Prompt};
 use openvla::tokenizer::{TokenType, Vocabulary};
 use openvla::{
-    BaseModel, Config, General, Normalize, OftConfig, Preprocess, Resize, Source, Statistics,
+    BaseModel, Config, General, Normalize, OftConfig, Preprocess, Profile, Resize, Source,
+    Statistics,
 };
 
 use crate::cards;
@@ -19,6 +20,15 @@ const BICUBIC: u32 = 3;
 /// SentencePiece's space, the piece that ends every prompt.
 const SPACE: &str = "▁";
 
+/// What is done to pictures before the image processor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pictures {
+    /// How they are resized.
+    pub profile: Profile,
+    /// Whether only their center is shown.
+    pub center_crop: bool,
+}
+
 /// The metadata of a checkpoint with tensors of these `shapes`, mapped by `mapping`.
 ///
 /// # Errors
@@ -29,11 +39,12 @@ pub fn describe(
     shapes: &Shapes,
     mapping: &Mapping,
     oft: Option<OftConfig>,
+    pictures: Pictures,
     encoding: Encoding,
 ) -> Result<Config> {
     let hf = &info.config;
     let vocabulary = tokenizer::read(info.tokenizer_dir(), mapping.llama.n_vocab)?;
-    let preprocess = preprocess(&info.preprocessor, mapping)
+    let preprocess = preprocess(&info.preprocessor, mapping, pictures)
         .with_context(|| format!("{}/preprocessor_config.json", info.dir.display()))?;
     let config = Config {
         general: general(info, shapes, mapping, encoding),
@@ -84,7 +95,11 @@ fn suffix(vocabulary: &Vocabulary) -> Result<u32> {
     Ok(u32::try_from(id)?)
 }
 
-fn preprocess(hf: &HfPreprocessor, mapping: &Mapping) -> Result<Preprocess> {
+fn preprocess(
+    hf: &HfPreprocessor,
+    mapping: &Mapping,
+    Pictures { profile, center_crop }: Pictures,
+) -> Result<Preprocess> {
     let (resize, crop, normalize) =
         (&hf.tvf_resize_params, &hf.tvf_crop_params, &hf.tvf_normalize_params);
     let n = mapping.towers.len();
@@ -107,7 +122,7 @@ fn preprocess(hf: &HfPreprocessor, mapping: &Mapping) -> Result<Preprocess> {
         other => bail!("resizing to {other:?} and cropping to {height} do not fit together"),
     };
     let towers = normalize.iter().map(|p| Normalize { mean: p.mean, std: p.std }).collect();
-    Ok(Preprocess { size: height, resize, towers })
+    Ok(Preprocess { profile, center_crop, size: height, resize, towers })
 }
 
 /// ref: `docs/gguf.md`, "GGUF Naming Convention" and "General metadata"

@@ -56,12 +56,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
-use openvla::{Config, Proof};
+use openvla::{Config, Profile, Proof};
 use openvla_example::Spec;
 use openvla_kernels::Header;
 
 use crate::atomic_file::AtomicFile;
 use crate::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
+use crate::describe::Pictures;
 use crate::imatrix::ImportanceMatrix;
 use crate::lora::Adapter;
 use crate::mapping::{Mapping, Shapes};
@@ -88,6 +89,10 @@ pub struct Options {
     pub base: Option<PathBuf>,
     /// What no file of an OpenVLA-OFT run says.
     pub run: RunOptions,
+    /// What is done to pictures. Without it: for an OpenVLA-OFT run what its policy does, else nothing.
+    pub profile: Option<Profile>,
+    /// Whether only the center of pictures is shown. Without it: for an OpenVLA-OFT run, as all of its scripts.
+    pub center_crop: Option<bool>,
     /// The statistics file. Without it: the file in the adapter's folder, which belongs to the
     /// fine-tuned model, else the checkpoint's.
     pub statistics: Option<PathBuf>,
@@ -108,6 +113,8 @@ impl Default for Options {
             adapter: None,
             base: None,
             run: RunOptions::default(),
+            profile: None,
+            center_crop: None,
             statistics: None,
             importance: None,
             proof: false,
@@ -198,7 +205,11 @@ impl Conversion {
         let (bounds, has_state) =
             oft.as_ref().map(|oft| (oft.bounds, oft.n_state > 0)).unwrap_or_default();
         let parsed = statistics.parse_with(bounds, has_state).with_context(cannot)?;
-        let config = describe::describe(&info, parsed, &shapes, &mapping, oft, encoding);
+        let pictures = Pictures {
+            profile: options.profile.unwrap_or(if is_run { Profile::Oft } else { Profile::Raw }),
+            center_crop: options.center_crop.unwrap_or(is_run),
+        };
+        let config = describe::describe(&info, parsed, &shapes, &mapping, oft, pictures, encoding);
         let mut config = config.with_context(cannot)?;
         let fingerprint = fingerprint::fingerprint(&mapping, &tensors, adapter.as_ref())?;
         config.general.source.fingerprint = Some(fingerprint);
@@ -237,7 +248,15 @@ impl Conversion {
         let mapping = mapping::mapping(&info.config, &shapes, false)?;
         let statistics = StatisticsText::of(&info)?;
         let parsed = statistics.parse()?;
-        let mut config = describe::describe(&info, parsed, &shapes, &mapping, None, encoding)?;
+        let mut config = describe::describe(
+            &info,
+            parsed,
+            &shapes,
+            &mapping,
+            None,
+            Pictures::default(),
+            encoding,
+        )?;
         config.general.source.fingerprint = Some(format!("{:016x}", spec.seed));
         let plan = plan::plan(&mapping, encoding, &[])?;
         let weights = Box::new(RandomWeights::new(tensors, spec.seed, n_threads));

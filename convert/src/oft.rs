@@ -113,8 +113,6 @@ pub struct RunOptions {
     pub n_camera: Option<usize>,
     /// What -1 and 1 stand for.
     pub bounds: Option<Bounds>,
-    /// Whether the model was trained without random crops.
-    pub no_center_crop: bool,
 }
 
 impl RunOptions {
@@ -243,9 +241,8 @@ pub fn configure(sizes: RunSizes, options: &RunOptions) -> Result<OftConfig> {
         .with_context(|| unknown("how many cameras it sees", "--cameras N", sizes))?;
     let bounds = agreed(options.bounds, &possible, Platform::bounds)
         .with_context(|| unknown("what -1 and 1 stand for", "--bounds q99|min-max", sizes))?;
-    let center_crop = !options.no_center_crop;
     let cameras = camera_names(n_camera);
-    Ok(OftConfig { chunk, n_action, n_state, cameras, bounds, center_crop, head, film })
+    Ok(OftConfig { chunk, n_action, n_state, cameras, bounds, head, film })
 }
 
 /// What was said, else what all platforms have in common.
@@ -279,12 +276,12 @@ fn camera_names(n: usize) -> Vec<String> {
 
 /// One line on what was taken, for people.
 pub fn summary(oft: &OftConfig) -> String {
-    let OftConfig { chunk, n_action, n_state, cameras, bounds, center_crop, head, film } = oft;
+    let OftConfig { chunk, n_action, n_state, cameras, bounds, head, film } = oft;
     let state = if *n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() };
     let [low, high] = bounds.keys();
     format!(
         "OpenVLA-OFT: {chunk} actions of {n_action} numbers ({} head{}) from {} ({}), {state}; {low} and {high} are -1 \
-         and 1; {}",
+         and 1",
         head.as_ref(),
         if *film { ", FiLM" } else { "" },
         if cameras.len() == 1 {
@@ -293,7 +290,6 @@ pub fn summary(oft: &OftConfig) -> String {
             format!("{} cameras", cameras.len())
         },
         cameras.join(", "),
-        if *center_crop { "the center of pictures is cropped" } else { "pictures are not cropped" },
     )
 }
 

@@ -8,7 +8,7 @@ use openvla::{ActionCard, Statistics};
 use openvla_convert::Conversion;
 use openvla_convert::cards::cards;
 use openvla_convert::checkpoint::{CheckpointInfo, HubRevision, StatisticsText};
-use openvla_convert::describe::describe;
+use openvla_convert::describe::{Pictures, describe};
 use openvla_convert::mapping::{Shapes, mapping};
 use openvla_convert::plan::Encoding;
 use openvla_example::{COMMITTED, Spec, Variant};
@@ -294,8 +294,16 @@ mod shared {
         info.adapter = Some("openvla-7b+my_robot+b16".into());
         let mapping = mapping(&info.config, &shapes, false).unwrap();
         let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
-        let config =
-            describe(&info, statistics, &shapes, &mapping, None, "Q8_0".parse().unwrap()).unwrap();
+        let config = describe(
+            &info,
+            statistics,
+            &shapes,
+            &mapping,
+            None,
+            Pictures::default(),
+            "Q8_0".parse().unwrap(),
+        )
+        .unwrap();
         let mut header = Header::default();
         config.write(&mut header);
         let dir = tempfile::tempdir().unwrap();

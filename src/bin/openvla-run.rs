@@ -1,4 +1,4 @@
-//! `openvla-run`: images and one instruction to one motion each.
+//! `openvla-run`: images and one instruction to one motion each, or to a chunk of actions.
 
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,10 +9,11 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use openvla::cli::{self, Model};
 use openvla::image::RgbImage;
-use openvla::{Action, Dataset, Session, Usage};
+use openvla::oft::{Chunk, Observation, OpenVlaOft};
+use openvla::{Action, OpenVla, Policy, Scale, Session, Usage};
 
-/// Computes the motion that an OpenVLA model makes of an image and an instruction. Several images
-/// are one robot's, step after step.
+/// Computes the motion that an OpenVLA model makes of an image and an instruction, or the actions that an OpenVLA-OFT
+/// model makes of the pictures of its cameras and the arm's state. Several images are one robot's, step after step.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -26,6 +27,12 @@ struct Args {
     /// Data set whose units the motion is in; needed if the model knows several
     #[arg(long, value_name = "KEY")]
     unnorm_key: Option<String>,
+    /// OpenVLA-OFT: a wrist camera's picture, in the order that the model was trained with (left, right)
+    #[arg(long, value_name = "IMAGE")]
+    wrist: Vec<PathBuf>,
+    /// OpenVLA-OFT: the arm's state in the data set's units, a JSON list or a file with one
+    #[arg(long, value_name = "LIST|FILE", allow_hyphen_values = true)]
+    state: Option<String>,
     /// Print one JSON object for each image, on a line of its own
     #[arg(long)]
     json: bool,
@@ -33,7 +40,8 @@ struct Args {
 
 fn main() -> ExitCode {
     let args: Args = cli::start();
-    if args.images.iter().filter(|path| path.as_os_str() == STDIN).count() > 1 {
+    let pictures = args.images.iter().chain(&args.wrist);
+    if pictures.filter(|path| path.as_os_str() == STDIN).count() > 1 {
         let why = "\"-\" can be given once: stdin holds one image";
         Args::command().error(ErrorKind::ArgumentConflict, why).exit();
     }
@@ -47,10 +55,24 @@ fn run(args: &Args) -> Result<()> {
     let warn = |doubt: &str| cli::say(format_args!("warning: {doubt}"));
     // Before the model is opened, since a mistake in the order of arguments may be why it cannot be.
     let misplaced = cli::doubt(&args.instruction).inspect(|doubt| warn(doubt));
-    let mut policy = args.model.open()?;
+    let mut policy = args.model.open_policy()?;
     if misplaced.is_none() {
         policy.config().prompt.doubt(&args.instruction).inspect(|doubt| warn(doubt));
     }
+    match &mut policy {
+        Policy::OpenVla(policy) => act(args, policy)?,
+        Policy::Oft(policy) => act_in_chunks(args, policy)?,
+    }
+    policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
+    Ok(())
+}
+
+/// One motion for each image.
+fn act(args: &Args, policy: &mut OpenVla) -> Result<()> {
+    anyhow::ensure!(
+        args.wrist.is_empty() && args.state.is_none(),
+        "--wrist and --state are for OpenVLA-OFT models; this is an OpenVLA, which sees one camera and reads no state"
+    );
     let mut session = Session::default();
     let mut out = std::io::stdout().lock();
     for path in &args.images {
@@ -69,10 +91,51 @@ fn run(args: &Args) -> Result<()> {
             );
         }
         let (_, dataset) = policy.config().statistics.select(Some(&action.unnorm_key))?;
-        out.write_all(table(&action, dataset).as_bytes())?;
+        out.write_all(table(&action, &dataset.action).as_bytes())?;
     }
-    policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
     Ok(())
+}
+
+/// A chunk of actions for the pictures of all cameras.
+fn act_in_chunks(args: &Args, policy: &mut OpenVlaOft) -> Result<()> {
+    let cameras = &policy.oft().cameras;
+    anyhow::ensure!(
+        args.images.len() == 1,
+        "an OpenVLA-OFT model takes one picture of its third-person camera, and those of wrist cameras with --wrist; there \
+         are {} without it",
+        args.images.len()
+    );
+    if cameras.len() == 1 && !args.wrist.is_empty() {
+        cli::say("warning: the model sees one camera; --wrist is left out, as the reference does");
+    }
+    if policy.oft().n_state == 0 && args.state.is_some() {
+        cli::say("warning: the model reads no state; --state is left out, as the reference does");
+    }
+    let paths = args.images.iter().chain(&args.wrist);
+    let images = paths.map(|path| read(path)).collect::<Result<Vec<_>>>()?;
+    let images: Vec<_> = images.iter().collect();
+    let state = args.state.as_deref().map(read_state).transpose()?;
+    let observation = Observation { images: &images, state: state.as_deref() };
+    let chunk = policy.act(&observation, &args.instruction, args.unnorm_key.as_deref())?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&chunk)?)?;
+    } else {
+        out.write_all(chunk_table(&chunk).as_bytes())?;
+    }
+    Ok(())
+}
+
+/// A JSON list, or that of a file.
+fn read_state(text: &str) -> Result<Vec<f64>> {
+    let is_list = text.trim_start().starts_with('[');
+    let json = if is_list {
+        text.to_owned()
+    } else {
+        std::fs::read_to_string(text).with_context(|| format!("cannot read the state {text}"))?
+    };
+    let wanted = "a JSON list of numbers is needed for --state, such as [0.1, -0.2]";
+    serde_json::from_str(&json).with_context(|| wanted.to_owned())
 }
 
 /// What a device had to hold.
@@ -110,16 +173,30 @@ fn read(path: &Path) -> Result<RgbImage> {
 /// Names of the seven numbers that a motion of one arm has.
 const ARM: [&str; 7] = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"];
 
-fn table(action: &Action, dataset: &Dataset) -> String {
-    let n = action.action.len();
-    let name = |i: usize| match n {
-        7 => ARM[i].to_owned(),
-        _ => format!("action[{i}]"),
+/// The name of number `i` of `n`.
+fn name(i: usize, n: usize) -> String {
+    if n == ARM.len() { ARM[i].to_owned() } else { format!("action[{i}]") }
+}
+
+/// A row for each action of the chunk.
+fn chunk_table(chunk: &Chunk) -> String {
+    let n = chunk.actions.first().map_or(0, Vec::len);
+    let names: String = (0..n).map(|i| format!(" {:>12}", name(i, n))).collect();
+    let row = |(step, action): (usize, &Vec<f64>)| {
+        let numbers: String = action.iter().map(|x| format!(" {x:>12.6}")).collect();
+        format!("{step:>4}{numbers}\n")
     };
-    let ranges = dataset.action.ranges();
+    let rows: String = chunk.actions.iter().enumerate().map(row).collect();
+    let (key, ms) = (&chunk.unnorm_key, chunk.timing_ms.total);
+    format!("step{names}\n{rows}in units of {key}, {ms:.0} ms\n")
+}
+
+fn table(action: &Action, scale: &Scale) -> String {
+    let n = action.action.len();
+    let ranges = scale.ranges();
     let line = |i: usize| {
         let [low, high] = ranges[i];
-        format!("{:<10} {:>12.6}   of {low:.6} … {high:.6}\n", name(i), action.action[i])
+        format!("{:<10} {:>12.6}   of {low:.6} … {high:.6}\n", name(i, n), action.action[i])
     };
     let rows: String = (0..n).map(line).collect();
     format!("{rows}in units of {}, {:.0} ms\n", action.unnorm_key, action.timing_ms.total)

@@ -2,7 +2,8 @@
 
 use super::{Config, OftConfig, cards, key};
 use crate::action::ActionSpace;
-use crate::preprocess::{self, Normalize};
+use crate::preprocess::Normalize;
+use crate::profile::SIZES;
 use crate::statistics::Scale;
 use crate::{Error, Result};
 
@@ -79,7 +80,7 @@ impl Config {
         demand((1..=2).contains(&n_tower), || {
             format!("`{}` names {n_tower} vision towers, not 1 or 2", key::TOWERS)
         })?;
-        let sizes = preprocess::SIZES;
+        let sizes = SIZES;
         demand(sizes.contains(&self.preprocess.size), || {
             let (least, most) = (sizes.start(), sizes.end());
             format!("`{}` is {}, not {least} to {most}", key::IMAGE_SIZE, self.preprocess.size)

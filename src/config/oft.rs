@@ -22,8 +22,6 @@ pub struct OftConfig {
     pub cameras: Vec<String>,
     /// What -1 and 1 stand for, in actions and state.
     pub bounds: Bounds,
-    /// Whether the model was trained on crops, so that the center of a picture is what it is shown.
-    pub center_crop: bool,
     /// What makes actions of hidden rows.
     pub head: OftHead,
     /// Whether the instruction modulates the vision towers (FiLM, "OFT+").
@@ -45,7 +43,6 @@ mod key {
     pub const N_STATE: &str = "openvla.oft.state_length";
     pub const CAMERAS: &str = "openvla.oft.cameras";
     pub const BOUNDS: &str = "openvla.oft.bounds";
-    pub const CENTER_CROP: &str = "openvla.oft.center_crop";
     pub const HEAD: &str = "openvla.oft.head";
     pub const FILM: &str = "openvla.oft.film";
 }
@@ -73,7 +70,6 @@ impl OftConfig {
             n_state: size(key::N_STATE)?,
             cameras: file.get(key::CAMERAS)?,
             bounds: one_of(file, key::BOUNDS, &[Bounds::Quantiles, Bounds::Extremes])?,
-            center_crop: file.get(key::CENTER_CROP)?,
             head: one_of(file, key::HEAD, &[OftHead::L1, OftHead::Tokens])?,
             film: file.get(key::FILM)?,
         }))
@@ -85,7 +81,6 @@ impl OftConfig {
         to.set(key::N_STATE, self.n_state as u32);
         to.set(key::CAMERAS, self.cameras.clone());
         to.set(key::BOUNDS, self.bounds.as_ref().to_owned());
-        to.set(key::CENTER_CROP, self.center_crop);
         to.set(key::HEAD, self.head.as_ref().to_owned());
         to.set(key::FILM, self.film);
     }

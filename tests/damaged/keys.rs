@@ -112,8 +112,12 @@ fn sizes_of_image_and_llama_that_cannot_be_are_refused_by_name() {
     let n = Value::U32;
     for (key, value, wanted) in [
         ("general.quantization_version", n(3), "`general.quantization_version` is 3; this version"),
-        ("openvla.format_version", n(0), "`openvla.format_version` is 0; this version reads 1"),
-        ("openvla.format_version", n(2), "`openvla.format_version` is 2"),
+        (
+            "openvla.format_version",
+            n(0),
+            "`openvla.format_version` is 0; this version reads 1 and 2",
+        ),
+        ("openvla.format_version", n(3), "`openvla.format_version` is 3"),
         ("openvla.image.size", n(0), "`openvla.image.size` is 0, not 14 to 1024"),
         ("openvla.image.size", n(1025), "`openvla.image.size` is 1025"),
         (

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use openvla::tokenizer::Tokenizer;
 use openvla::{ActionSpace, Config, Error, Resize, Statistics, prompt};
 use openvla_convert::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
-use openvla_convert::describe::describe;
+use openvla_convert::describe::{Pictures, describe};
 use openvla_convert::mapping::mapping;
 use openvla_kernels::{Gguf, Header};
 use serde_json::Value;
@@ -19,7 +19,16 @@ fn config_of(dir: &Path, encoding: &str) -> Config {
     let (info, (shapes, _)) = (CheckpointInfo::open(dir).unwrap(), model("openvla"));
     let mapping = mapping(&info.config, &shapes, false).unwrap();
     let statistics = StatisticsText::of(&info).unwrap().parse().unwrap();
-    describe(&info, statistics, &shapes, &mapping, None, encoding.parse().unwrap()).unwrap()
+    describe(
+        &info,
+        statistics,
+        &shapes,
+        &mapping,
+        None,
+        Pictures::default(),
+        encoding.parse().unwrap(),
+    )
+    .unwrap()
 }
 
 /// `dir` under another name, with what `base` holds beside it.

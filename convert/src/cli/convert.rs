@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use openvla::Bounds;
-use openvla::cli::{output_file, say};
+use openvla::cli::{CenterCrop, output_file, say};
+use openvla::{Bounds, Preprocess, Profile};
 use openvla_convert::checkpoint::{HubRevision, hub_revision};
 use openvla_convert::fingerprint::check_replaceable;
 use openvla_convert::hub::{self, Content};
@@ -30,6 +30,12 @@ pub struct Convert {
     lora: Option<PathBuf>,
     #[command(flatten)]
     run: Run,
+    /// What is done to pictures first: raw (nothing), oft (a JPEG round trip and TensorFlow's resize unless
+    /// they have the model's size), libero (rotated by 180° and always that) [default: oft for OpenVLA-OFT, else raw]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<Profile>,
+    #[command(flatten)]
+    crop: CenterCrop,
     /// Statistics of the model's data sets, as finetune.py writes them [default:
     /// dataset_statistics.json of the adapter or the checkpoint, else config.json's norm_stats]
     #[arg(long, value_name = "FILE")]
@@ -72,6 +78,11 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
     if let Some(oft) = &conversion.config.oft {
         say(oft::summary(oft));
     }
+    let Preprocess { profile, center_crop, .. } = &conversion.config.preprocess;
+    if (*profile, *center_crop) != (Profile::Raw, false) {
+        let crop = if *center_crop { "their center cropped" } else { "not cropped" };
+        say(format_args!("pictures: prepared as `{profile}`, {crop}"));
+    }
     for warning in &conversion.warnings {
         say(format_args!("warning: {warning}"));
     }
@@ -110,9 +121,6 @@ struct Run {
     /// Which statistics -1 and 1 stand for: q99 or min-max
     #[arg(long, value_name = "NAME", value_parser = bounds)]
     bounds: Option<Bounds>,
-    /// The model was trained without random crops, so pictures are not cropped
-    #[arg(long)]
-    no_center_crop: bool,
 }
 
 fn platform(name: &str) -> Result<Platform, String> {
@@ -143,8 +151,9 @@ impl Convert {
                 chunk: self.run.chunk,
                 n_camera: self.run.cameras,
                 bounds: self.run.bounds,
-                no_center_crop: self.run.no_center_crop,
             },
+            profile: self.profile,
+            center_crop: self.crop.choice(),
             statistics: self.statistics.clone(),
             importance: self.imatrix.clone(),
             proof: !self.no_proof,

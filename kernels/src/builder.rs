@@ -37,6 +37,12 @@ impl Tensor<'_> {
         unsafe { self.raw.as_ref() }.nb
     }
 
+    /// Bytes from the start of what is [viewed](Self::viewed).
+    pub(crate) fn offset(self) -> usize {
+        // SAFETY: as in `shape`.
+        unsafe { self.raw.as_ref() }.view_offs
+    }
+
     pub(crate) fn dtype(self) -> DType {
         // SAFETY: as in `shape`.
         let number = unsafe { self.raw.as_ref() }.type_;

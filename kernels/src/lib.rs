@@ -37,6 +37,7 @@ mod gguf;
 mod graph;
 mod guard;
 mod header;
+mod heads;
 mod jpeg;
 mod kernels;
 mod mapped;

@@ -154,7 +154,7 @@ impl<'g> Tensor<'g> {
         self.builder.node(unsafe { sys::ggml_swiglu_split(context, raw, up.raw.as_ptr()) })
     }
 
-    fn rows(self, op: &str) {
+    pub(crate) fn rows(self, op: &str) {
         assert!(self.is_f32() && self.strides()[0] == 4, "{op}: rows are not contiguous f32");
     }
 
@@ -169,33 +169,6 @@ impl<'g> Tensor<'g> {
         let [a, b, c, d] = new.map(|n| n as i64);
         // SAFETY: live, contiguous, and of the same number of elements.
         self.builder.node(unsafe { sys::ggml_reshape_4d(context, raw, a, b, c, d) })
-    }
-
-    /// Rows `[head_dim · n_head, n]`, between which there may be gaps, by heads: `[head_dim, n_head, n]`.
-    pub fn heads(self, head_dim: usize) -> Tensor<'g> {
-        let [k, n, one, also_one] = self.shape();
-        let fit = head_dim > 0 && k.is_multiple_of(head_dim) && (one, also_one) == (1, 1);
-        assert!(fit, "heads: {:?} by {head_dim}", self.shape());
-        self.rows("heads");
-        let (context, raw, row) =
-            (self.builder.context_for_one(), self.raw.as_ptr(), self.strides()[1]);
-        let [d, n_head, n] = [head_dim, k / head_dim, n].map(|n| n as i64);
-        // SAFETY: live, and the view has the elements that its rows have.
-        let view = unsafe { sys::ggml_view_3d(context, raw, d, n_head, n, 4 * head_dim, row, 0) };
-        self.builder.node(view)
-    }
-
-    /// Heads `[head_dim, n_head, n]` side by side: `[head_dim · n_head, n]`. The same as a reshape, but a view,
-    /// in which form ggml's CUDA backend runs it in one kernel with the rotation before and the cache's
-    /// write after.
-    pub fn heads_as_rows(self) -> Tensor<'g> {
-        let [head_dim, n_head, n, one] = self.shape();
-        assert!(self.is_contiguous() && one == 1, "heads_as_rows: {:?} with gaps", self.shape());
-        assert!(self.is_f32(), "heads_as_rows: operand is not f32");
-        let (context, raw) = self.args();
-        let k = head_dim * n_head;
-        // SAFETY: live and contiguous, and the view has as many elements.
-        self.builder.node(unsafe { sys::ggml_view_2d(context, raw, k as i64, n as i64, 4 * k, 0) })
     }
 
     /// Moves dimension `i` to place `to[i]`. Nothing is copied.
@@ -290,69 +263,6 @@ impl<'g> Tensor<'g> {
         // SAFETY: all are live and of sizes that fit, and places are those of rows, as in `get_rows`.
         let node = self.builder.node(unsafe { sys::ggml_set_rows(context, raw, rows, at) });
         self.builder.run(node);
-    }
-
-    /// Rotary positions for `[head_dim, n_head, n]`: turns the channels `(2i, 2i + 1)` of each head
-    /// by `positions[row] · base^(-2i/head_dim)`. Neighbouring pairs are llama.cpp's layout of Llama,
-    /// which our files hold; Hugging Face pairs `(i, i + head_dim/2)`, so q and k rows are permuted
-    /// when a file is written.
-    pub fn rope(self, positions: Tensor<'g>, base: f32) -> Tensor<'g> {
-        self.same_graph(positions);
-        let [head_dim, _, n, one] = self.shape();
-        assert!(head_dim.is_multiple_of(2) && one == 1, "rope: {:?}", self.shape());
-        assert_eq!(positions.shape(), [n, 1, 1, 1], "rope: one position per row");
-        assert_eq!(positions.dtype(), DType::I32, "rope: positions are not i32");
-        assert!(positions.is_packed(), "rope: positions have gaps");
-        self.rows("rope");
-        let (context, raw) = self.args();
-        let (dims, none, at) = (head_dim as i32, std::ptr::null_mut(), positions.raw.as_ptr());
-        let mode = sys::LLAMA_ROPE_TYPE_NORM;
-        // SAFETY: both are live with one position per row; no frequency factors, and the numbers
-        // after `base` switch YaRN's extrapolation off.
-        self.builder.node(unsafe {
-            sys::ggml_rope_ext(context, raw, at, none, dims, mode, 0, base, 1.0, 0.0, 1.0, 0.0, 0.0)
-        })
-    }
-
-    /// Attention: queries `[head_dim, n, n_head]` (`self`), keys and values
-    /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 or none: zeros for the first keys, those
-    /// that the query sees, then minus infinity.
-    /// Gives `[head_dim, n_head, n]`. Rows must be contiguous, further strides may be any.
-    pub fn flash_attention(
-        self,
-        k: Tensor<'g>,
-        v: Tensor<'g>,
-        mask: Option<Tensor<'g>>,
-        scale: f32,
-    ) -> Tensor<'g> {
-        let ([d, n, n_head, one], kv) = (self.shape(), k.shape());
-        self.same_graph(k);
-        self.same_graph(v);
-        assert_eq!((kv, one), (v.shape(), 1), "attention: keys and values differ");
-        let fit = kv[0] == d && n_head.is_multiple_of(kv[2]) && kv[3] == 1;
-        assert!(fit, "attention: queries {:?}, keys {kv:?}", self.shape());
-        let packed = self.is_packed() && k.is_packed() && v.is_packed();
-        assert!(self.is_f32() && packed, "attention: gaps in rows");
-        assert_eq!(k.dtype(), v.dtype(), "attention: keys and values are of two types");
-        assert!(matches!(k.dtype(), DType::F32 | DType::F16), "attention: {} keys", k.dtype());
-        if let Some(mask) = mask {
-            self.same_graph(mask);
-            assert_eq!(mask.shape(), [kv[1], n, 1, 1], "attention: the mask's shape");
-            assert!(mask.dtype() == DType::F16 && mask.is_contiguous(), "attention: the mask");
-        }
-        if let Some(node) = own::attention([self, k, v], mask, scale) {
-            return node;
-        }
-        let mask = mask.map_or(std::ptr::null_mut(), |mask| mask.raw.as_ptr());
-        let (context, raw) = self.args();
-        let (k, v) = (k.raw.as_ptr(), v.raw.as_ptr());
-        // SAFETY: all are live, of one graph, and of shapes, types and strides that fit.
-        let node = unsafe {
-            let node = sys::ggml_flash_attn_ext(context, raw, k, v, mask, scale, 0.0, 0.0);
-            sys::ggml_flash_attn_ext_set_prec(node, sys::GGML_PREC_F32);
-            node
-        };
-        self.builder.node(node)
     }
 
     /// Cuts planes `[width, height, channels]` (`self`) into the patches that a convolution with

@@ -160,6 +160,43 @@ fn rope_turns_neighbouring_channels() {
     assert_close("rope", &got, &(0..x.len()).map(turned).collect::<Vec<_>>(), 1e-4);
 }
 
+/// Two heads of queries and one of keys, which are turned where they are, and values, which are not.
+#[test]
+fn rope_first_turns_the_first_channels_alone() {
+    let ([d, n_head, n], base) = ([8, 4, 5], 10_000.0);
+    let (k, turned) = (n_head * d, 3 * d);
+    let (w, _) = weight(DType::F32, &[d, k], &numbers(d * k, 1));
+    let (x, positions) = (state(&[d, n], &numbers(d * n, 2)), zeros(DType::I32, &[n]));
+    positions.write(&[0_i32, 1, 7, 600, 2]);
+    let in_place = compute(&[k, n], |g| {
+        let rows = g.weight(&w).mul_mat(g.state(&x));
+        rows.rope_first(turned, d, g.state(&positions), base)
+    });
+    let apart = compute(&[k, n], |g| {
+        let rows = g.weight(&w).mul_mat(g.state(&x));
+        let first = rows.slice(0, 0, turned).heads(d).rope(g.state(&positions), base);
+        first.heads_as_rows().concat(rows.slice(0, turned, k - turned), 0)
+    });
+    assert_eq!(in_place, apart);
+}
+
+#[test]
+fn slices_that_follow_each_other_are_one() {
+    let (k, n) = (12, 3);
+    let (x, other) = (state(&[k, n], &numbers(k * n, 1)), state(&[k, n], &numbers(k * n, 2)));
+    let got = compute(&[7, n], |g| {
+        let x = g.state(&x);
+        let [a, b, c] = [(2, 3), (5, 1), (6, 3)].map(|(start, k)| x.slice(0, start, k));
+        assert!(Tensor::side_by_side(&[a, c]).is_none(), "there is a gap between them");
+        assert!(Tensor::side_by_side(&[b, a]).is_none(), "the order is another");
+        assert!(Tensor::side_by_side(&[a, g.state(&other).slice(0, 5, 1)]).is_none());
+        assert!(Tensor::side_by_side(&[a, b.slice(1, 0, 2)]).is_none(), "rows are missing");
+        Tensor::side_by_side(&[a, b, c]).unwrap().contiguous()
+    });
+    let x = numbers(k * n, 1);
+    assert_eq!(got, x.chunks(k).flat_map(|row| row[2..9].to_vec()).collect::<Vec<_>>());
+}
+
 /// Sizes of an attention: channels, queries, keys, heads of each.
 #[derive(Clone, Copy, Debug)]
 struct Attention {

@@ -211,6 +211,9 @@ fn attention_rope_and_patches() {
         two("rope: one position per row", &kv, &positions, |x, at| x.rope(at, 1e4)),
         two("rope: [3, 3, 4, 1]", &odd, &positions, |x, at| x.rope(at, 1e4)),
         two("rope: positions are not i32", &q, &places, |x, at| x.rope(at, 1e4)),
+        two("rope_first: weights and states are not turned", &odd, &positions, |x, at| {
+            x.rope_first(2, 2, at, 1e4)
+        }),
         two("patches: [2, 2, 3, 8] does not divide [4, 3, 4, 1]", &q, &kernel, |x, k| x.patches(k)),
         two("does not divide [6, 4, 3, 1]", &planes, &q, |x, k| x.patches(k)),
         two("patches: planes have gaps", &f32(&[6, 8, 3]), &kernel, |x, k| {

@@ -28,10 +28,9 @@ pub(crate) struct Layer {
     down: Weight,
 }
 
-/// Keys and values of one layer, both `[n_head_kv · head_dim, n_ctx]`.
+/// Keys and values of one layer, side by side: `[2 · n_head_kv · head_dim, n_ctx]`.
 pub(crate) struct LayerCache {
-    k: State,
-    v: State,
+    kv: State,
 }
 
 /// Rows to run: what they are, where they stand, and what they may look at.
@@ -130,20 +129,31 @@ impl Layer {
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
-        let (head_dim, n_head_kv) = (c.head_dim(), c.n_head_kv);
+        let (head_dim, kv) = (c.head_dim(), c.n_head_kv * c.head_dim());
         let turn = |x: Tensor<'g>| x.heads(head_dim).rope(rows.positions, c.rope_base);
         let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, rows.x));
-        let (q, k) = (turn(q), turn(k)); // [head_dim, n_head, n_row]
-        let (k_cache, v_cache) = (g.state(&cache.k), g.state(&cache.v));
-        k_cache.set_rows(k.heads_as_rows(), rows.places);
-        v_cache.set_rows(v, rows.places);
-        let seen = |cache: Tensor<'g>| {
-            let rows = cache.slice(1, 0, n_kv).reshape(&[head_dim, n_head_kv, n_kv]);
+        // Slices of one product are rotated by one launch, and k and v written into the cache by another.
+        let all = Tensor::side_by_side(&[q, k, v]);
+        let (q, written) = match all.or_else(|| Tensor::side_by_side(&[q, k])) {
+            Some(x) => {
+                let x = x.rope_first(dim + kv, head_dim, rows.positions, c.rope_base);
+                (x.slice(0, 0, dim).heads(head_dim), x.slice(0, dim, x.shape()[0] - dim))
+            }
+            None => (turn(q), turn(k).heads_as_rows()),
+        }; // [head_dim, n_head, n_row], and keys, perhaps with values
+        let cache = g.state(&cache.kv);
+        cache.slice(0, 0, written.shape()[0]).set_rows(written, rows.places);
+        let (keys, values) = (cache.slice(0, 0, kv), cache.slice(0, kv, kv));
+        if all.is_none() {
+            values.set_rows(v, rows.places);
+        }
+        let seen = |x: Tensor<'g>| {
+            let rows = x.slice(1, 0, n_kv).heads(head_dim); // [head_dim, n_head_kv, n_kv]
             rows.permute([0, 2, 1, 3]) // [head_dim, n_kv, n_head_kv]
         };
         let scale = (head_dim as f32).sqrt().recip();
         let q = q.permute([0, 2, 1, 3]); // [head_dim, n_row, n_head]
-        let y = q.flash_attention(seen(k_cache), seen(v_cache), Some(rows.mask), scale);
+        let y = q.flash_attention(seen(keys), seen(values), Some(rows.mask), scale);
         g.weight(&self.out).mul_mat(y.reshape(&[dim, n_row]))
     }
 }
@@ -151,7 +161,7 @@ impl Layer {
 impl LayerCache {
     /// Rows that it has room for.
     pub fn n_ctx(&self) -> usize {
-        self.k.shape()[1]
+        self.kv.shape()[1]
     }
 
     /// For `n_ctx` rows, of zeroed states.
@@ -160,7 +170,7 @@ impl LayerCache {
         n_ctx: usize,
         zeros: impl Fn(Shape) -> Result<State>,
     ) -> Result<Self> {
-        let shape = shape(&[c.n_head_kv * c.head_dim(), n_ctx]);
-        Ok(Self { k: zeros(shape)?, v: zeros(shape)? })
+        let kv = c.n_head_kv * c.head_dim();
+        Ok(Self { kv: zeros(shape(&[2 * kv, n_ctx]))? })
     }
 }

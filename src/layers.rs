@@ -1,6 +1,6 @@
 //! What the towers, the projector and the Llama share.
 
-use openvla_kernels::{Builder, Tensor, Weight, Weights, shape};
+use openvla_kernels::{Builder, DType, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 
@@ -88,7 +88,63 @@ impl LayerNorm {
     }
 
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
-        x.norm(self.eps) * g.weight(&self.weight) + g.weight(&self.bias)
+        self.scaled(g, x) + g.weight(&self.bias)
+    }
+
+    /// Without its bias.
+    fn scaled<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+        x.norm(self.eps) * g.weight(&self.weight)
+    }
+}
+
+/// A LayerNorm and the linear layer that alone reads it: `x [n_in, n] → W·norm(x) + b [n_out, n]`
+pub(crate) struct NormedLinear {
+    norm: LayerNorm,
+    linear: Linear,
+    /// Of the joint bias: where it is, and its first element.
+    joint: Option<(State, usize)>,
+}
+
+impl NormedLinear {
+    /// [`LayerNorm::load`] and [`Linear::load`].
+    pub fn load(
+        w: &mut Weights,
+        [norm, linear]: [&str; 2],
+        [n_in, n_out]: [usize; 2],
+        eps: f32,
+    ) -> Result<Self> {
+        let norm = LayerNorm::load(w, norm, n_in, eps)?;
+        Ok(Self { norm, linear: Linear::load(w, linear, n_in, n_out)?, joint: None })
+    }
+
+    /// The matrix' type.
+    pub fn dtype(&self) -> DType {
+        self.linear.weight.dtype()
+    }
+
+    /// Elements of its bias.
+    pub fn n_out(&self) -> usize {
+        self.linear.weight.shape()[1]
+    }
+
+    /// What LayerNorm's bias becomes behind the matrix, with the linear layer's own: a sum less in every pass.
+    pub fn joint_bias<'g>(&self, g: &'g Builder) -> Tensor<'g> {
+        let [weight, bias, beta] = [&self.linear.weight, &self.linear.bias, &self.norm.bias]
+            .map(|weight| g.weight(weight));
+        weight.mul_mat(beta) + bias
+    }
+
+    /// From now on takes its joint bias from `biases`, where it begins at `start`.
+    pub fn join(&mut self, biases: &State, start: usize) {
+        self.joint = Some((biases.clone(), start));
+    }
+
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+        let Some((biases, start)) = &self.joint else {
+            return self.linear.build(g, self.norm.build(g, x));
+        };
+        let bias = g.state(biases).slice(0, *start, self.n_out());
+        g.weight(&self.linear.weight).mul_mat(self.norm.scaled(g, x)) + bias
     }
 }
 

@@ -111,7 +111,7 @@ impl Network {
     ) -> Result<Self> {
         let mut weights = Weights::placed(file, backend, &TABLES, place)?;
         let observer = if observe { weights.observe() } else { Observer::default() };
-        let vision = Vision::load(&mut weights, config)?;
+        let vision = Vision::load(&mut weights, config, backend, observe)?;
         let projector = Projector::load(&mut weights, config)?;
         let llama = Llama::load(&mut weights, config, backend)?;
         weights.finish()?;

@@ -9,11 +9,13 @@
 //! ref: timm 0.9.10 `VisionTransformer.get_intermediate_layers(n={len(blocks) - 2})`,
 //! `PrismaticVisionBackbone.forward`
 
-use openvla_kernels::{Builder, Tensor, Weight, Weights, shape};
+use std::sync::Arc;
+
+use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 use crate::config::{Config, TowerConfig};
-use crate::layers::{LayerNorm, Linear};
+use crate::layers::{Linear, NormedLinear};
 
 /// What a block's rows are multiplied by, on top of 1, and what is then added to them: `[dim]` both.
 pub(crate) type Modulation<'g> = Option<[Tensor<'g>; 2]>;
@@ -23,10 +25,47 @@ pub(crate) struct Vision {
 }
 
 impl Vision {
-    pub fn load(w: &mut Weights, c: &Config) -> Result<Self> {
+    /// Biases are joined unless somebody observes what matrices are multiplied by.
+    pub fn load(
+        w: &mut Weights,
+        c: &Config,
+        backend: &Arc<Backend>,
+        is_observed: bool,
+    ) -> Result<Self> {
         let towers =
             c.towers.iter().map(|tower| Tower::load(w, c, tower)).collect::<Result<_>>()?;
-        Ok(Self { towers })
+        let mut vision = Self { towers };
+        if !is_observed {
+            vision.join_biases(backend)?;
+        }
+        Ok(vision)
+    }
+
+    /// Adds what is constant in each LayerNorm to the bias after it, once and for all. Not before matrices of full
+    /// precision, whose point is to give the reference's numbers.
+    fn join_biases(&mut self, backend: &Arc<Backend>) -> Result<()> {
+        let blocks = self.towers.iter_mut().flat_map(|tower| &mut tower.blocks);
+        let mut layers: Vec<_> = blocks.flat_map(Block::normed).collect();
+        layers.retain(|layer| layer.dtype() != DType::F32);
+        if layers.is_empty() {
+            return Ok(());
+        }
+        let n: usize = layers.iter().map(|layer| layer.n_out()).sum();
+        let biases = State::zeros(backend, DType::F32, shape(&[n]))?;
+        let mut starts = Vec::new();
+        let mut end = 0;
+        let mut graph = Graph::build(backend, 8 * layers.len(), |g| {
+            for layer in &layers {
+                starts.push(end);
+                g.store_in(layer.joint_bias(g), g.state(&biases).slice(0, end, layer.n_out()));
+                end += layer.n_out();
+            }
+        })?;
+        graph.compute()?;
+        for (layer, start) in layers.iter_mut().zip(starts) {
+            layer.join(&biases, start);
+        }
+        Ok(())
     }
 
     /// Graph nodes that [`Vision::build`] makes at most.
@@ -109,11 +148,9 @@ impl Tower {
 
 /// A pre-norm transformer block. DINOv2 scales both of its branches, SigLIP neither.
 struct Block {
-    ln1: LayerNorm,
-    qkv: Linear,
+    qkv: NormedLinear,
     out: Linear,
-    ln2: LayerNorm,
-    up: Linear,
+    up: NormedLinear,
     down: Linear,
     scales: Option<[Weight; 2]>,
     n_head: usize,
@@ -129,16 +166,22 @@ impl Block {
             true => Some([scale("ls1.weight")?, scale("ls2.weight")?]),
             false => None,
         };
+        let mut normed = |[norm, linear]: [&str; 2], n_out| {
+            NormedLinear::load(w, [&name(norm), &name(linear)], [dim, n_out], t.eps)
+        };
+        let (qkv, up) = (normed(["ln1", "attn_qkv"], 3 * dim)?, normed(["ln2", "ffn_up"], t.n_ff)?);
         Ok(Self {
-            ln1: LayerNorm::load(w, &name("ln1"), dim, t.eps)?,
-            qkv: Linear::load(w, &name("attn_qkv"), dim, 3 * dim)?,
+            qkv,
             out: Linear::load(w, &name("attn_out"), dim, dim)?,
-            ln2: LayerNorm::load(w, &name("ln2"), dim, t.eps)?,
-            up: Linear::load(w, &name("ffn_up"), dim, t.n_ff)?,
+            up,
             down: Linear::load(w, &name("ffn_down"), t.n_ff, dim)?,
             scales,
             n_head: t.n_head,
         })
+    }
+
+    fn normed(&mut self) -> [&mut NormedLinear; 2] {
+        [&mut self.qkv, &mut self.up]
     }
 
     /// `[dim, n] → [dim, n]`
@@ -147,21 +190,23 @@ impl Block {
             Some(scales) => branch * g.weight(&scales[i]),
             None => branch,
         };
-        let mut x = x + scaled(self.attention(g, self.ln1.build(g, x)), 0);
+        let mut x = x + scaled(self.attention(g, x), 0);
         if let Some([scale, shift]) = film {
             x = x + x * scale + shift;
         }
-        let hidden = self.up.build(g, self.ln2.build(g, x)).gelu_erf(); // [n_ff, n]
+        let hidden = self.up.build(g, x).gelu_erf(); // [n_ff, n]
         x + scaled(self.down.build(g, hidden), 1)
     }
 
-    /// Every token looks at every other. `[dim, n] → [dim, n]`
+    /// LayerNorm, then every token looks at every other. `[dim, n] → [dim, n]`
     fn attention<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
         let [dim, n, ..] = x.shape();
         let head_dim = dim / self.n_head;
         let qkv = self.qkv.build(g, x).reshape(&[head_dim, self.n_head, 3, n]);
+        let (q, kv) = (qkv.slice(2, 0, 1), qkv.slice(2, 1, 2).as_attention_reads());
         // [head_dim, n_head, 1, n] → [head_dim, n, n_head]
-        let [q, k, v] = [0, 1, 2].map(|part| qkv.slice(2, part, 1).permute([0, 2, 3, 1]));
+        let [q, k, v] =
+            [q, kv.slice(2, 0, 1), kv.slice(2, 1, 1)].map(|part| part.permute([0, 2, 3, 1]));
         let scale = (head_dim as f32).sqrt().recip();
         let y = q.flash_attention(k, v, None, scale); // [head_dim, n_head, n]
         self.out.build(g, y.reshape(&[dim, n]))

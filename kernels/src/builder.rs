@@ -260,6 +260,11 @@ impl Builder {
         self.observed.borrow_mut().push(Observed::new(x.raw, x.shape(), sink));
     }
 
+    /// Whether nodes may run on another device than the CPU.
+    pub(crate) fn has_gpu(&self) -> bool {
+        self.backend.host() > 0
+    }
+
     /// The node that looks at `x`, made by `make` if there is none. `None` where there are GPUs: `x` would have to
     /// leave them.
     pub(crate) fn guard<'g>(
@@ -268,7 +273,7 @@ impl Builder {
         x: Tensor<'g>,
         make: impl FnOnce(Arc<Guard>) -> Tensor<'g>,
     ) -> Option<Tensor<'g>> {
-        if self.backend.host() > 0 {
+        if self.has_gpu() {
             return None;
         }
         let mut guards = self.guards.borrow_mut();

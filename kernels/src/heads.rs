@@ -123,6 +123,18 @@ impl<'g> Tensor<'g> {
         })
     }
 
+    /// Keys and values of f32 as attention reads them: on GPUs in f16, to which theirs would convert each by
+    /// itself, and elsewhere as they are.
+    pub fn as_attention_reads(self) -> Tensor<'g> {
+        if !self.builder.has_gpu() {
+            return self;
+        }
+        self.rows("as_attention_reads");
+        let (context, raw) = self.args();
+        // SAFETY: live, and f32, of which ggml converts rows with any strides.
+        self.builder.node(unsafe { sys::ggml_cast(context, raw, DType::F16.number()) })
+    }
+
     /// Attention: queries `[head_dim, n, n_head]` (`self`), keys and values
     /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 or none: zeros for the first keys, those
     /// that the query sees, then minus infinity.

@@ -92,7 +92,7 @@ impl OftNetwork {
         let oft = config.oft.as_ref().expect("an OpenVLA-OFT's file");
         let mut weights = Weights::placed(file, backend, &TABLES, place)?;
         let observer = if observe { weights.observe() } else { Observer::default() };
-        let vision = Vision::load(&mut weights, config)?;
+        let vision = Vision::load(&mut weights, config, backend, observe)?;
         let film = if oft.film { Some(Film::load(&mut weights, config, backend)?) } else { None };
         let projector = Projector::load(&mut weights, config)?;
         let model = Model::load(&mut weights, config, backend)?;

@@ -99,10 +99,17 @@ impl Layer {
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let (head_dim, start, n) = (c.head_dim(), taken.start, taken.len());
-        let turn = |x: Tensor<'g>| x.heads(head_dim).rope(positions, c.rope_base);
-        let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, x));
+        let (q, k, v) = self.rotated(g, x, positions, c);
+        let (k, v) = match v {
+            Some(v) => (k, v),
+            None => {
+                let kv = k.as_attention_reads();
+                let n = kv.shape()[0] / 2;
+                (kv.slice(0, 0, n), kv.slice(0, n, n))
+            }
+        };
         // [head_dim, n_head, n_row] → [head_dim, n_row, n_head]
-        let [q, k, v] = [turn(q).slice(2, start, n), turn(k), v.heads(head_dim)]
+        let [q, k, v] = [q.slice(2, start, n), k.heads(head_dim), v.heads(head_dim)]
             .map(|heads| heads.permute([0, 2, 1, 3]));
         let y = q.flash_attention(k, v, None, (head_dim as f32).sqrt().recip());
         let y = g.weight(&self.out).mul_mat(y.reshape(&[c.dim, n]));
@@ -120,6 +127,28 @@ impl Layer {
         x + g.weight(&self.down).mul_mat(gate.swiglu(up))
     }
 
+    /// Queries by heads, `[head_dim, n_head, n_row]`; and rows of keys and values, `[kv, n_row]` each. Where all are
+    /// slices of one product, the keys' rows are `[2 · kv, n_row]` and have the values behind: one launch rotates,
+    /// and one writes the cache.
+    fn rotated<'g>(
+        &self,
+        g: &'g Builder,
+        x: Tensor<'g>,
+        positions: Tensor<'g>,
+        c: &LlamaConfig,
+    ) -> (Tensor<'g>, Tensor<'g>, Option<Tensor<'g>>) {
+        let (dim, head_dim, kv) = (c.dim, c.head_dim(), c.n_head_kv * c.head_dim());
+        let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, x));
+        let (all, two) = (Tensor::side_by_side(&[q, k, v]), Tensor::side_by_side(&[q, k]));
+        let Some(x) = all.or(two) else {
+            let [q, k] = [q, k].map(|x| x.heads(head_dim).rope(positions, c.rope_base));
+            return (q, k.heads_as_rows(), Some(v));
+        };
+        let x = x.rope_first(dim + kv, head_dim, positions, c.rope_base);
+        let apart = if all.is_none() { Some(v) } else { None };
+        (x.slice(0, 0, dim).heads(head_dim), x.slice(0, dim, x.shape()[0] - dim), apart)
+    }
+
     /// Every row looks at the cached rows that its mask shows. `[dim, n_row] → [dim, n_row]`
     fn attention<'g>(
         &self,
@@ -130,22 +159,15 @@ impl Layer {
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
         let (head_dim, kv) = (c.head_dim(), c.n_head_kv * c.head_dim());
-        let turn = |x: Tensor<'g>| x.heads(head_dim).rope(rows.positions, c.rope_base);
-        let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, rows.x));
-        // Slices of one product are rotated by one launch, and k and v written into the cache by another.
-        let all = Tensor::side_by_side(&[q, k, v]);
-        let (q, written) = match all.or_else(|| Tensor::side_by_side(&[q, k])) {
-            Some(x) => {
-                let x = x.rope_first(dim + kv, head_dim, rows.positions, c.rope_base);
-                (x.slice(0, 0, dim).heads(head_dim), x.slice(0, dim, x.shape()[0] - dim))
-            }
-            None => (turn(q), turn(k).heads_as_rows()),
-        }; // [head_dim, n_head, n_row], and keys, perhaps with values
+        let (q, k, v) = self.rotated(g, rows.x, rows.positions, c);
         let cache = g.state(&cache.kv);
-        cache.slice(0, 0, written.shape()[0]).set_rows(written, rows.places);
         let (keys, values) = (cache.slice(0, 0, kv), cache.slice(0, kv, kv));
-        if all.is_none() {
-            values.set_rows(v, rows.places);
+        match v {
+            Some(v) => {
+                keys.set_rows(k, rows.places);
+                values.set_rows(v, rows.places);
+            }
+            None => cache.set_rows(k, rows.places),
         }
         let seen = |x: Tensor<'g>| {
             let rows = x.slice(1, 0, n_kv).heads(head_dim); // [head_dim, n_head_kv, n_kv]

@@ -181,8 +181,14 @@ unsafe extern "C" fn end(said: *const c_char) {
     // SAFETY: ggml passes a C string.
     let said = unsafe { text(said) };
     let before = complained();
+    let is_foreign = before.contains("no kernel image");
+    let hint = if is_foreign {
+        "; the module was built for other cards: see CMAKE_CUDA_ARCHITECTURES"
+    } else {
+        ""
+    };
     // `eprintln!` would panic where stderr cannot be written to, which has no way out of here.
-    let _ = writeln!(std::io::stderr(), "error: the device failed: {said}{before}");
+    let _ = writeln!(std::io::stderr(), "error: the device failed: {said}{before}{hint}");
     // SAFETY: ends the process at once; a failed device's own clean-up might never end.
     unsafe { libc::_exit(1) }
 }

@@ -37,6 +37,7 @@ fn act(arguments: &[String]) -> Result<()> {
     options.devices = device.parse().map_err(anyhow::Error::msg)?;
     options.n_gpu_layers = n_gpu_layers.parse().ok();
     options.n_threads = 1;
+    options.devices.left_alone().inspect(|why| eprintln!("{why}")); // as the programs say it
     begin("open")?;
     let mut policy = OpenVla::open(model, &options)?;
     let ids = policy.prompt_ids("put eggplant into pot")?;

@@ -22,6 +22,8 @@ pub struct Cards {
     pub refuse: Option<usize>,
     /// The launch from which on every call fails.
     pub gone: Option<usize>,
+    /// What else is wrong, as the runtime's variable.
+    pub fault: Option<(&'static str, usize)>,
 }
 
 impl Default for Cards {
@@ -36,6 +38,7 @@ impl Default for Cards {
             n_gpu_layers: None,
             refuse: None,
             gone: None,
+            fault: None,
         }
     }
 }
@@ -61,6 +64,7 @@ impl Cards {
         for (variable, value) in [("NULLCUDA_REFUSE", self.refuse), ("NULLCUDA_GONE", self.gone)] {
             value.map(|value| command.env(variable, value.to_string()));
         }
+        self.fault.map(|(variable, value)| command.env(variable, value.to_string()));
         let output = command.output().unwrap();
         Run::new(output, &std::fs::read_to_string(log.path()).unwrap())
     }

@@ -82,7 +82,7 @@ fn main() -> ExitCode {
 /// Holds something of what is given, and of the encoding or card that is named.
 type Test = fn(&Given, &str);
 
-const TESTS: [(&str, Test); 10] = [
+const TESTS: [(&str, Test); 13] = [
     ("full_size_runs_in_what_placement_foretold", full_size),
     ("cards_of_every_size", cards_of_every_size),
     ("several_cards_share_the_layers", several_cards),
@@ -92,6 +92,9 @@ const TESTS: [(&str, Test); 10] = [
     ("out_of_memory_at_any_allocation_ends_in_words", out_of_memory),
     ("a_device_that_goes_away_ends_in_words", gone),
     ("a_device_that_is_not_there_is_named", not_there),
+    ("a_driver_that_is_too_old_is_said", old_driver),
+    ("a_module_for_other_cards_ends_in_words", foreign),
+    ("a_card_with_next_to_no_memory_ends_in_words", no_memory),
     ("products_are_summed_in_f32", sums),
 ];
 
@@ -265,6 +268,32 @@ fn not_there(given: &Given, _: &str) {
     run("vulkan", 1).ended_in_words(&["there is no device `vulkan` here", "CUDA0"]);
     run("cuda", 0).ended_in_words(&["there is no device `cuda` here"]);
     run("auto", 0).ended_well();
+}
+
+/// Where there is a choice, the CPU is taken, and a line says why.
+fn old_driver(given: &Given, _: &str) {
+    let run = |device: &str| {
+        let fault = Some(("NULLCUDA_DRIVER", 35));
+        let cards = Cards { device: device.to_owned(), fault, ..Cards::default() };
+        given.run(&cards, Size::Slim, "Q4_K_M")
+    };
+    let why = "CUDA driver version is insufficient";
+    run("cuda").ended_in_words(&["there is no device `cuda` here", why]);
+    let run = run("auto").ended_well();
+    assert!(run.said().contains("no GPU is used") && run.said().contains(why), "{}", run.said());
+}
+
+fn foreign(given: &Given, _: &str) {
+    let cards = Cards { fault: Some(("NULLCUDA_FOREIGN", 1)), ..Cards::default() };
+    let run = given.run(&cards, Size::Slim, "Q4_K_M");
+    run.ended_in_words(&["no kernel image is available", "CMAKE_CUDA_ARCHITECTURES"]);
+}
+
+fn no_memory(given: &Given, _: &str) {
+    for mb in [0, 64, 512] {
+        let run = given.run(&Cards::of(&[mb]), Size::Slim, "Q4_K_M");
+        run.ended_in_words(&["CUDA0 has", "GB free and needs"]);
+    }
 }
 
 /// A file's precision is not lost in silence.

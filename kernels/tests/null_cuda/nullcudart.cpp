@@ -3,14 +3,13 @@
 // ranges; kernels are noted by name and compute nothing. Under it runs ggml's whole host side: what
 // it supports, fuses, captures, allocates.
 //
-// NULLCUDA_COUNT, _CC, _SMS, _MEM_MB   the cards: how many, compute capability times ten,
-// multiprocessors, memory.
-//                                      Of several memories, "4096,8192", the last is that of the
-//                                      cards beyond
-// NULLCUDA_LOG                         file that events are appended to; BAD begins those that must
-// not be NULLCUDA_REFUSE                      the allocation, counted from 1, from which on there
-// is no memory left NULLCUDA_GONE                        the launch, counted from 1, from which on
-// every call fails
+// NULLCUDA_COUNT, _CC, _SMS   the cards: how many, compute capability times ten, multiprocessors
+// NULLCUDA_MEM_MB             their memory: of "4096,8192", the last is that of the cards beyond
+// NULLCUDA_DRIVER             the error that counting cards gives: 35 of a driver that is too old
+// NULLCUDA_FOREIGN            the module was built for other cards, so that no kernel starts
+// NULLCUDA_REFUSE             the allocation, counted from 1, from which on there is no memory left
+// NULLCUDA_GONE               the launch, counted from 1, from which on every call fails
+// NULLCUDA_LOG                file that events are appended to; BAD begins those that must not be
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -138,7 +137,8 @@ cudaError_t launch(const void *kernel, dim3 grid, dim3 block, size_t shared) {
         grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535 && shared <= 227 << 10;
     if (!fits || !block.x || block.x * block.y * block.z > 1024)
         bad("launch too large", kernel, shared);
-    return alive();
+    static const bool foreign = number("NULLCUDA_FOREIGN", 0);
+    return foreign ? fail(cudaErrorNoKernelImageForDevice) : alive();
 }
 
 cublasStatus_t product(const char *format, ...) {
@@ -235,12 +235,17 @@ const char *cudaGetErrorString(cudaError_t error) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorInsufficientDriver:
+        return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice:
+        return "no kernel image is available for execution on the device";
     default: return "null CUDA's error";
     }
 }
 
 // Devices.
 cudaError_t cudaGetDeviceCount(int *n) {
+    if (long error = number("NULLCUDA_DRIVER", 0)) return fail(static_cast<cudaError_t>(error));
     return (*n = number("NULLCUDA_COUNT", 1)) ? cudaSuccess : cudaErrorNoDevice;
 }
 cudaError_t cudaSetDevice(int device) {

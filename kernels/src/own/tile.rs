@@ -134,6 +134,8 @@ impl<S: Simd, F: Format, const N: usize> Op<S> for Tile<'_, S, F, N> {
         let n_word = F::BLOCK / 4;
         let mut sum = [[s.zero(); 2]; N];
         for b in 0..self.n_block {
+            // Unrolled for a whole slab, the loop would not fit the cache of decoded instructions.
+            let b = std::hint::black_box(b);
             let mut dot = [[s.zero_words(); 2]; N];
             if let Some(offset) = offset {
                 for c in 0..N {

@@ -48,14 +48,23 @@ impl Backend {
     /// GPUs, and the CPU with that many threads and those functions.
     ///
     /// # Errors
-    /// [`Error::Device`] if one of them cannot be used, the CPU because this build is for newer ones
-    /// or because the system does not start that many threads.
+    /// [`Error::Device`] if one of them cannot be used, the CPU because this build or these kernels are for
+    /// newer ones or because the system does not start that many threads.
     pub fn open(gpus: &[Device], n_threads: usize, kernels: Kernels) -> Result<Arc<Self>> {
         start()?;
         // SAFETY: ggml has started.
         let cpu = unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) };
         if cpu.is_null() {
             let why = "ggml's CPU module (libggml-cpu-*.so) is not beside the program".to_owned();
+            return Err(Error::Device { device: "CPU".into(), why });
+        }
+        let isa = kernels.isa();
+        if isa.is_none() && !matches!(kernels, Kernels::Fastest | Kernels::Ggml) {
+            let available: Vec<_> = Kernels::available().iter().map(|k| k.name()).collect();
+            let why = format!(
+                "it lacks the instructions of the {kernels} kernels; take one of {}",
+                available.join(", ")
+            );
             return Err(Error::Device { device: "CPU".into(), why });
         }
         let devices = gpus.iter().map(Device::raw).chain([cpu]);
@@ -70,7 +79,7 @@ impl Backend {
             );
             return Err(Error::Device { device: "CPU".into(), why });
         }
-        let backend = Self { places, n_threads, isa: kernels.isa(), gate: Mutex::new(()) };
+        let backend = Self { places, n_threads, isa, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -129,6 +138,11 @@ impl Backend {
     /// What our own products of quantized weights compute with on the CPU, if they are to.
     pub(crate) fn isa(&self) -> Option<Isa> {
         self.isa
+    }
+
+    /// The kernels that the CPU computes with: never [`Kernels::Fastest`].
+    pub fn kernels(&self) -> Kernels {
+        self.isa.map_or(Kernels::Ggml, Kernels::of)
     }
 
     /// Whether our own kernels compute all that there are: on a CPU that has the instructions, and no GPU

@@ -1,6 +1,7 @@
-//! Products of floats, attention and GELU of our own against naive twins: on a machine that has none of
-//! our own, they are ggml's, and the same holds of them, as far as ggml does not round. More shapes of
-//! attention are in `tests/ops.rs`; products of quantised matrices in `tests/panels.rs`.
+//! Products of floats, attention and GELU against naive twins, and our own bit for bit against each other: with
+//! every set of kernels that this CPU has the instructions for. Where there are none of our own, ggml's are held
+//! to the same, as far as ggml does not round. More shapes of attention are in `tests/ops.rs`; products of quantized
+//! matrices in `tests/panels.rs`.
 
 mod common;
 
@@ -64,7 +65,11 @@ impl Tower {
     }
 }
 
-const KERNELS: [Kernels; 2] = [Kernels::Fastest, Kernels::Ggml];
+/// Our own that this CPU has the instructions for, or ggml's.
+fn own() -> Vec<Kernels> {
+    let all = Kernels::available();
+    if all.len() > 1 { all[..all.len() - 1].to_vec() } else { all }
+}
 
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
@@ -86,14 +91,22 @@ proptest! {
         for (i, (got, want)) in got.iter().zip(tower.twin()).enumerate() {
             prop_assert!((f64::from(*got) - want).abs() < 1e-5, "{i}: {got}, {want} wanted");
         }
-        let others = tower.compute(n_threads, Kernels::Fastest);
-        prop_assert_eq!(bits(&got), bits(&others), "{} threads", n_threads);
+        for kernels in own() {
+            let others = tower.compute(n_threads, kernels);
+            prop_assert_eq!(bits(&got), bits(&others), "{} threads, {}", n_threads, kernels);
+        }
     }
 }
 
 /// `w [k, m]` of a type, times `x [k, n]`: two products of one input, the second of which must be the same.
-fn product(file: &[u8], [k, m, n]: [usize; 3], x: &[f32], n_threads: usize) -> Vec<f32> {
-    let backend = Backend::open(&[], n_threads, Kernels::Fastest).unwrap();
+fn product(
+    file: &[u8],
+    [k, m, n]: [usize; 3],
+    x: &[f32],
+    n_threads: usize,
+    kernels: Kernels,
+) -> Vec<f32> {
+    let backend = Backend::open(&[], n_threads, kernels).unwrap();
     let file = read(file).unwrap();
     let weight = Weights::placed(&file, &backend, &[], &|_| 0).unwrap().take("w", shape(&[k, m]));
     let weight = weight.unwrap();
@@ -129,7 +142,7 @@ proptest! {
         let mut header = Header::default();
         header.tensor("w", dtype, shape(&[k, m]));
         let file = [header.encode(), weight].concat();
-        let got = product(&file, [k, m, n], &x, 1);
+        let got = product(&file, [k, m, n], &x, 1, Kernels::Fastest);
         // Where there are few columns, ggml rounds them to the matrix's type.
         let limit = if dtype == DType::F32 { 1e-6 } else { 1e-2 };
         for (i, got) in got.iter().enumerate() {
@@ -139,7 +152,10 @@ proptest! {
             let error = (f64::from(*got) - want).abs();
             prop_assert!(error <= limit * size + 1e-30, "{dtype} {i}: {got}, {want} wanted");
         }
-        prop_assert_eq!(bits(&got), bits(&product(&file, [k, m, n], &x, n_threads)));
+        for kernels in own() {
+            let others = product(&file, [k, m, n], &x, n_threads, kernels);
+            prop_assert_eq!(bits(&got), bits(&others), "{} threads, {}", n_threads, kernels);
+        }
     }
 }
 
@@ -147,7 +163,8 @@ proptest! {
 #[test]
 fn what_is_not_finite_stays_in_its_row_and_head() {
     let [d, n_head, n] = [16, 3, 40];
-    for (kernels, bad) in KERNELS.into_iter().flat_map(|k| [(k, f32::NAN), (k, f32::INFINITY)]) {
+    let kernels = Kernels::available().into_iter();
+    for (kernels, bad) in kernels.flat_map(|k| [(k, f32::NAN), (k, f32::INFINITY)]) {
         let mut tower = Tower::new([d, n_head, n], 1);
         tower.qkv[((37 * 3) * n_head + 1) * d + 5] = bad; // query 37 of head 1
         let got = tower.compute(2, kernels);
@@ -179,6 +196,9 @@ fn gelu_is_ggmls() {
         let limit = 1.2e-7 * x.abs();
         assert!(got == want || (got - want).abs() <= limit, "gelu({x}) is {got}, {want} wanted");
     }
-    assert!(KERNELS.iter().all(|kernels| gelu(&[1.0, f32::NAN, 2.0], *kernels)[1].is_nan()));
+    assert!(Kernels::available().iter().all(|k| gelu(&[1.0, f32::NAN, 2.0], *k)[1].is_nan()));
+    for kernels in own() {
+        assert_eq!(bits(&got), bits(&gelu(&x, kernels)), "{kernels}");
+    }
     assert!((1..40).all(|n| gelu(&x[..n], Kernels::Fastest) == got[..n]), "tails");
 }

@@ -1,5 +1,5 @@
-//! Products of our own against a naive twin, and against ggml's: on a machine that has none of our
-//! own, both are ggml's, and the same holds of them.
+//! Products of quantized matrices against a naive twin, and our own against ggml's: with every set of kernels that
+//! this CPU has the instructions for.
 
 mod common;
 
@@ -13,8 +13,6 @@ use proptest::prelude::*;
 
 const TYPES: [DType; 7] =
     [DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_XS, DType::Q8_0, DType::Q4_0, DType::IQ4_NL];
-
-const KERNELS: [Kernels; 2] = [Kernels::Fastest, Kernels::Ggml];
 
 /// A product `[k, m] · [k, n]`: the matrix as a file has it.
 struct Case {
@@ -95,27 +93,34 @@ impl Case {
         x.chunks(block).flat_map(round).collect()
     }
 
-    /// Holds the product of each set of kernels to the twin, with any number of threads.
+    /// Checks the product of each set of kernels against the twin, with any number of threads, and our own ones
+    /// bit for bit against each other.
     fn check(&self) {
-        for kernels in KERNELS {
-            self.check_one(kernels);
+        let twin = self.twin();
+        let mut first_own = None;
+        for kernels in Kernels::available() {
+            let got = self.compute(1, kernels);
+            let what = format!("{} {:?} {kernels}", self.dtype, self.sizes);
+            for n_threads in [2, 3] {
+                let others = bits(&self.compute(n_threads, kernels));
+                assert_eq!(bits(&got), others, "{what}: {n_threads} threads");
+            }
+            for (i, (got, (want, size))) in got.iter().zip(&twin).enumerate() {
+                let error = (f64::from(*got) - want).abs();
+                // f16 scales that are subnormal, and sums that cancel, leave no more than this.
+                let limit = LIMIT * size + 1e-37;
+                assert!(error <= limit, "{what} {i}: {got}, {want} wanted");
+            }
+            if kernels != Kernels::Ggml {
+                let first = first_own.get_or_insert_with(|| bits(&got));
+                assert_eq!(*first, bits(&got), "{what}: other bits than the best set's");
+            }
         }
     }
+}
 
-    fn check_one(&self, kernels: Kernels) {
-        let got = self.compute(1, kernels);
-        for n_threads in [2, 3] {
-            let others = self.compute(n_threads, kernels);
-            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&got), bits(&others), "{n_threads} threads");
-        }
-        for (i, (got, (want, size))) in got.iter().zip(self.twin()).enumerate() {
-            let error = (f64::from(*got) - want).abs();
-            // f16 scales that are subnormal, and sums that cancel, leave no more than this.
-            let limit = LIMIT * size + 1e-37;
-            assert!(error <= limit, "{} {:?} {i}: {got}, {want} wanted", self.dtype, self.sizes);
-        }
-    }
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
 }
 
 /// How far a result may be off, relative to the sizes of all products that are summed.
@@ -165,18 +170,57 @@ proptest! {
     }
 }
 
+/// Where a block's f16 scales are.
+fn scales(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q6_K => &[208],
+        _ => &[0],
+    }
+}
+
+/// Rows of blocks whose bytes are all the same, so that every number and every small scale is the largest or the
+/// smallest that the type has, with scales that are ordinary, zero and subnormal; times activations of the largest
+/// size, and of none.
+#[test]
+fn extremes_are_the_twins() {
+    const FILLS: [u8; 5] = [0x00, 0x7f, 0x80, 0x81, 0xff];
+    const SCALES: [u16; 5] = [0x3c00, 0xbc00, 0x0000, 0x0001, 0x83ff];
+    for dtype in TYPES {
+        let sizes @ [k, m, n] = [dtype.block().max(64), 25 + 25 + 3, 8];
+        let mut case = Case::new(dtype, sizes, &vec![0.0; k * m], &vec![0.0; k * n]);
+        let row_bytes = case.weight.len() / m;
+        for (r, row) in case.weight.chunks_exact_mut(row_bytes).enumerate() {
+            row.fill(FILLS[r % 5]);
+            for block in row.chunks_exact_mut(dtype.block_bytes()) {
+                for at in scales(dtype) {
+                    block[*at..at + 2].copy_from_slice(&SCALES[r / 5 % 5].to_le_bytes());
+                }
+            }
+        }
+        let columns = case.x.chunks_exact_mut(k);
+        for (x, of) in columns.zip([1.0, -1.0, 0.0, -0.0, 1e-40, -1e-40, 1e6, -3e-6]) {
+            x.fill(of);
+            x[k / 2..].iter_mut().step_by(3).for_each(|x| *x = -of);
+        }
+        case.check();
+    }
+}
+
 /// The same integers, the same scales: only f32 sums are in another order.
 #[test]
 fn products_are_ggmls() {
     for dtype in TYPES {
         for sizes @ [k, m, n] in [[512, 96, 1], [2304, 40, 7], [1024, 64, 33], [11008, 64, 281]] {
             let case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));
-            let (got, want) = (case.compute(2, Kernels::Fastest), case.compute(2, Kernels::Ggml));
-            let square = |x: f32| f64::from(x).powi(2);
-            let wrong: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
-            let error = (wrong / want.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
-            eprintln!("{dtype:6} {sizes:?} {error:.1e}");
-            assert!(error <= 1e-6, "{dtype} {sizes:?}: {error:.1e}");
+            let want = case.compute(2, Kernels::Ggml);
+            for kernels in Kernels::available() {
+                let got = case.compute(2, kernels);
+                let square = |x: f32| f64::from(x).powi(2);
+                let wrong: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
+                let error = (wrong / want.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
+                assert!(error <= 1e-6, "{dtype} {sizes:?} {kernels}: {error:.1e}");
+            }
         }
     }
 }
@@ -184,7 +228,9 @@ fn products_are_ggmls() {
 /// What is not finite stays so in its own column, or is an error that names the weight.
 #[test]
 fn what_is_not_finite_stays_so() {
-    for (dtype, kernels) in TYPES.into_iter().flat_map(|t| KERNELS.map(|kernels| (t, kernels))) {
+    for (dtype, kernels) in
+        TYPES.into_iter().flat_map(|t| Kernels::available().into_iter().map(move |k| (t, k)))
+    {
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let sizes @ [k, m, n] = [512, 40, 9];
             let mut case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));

@@ -1,6 +1,8 @@
 //! The instruction sets that we have kernels for, and which of them this CPU has.
 
 #[cfg(target_arch = "x86_64")]
+use super::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
 use super::simd::Simd;
 
@@ -9,15 +11,24 @@ use super::simd::Simd;
 pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2<false>),
 }
 
 impl Isa {
-    /// The fastest one that this CPU has.
-    pub fn detect() -> Option<Self> {
+    /// Those that this CPU has, the fastest first.
+    pub fn detect() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
-        return Avx512::detect().map(Self::Avx512Vnni);
+        let all = [
+            Avx512::detect().map(Self::Avx512Vnni),
+            Avx2::<true>::detect().map(Self::AvxVnni),
+            Avx2::<false>::detect().map(Self::Avx2),
+        ];
         #[cfg(not(target_arch = "x86_64"))]
-        None
+        let all = [None];
+        all.into_iter().flatten().collect()
     }
 
     /// Runs `task` with the type of the instruction set.
@@ -26,6 +37,22 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni(s) => task.run(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(s) => task.run(s),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => task.run(s),
+        }
+    }
+
+    /// Its name for users.
+    pub fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(_) => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(_) => "avx-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
         }
     }
 }

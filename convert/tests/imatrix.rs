@@ -27,7 +27,7 @@ fn collected() -> TempDir {
     let output = imatrix(dir.path(), &[]);
     succeeds(&output);
     let said = stderr(&output);
-    assert_eq!(said, "wrote calibration.gguf: 27 matrices, seen on 3 prompts\n");
+    assert_eq!(said, "wrote calibration.gguf: 27 matrices, from 3 prompts\n");
     dir
 }
 

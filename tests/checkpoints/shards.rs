@@ -50,10 +50,14 @@ fn shards_that_are_missing_or_cut_off_are_named() {
 fn an_index_that_is_wrong_is_named() {
     for (place, to, wanted) in [
         (EMBED, "model-00009-of-00003.safetensors", "model-00009-of-00003.safetensors"),
-        (EMBED, "../model.safetensors", "names the shard \"../model.safetensors\", no plain file"),
-        (EMBED, "/etc/passwd", "no plain file name"),
-        (EMBED, "..", "no plain file name"),
-        (EMBED, "", "no plain file name"),
+        (
+            EMBED,
+            "../model.safetensors",
+            "names the shard \"../model.safetensors\", which is not a plain file",
+        ),
+        (EMBED, "/etc/passwd", "not a plain file name"),
+        (EMBED, "..", "not a plain file name"),
+        (EMBED, "", "not a plain file name"),
         ("new.weight", FIRST, "holds the tensor new.weight, which is in no shard; download"),
     ] {
         let checkpoint = sharded();

@@ -6,7 +6,6 @@ use anyhow::{Context, Result};
 use openvla::image::RgbImage;
 use openvla::image::imageops::{FilterType, resize};
 use openvla::{Action, OpenVla, Options, Session};
-use openvla_example::table_image;
 use tempfile::TempDir;
 
 /// What the robot is asked to do.
@@ -14,6 +13,9 @@ pub const INSTRUCTION: &str = "put eggplant into pot";
 
 /// The random example, whose matrices fit every type.
 static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+
+/// A table with an eggplant and a pot, 320 × 240.
+static TABLE: &[u8] = include_bytes!("../../example/table.png");
 
 /// A model file; the example's goes with this value.
 pub struct ModelFile {
@@ -64,7 +66,7 @@ impl Workload {
         let policy = OpenVla::open(model, options)?;
         let key = policy.config().statistics.first().0.to_owned();
         let ids = policy.prompt_ids(INSTRUCTION)?;
-        let image = resize(&table_image(), 640, 480, FilterType::Triangle);
+        let image = resize(&openvla::decode(TABLE)?, 640, 480, FilterType::Triangle);
         Ok(Self { policy, image, key, ids })
     }
 

@@ -57,7 +57,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use openvla::{Config, Profile, Proof};
-use openvla_example::Spec;
 use openvla_kernels::Header;
 
 use crate::atomic_file::AtomicFile;
@@ -68,7 +67,7 @@ use crate::lora::Adapter;
 use crate::mapping::{Mapping, Shapes};
 use crate::oft::RunOptions;
 use crate::plan::{Encoding, Override, PlannedTensor};
-use crate::random::RandomWeights;
+use crate::random::{RandomWeights, Spec};
 use crate::weights::{CheckpointWeights, TensorSource};
 
 /// An upper bound of the reference cases' size, for the check of free disk space.
@@ -232,8 +231,8 @@ impl Conversion {
     }
 
     /// Plans the file that a random checkpoint would become, without writing that checkpoint. Its
-    /// weights follow the distributions of [`openvla_example::write`], with other numbers: see
-    /// [`random`].
+    /// weights have the distributions of that checkpoint's, with other numbers: see
+    /// [`RandomWeights`].
     ///
     /// # Errors
     /// If there is no space for temporary files of a few megabytes.
@@ -241,7 +240,7 @@ impl Conversion {
         let root = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let dir = root.path().join(spec.folder());
         std::fs::create_dir(&dir)?;
-        openvla_example::write_settings(&dir, spec)?;
+        random::write_settings(&dir, spec)?;
         let info = CheckpointInfo::open(&dir)?;
         let tensors = spec.tensors();
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();

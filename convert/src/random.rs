@@ -1,131 +1,49 @@
-//! Random weights in any type, as fast as a disk can write: quantizing is the slow part, so a pool of
-//! blocks is quantized once for each type and distribution, and every matrix consists of blocks picked
-//! from it.
+//! Random checkpoints: a model of any size without a download, to try, to test and to measure with.
 //!
-//! Means and deviations are those of the example checkpoint's tensors, so that activations stay finite
-//! and logits differ. The same seed makes the same bytes with any number of threads.
+//! | file | what it does |
+//! |---|---|
+//! | `size`, `spec` | the sizes; what a checkpoint depends on |
+//! | `model` | the list of tensors, with the distribution of their values |
+//! | `vocabulary`, `config`, `statistics` | the contents of the small files |
+//! | `normal` | reproducible normal deviates |
+//! | `weights` | the weights of a model file, in any type |
+//!
+//! The same [`Spec`] makes the same bytes on every machine. [`Conversion::random`](crate::Conversion::random)
+//! writes a model file without writing a checkpoint first.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::rc::Rc;
+mod config;
+mod model;
+mod normal;
+#[cfg(test)]
+mod published;
+mod size;
+mod spec;
+mod statistics;
+mod vocabulary;
+mod weights;
+
+use std::path::Path;
 
 use anyhow::Result;
-use openvla_example::{Tensor, deviates};
-use openvla_kernels::{DType, parallel_for_each};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use openvla_vocabulary::{write_fast_tokenizer, write_tokenizer};
 
-use crate::interrupt;
-use crate::mapping::MappedTensor;
-use crate::plan::PlannedTensor;
-use crate::proof::checksum;
-use crate::weights::TensorSource;
+pub use model::{Segment, Tensor};
+pub use normal::deviates;
+pub use size::Size;
+pub use spec::{Spec, Variant};
+pub use weights::RandomWeights;
 
-/// Numbers in a pool: enough that blocks seldom repeat within a row of a matrix, and few enough to be
-/// quantized quickly and to stay in a core's cache.
-const POOL: usize = 1 << 18;
-/// Numbers that are picked at a time, unless a type's blocks are longer.
-const PICK: usize = 32;
-/// Picks that one thread makes from one stream of random words.
-const PICKS_AT_A_TIME: usize = 1 << 16;
-
-/// The weights of a random checkpoint that is never written.
-pub struct RandomWeights {
-    /// By name.
-    tensors: BTreeMap<String, Tensor>,
-    deviates: Vec<f32>,
-    /// The pools quantized so far.
-    pools: RefCell<BTreeMap<PoolKey, Rc<[u8]>>>,
-    seed: u64,
-    n_threads: usize,
-}
-
-/// Type, and the bits of mean and deviation.
-type PoolKey = (DType, [u32; 2]);
-
-/// Consecutive numbers of a tensor with the same distribution. Padding has mean and deviation 0.
-#[derive(Debug, PartialEq)]
-struct Segment {
-    n: usize,
-    mean: f32,
-    std: f32,
-}
-
-impl RandomWeights {
-    /// Draws the numbers that the pools are made of from `seed`.
-    pub fn new(tensors: Vec<Tensor>, seed: u64, n_threads: usize) -> Self {
-        let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let (deviates, pools) = (deviates(seed, POOL), RefCell::default());
-        Self { tensors, deviates, pools, seed, n_threads }
+/// Writes all files of a checkpoint but the weights into an existing folder: a few megabytes at any size.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn write_settings(dir: &Path, spec: &Spec) -> Result<()> {
+    let sizes = spec.size.sizes();
+    let pieces = vocabulary::pieces(&sizes);
+    write_tokenizer(dir, &pieces)?;
+    if spec.variant == Variant::OpenVla {
+        write_fast_tokenizer(dir, &pieces)?;
     }
-
-    /// The segments of a tensor: whole rows, or single numbers if it is one row. Columns that pad a
-    /// matrix are random too, since their inputs are zero.
-    fn segments(&self, tensor: &MappedTensor) -> Vec<Segment> {
-        let is_row = tensor.shape[1..] == [1, 1, 1];
-        let length = if is_row { 1 } else { tensor.shape[0] };
-        let mut skip = tensor.first_row * length;
-        let mut left = tensor.shape.iter().product();
-        let mut segments = Vec::new();
-        for tensor in tensor.sources.iter().map(|name| &self.tensors[name]) {
-            let row = if is_row { 1 } else { *tensor.shape.last().expect("not a scalar") };
-            for run in &tensor.runs {
-                let n = run.n / row * length;
-                let skipped = n.min(skip);
-                skip -= skipped;
-                let n = (n - skipped).min(left);
-                left -= n;
-                segments.push(Segment { n, mean: run.mean, std: run.std });
-            }
-        }
-        segments.push(Segment { n: left, mean: 0.0, std: 0.0 });
-        segments.retain(|segment| segment.n > 0);
-        segments
-    }
-
-    /// The pool of a type with a segment's distribution.
-    fn pool(&self, dtype: DType, segment: &Segment) -> Rc<[u8]> {
-        let Segment { mean, std, .. } = segment;
-        let encode = || {
-            let numbers: Vec<f32> = self.deviates.iter().map(|x| mean + std * x).collect();
-            let mut pool = vec![0; dtype.row_bytes(POOL).expect("a power of two, as are blocks")];
-            dtype.encode(&numbers, POOL, None, &mut pool);
-            pool.into()
-        };
-        let key = (dtype, [mean, std].map(|x| x.to_bits()));
-        self.pools.borrow_mut().entry(key).or_insert_with(encode).clone()
-    }
-
-    /// Fills `bytes` with picks from `pool`, of `pick` bytes each.
-    fn pick(&self, stream: u64, pool: &[u8], pick: usize, bytes: &mut [u8]) -> Result<()> {
-        let &Self { seed, n_threads, .. } = self;
-        let chunks = bytes.chunks_mut(PICKS_AT_A_TIME * pick).enumerate();
-        parallel_for_each(n_threads, chunks, |(i, chunk)| {
-            interrupt::check()?;
-            let mut random = ChaCha8Rng::seed_from_u64(seed);
-            random.set_stream(stream);
-            random.set_word_pos((i * PICKS_AT_A_TIME) as u128);
-            for out in chunk.chunks_mut(pick) {
-                let n = pool.len() / pick; // a power of two
-                let at = random.next_u32() as usize % n * pick;
-                out.copy_from_slice(&pool[at..][..out.len()]);
-            }
-            Ok(())
-        })
-    }
-}
-
-impl TensorSource for RandomWeights {
-    fn fill(&self, planned: &PlannedTensor, mut bytes: &mut [u8]) -> Result<()> {
-        let PlannedTensor { tensor, dtype } = planned;
-        let size = |n| dtype.row_bytes(n).expect("segments are whole rows");
-        let pick = size(PICK.max(dtype.block()));
-        let stream = checksum(tensor.name.as_bytes()); // its own for each tensor
-        for (i, segment) in (0..).zip(self.segments(tensor)) {
-            let (own, others) = bytes.split_at_mut(size(segment.n));
-            self.pick(stream.wrapping_add(i), &self.pool(*dtype, &segment), pick, own)?;
-            bytes = others;
-        }
-        Ok(())
-    }
+    config::write(dir, spec.variant, &sizes)?;
+    statistics::write(dir, spec.variant)
 }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use openvla_example::{COMMITTED, Size, Spec, Variant, table_png, write_watched};
+use openvla_example::{COMMITTED, Size, Spec, Variant, table_png, write_with_progress};
 
 /// Write the example checkpoint and its picture.
 #[derive(Parser)]
@@ -47,7 +47,7 @@ fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
     // indicatif draws nothing when stderr is no terminal.
     let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     let progress = ProgressBar::no_length().with_style(ProgressStyle::with_template(style)?);
-    write_watched(&checkpoint, &spec, &progress)?;
+    write_with_progress(&checkpoint, &spec, &progress)?;
     progress.finish_and_clear();
     let picture = folder.join("table.png");
     fs::write(&picture, table_png()?)

@@ -14,14 +14,11 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use half::bf16;
 use indicatif::{BinaryBytes, ProgressBar};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use openvla_convert::random::{Size, Spec, Tensor, deviates};
+use openvla_vocabulary::write_json;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
-
-use crate::model::Tensor;
-use crate::{Size, Spec, write_json};
 
 /// What the published files hold at most, in bytes.
 const FULL_FILE: usize = 7_000_000_000;
@@ -137,66 +134,27 @@ impl View for Drawn<'_> {
 
 /// Values that a core draws at a time: their words stay in its cache.
 const AT_A_TIME: usize = 4096;
-/// Bytes of the stream for one value: twelve numbers of 16 bits.
-const UNIFORM: usize = 24;
-
 /// A tensor's values, little-endian bf16.
 fn draw(tensor: &Tensor, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; 2 * tensor.n()];
     let (mut start, mut rest) = (tensor.start, bytes.as_mut_slice());
-    for run in &tensor.runs {
-        let (own, others) = rest.split_at_mut(2 * run.n);
+    for segment in &tensor.segments {
+        let (own, others) = rest.split_at_mut(2 * segment.n);
         own.par_chunks_mut(2 * AT_A_TIME).enumerate().for_each(|(i, out)| {
-            let uniform = uniform(seed, start + i * AT_A_TIME, out.len() / 2);
-            for (out, uniform) in zip(out.as_chunks_mut().0, uniform.as_chunks().0) {
-                *out = bf16::from_f32(run.mean + run.std * normal(uniform)).to_le_bytes();
+            let deviates = deviates(seed, start + i * AT_A_TIME, out.len() / 2);
+            for (out, x) in zip(out.as_chunks_mut().0, deviates) {
+                *out = bf16::from_f32(segment.mean + segment.std * x).to_le_bytes();
             }
         });
-        (start, rest) = (start + run.n, others);
+        (start, rest) = (start + segment.n, others);
     }
     bytes
-}
-
-/// The first `n` normal deviates of a seed's stream, of mean 0 and deviation 1.
-pub fn deviates(seed: u64, n: usize) -> Vec<f32> {
-    uniform(seed, 0, n).as_chunks().0.iter().map(normal).collect()
-}
-
-/// What the values from `start` on, `n` of them, are made of.
-///
-/// ChaCha8: its crate promises to keep its output on every machine and in later versions.
-fn uniform(seed: u64, start: usize, n: usize) -> Vec<u8> {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    let mut random = ChaCha8Rng::from_seed(key);
-    random.set_word_pos((start * UNIFORM / 4) as u128);
-    let mut bytes = vec![0; n * UNIFORM];
-    random.fill_bytes(&mut bytes);
-    bytes
-}
-
-/// A normal deviate, near enough: the sum of twelve uniform ones, less its mean. The textbook ways
-/// need `ln` or `cos`, whose last bit differs between platforms.
-fn normal(uniform: &[u8; UNIFORM]) -> f32 {
-    let numbers = uniform.as_chunks().0.iter().map(|bytes| u32::from(u16::from_le_bytes(*bytes)));
-    numbers.sum::<u32>() as f32 / 65536.0 - 6.0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Run;
-
-    #[test]
-    fn deviates_are_normal() {
-        let n = 20_000;
-        let uniform = uniform(7, 0, n);
-        let draws = uniform.as_chunks().0.iter().map(|uniform| f64::from(normal(uniform)));
-        let mean = draws.clone().sum::<f64>() / n as f64;
-        let variance = draws.map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
-        assert!(mean.abs() < 0.03, "mean {mean}");
-        assert!((variance - 1.0).abs() < 0.03, "variance {variance}");
-    }
+    use openvla_convert::random::Segment;
 
     #[test]
     fn a_disk_too_small_is_told_before_the_work() {
@@ -206,17 +164,35 @@ mod tests {
         assert!(error.contains("16.00 EiB of weights do not fit in"), "{error}");
     }
 
-    /// Across the chunks that cores draw, and across runs.
+    /// Across the chunks that cores draw, and across segments.
     #[test]
     fn a_tensor_continues_the_stream_where_the_one_before_it_ends() {
         let n = AT_A_TIME + 3;
-        let run = |n| Run { n, mean: 0.0, std: 1.0 };
-        let tensor = |start, runs: Vec<Run>| {
-            let shape = vec![runs.iter().map(|run| run.n).sum()];
-            Tensor { name: String::new(), shape, runs, start }
+        let segment = |n| Segment { n, mean: 0.0, std: 1.0 };
+        let tensor = |start, segments: Vec<Segment>| {
+            let shape = vec![segments.iter().map(|segment| segment.n).sum()];
+            Tensor { name: String::new(), shape, segments, start }
         };
-        let whole = draw(&tensor(5, vec![run(2 * n)]), 7);
-        assert_eq!(whole, draw(&tensor(5, vec![run(1), run(2 * n - 1)]), 7));
-        assert_eq!(whole[2 * n..], draw(&tensor(5 + n, vec![run(n)]), 7));
+        let whole = draw(&tensor(5, vec![segment(2 * n)]), 7);
+        assert_eq!(whole, draw(&tensor(5, vec![segment(1), segment(2 * n - 1)]), 7));
+        assert_eq!(whole[2 * n..], draw(&tensor(5 + n, vec![segment(n)]), 7));
+    }
+
+    mod shared {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs ../shared"]
+        fn every_tensor_is_in_the_published_file() -> Result<()> {
+            let spec = Spec { size: Size::Full, shards: 3, ..Spec::EXAMPLE };
+            let tensors = spec.tensors();
+            let published = "../../shared/real_configs/openvla-7b/model.safetensors.index.json";
+            let published = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(published))?;
+            let published: Value = serde_json::from_slice(&published)?;
+            assert_eq!(index(&files(&spec, &tensors)?), published);
+            let other = Spec { shards: 4, ..spec };
+            assert!(files(&other, &tensors).unwrap_err().to_string().contains("there are 3"));
+            Ok(())
+        }
     }
 }

@@ -13,6 +13,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
+use openvla_vocabulary::{learn, write_fast_tokenizer};
 use serde_json::{Value, json};
 
 use crate::render::picture;
@@ -88,7 +89,9 @@ pub fn record(
 fn write_tokenizer(dir: &Path) -> Result<()> {
     let prompt = |task: String| openvla::prompt::OPENVLA.replace("{instruction}", &task);
     let corpus: Vec<String> = instructions().into_iter().map(prompt).collect();
-    openvla_example::write_tokenizer(dir, &corpus, SPACE, N_PIECE)
+    let pieces = learn(&corpus, SPACE, N_PIECE);
+    openvla_vocabulary::write_tokenizer(dir, &pieces)?;
+    write_fast_tokenizer(dir, &pieces)
 }
 
 /// `dataset_statistics.json`. The gripper is not scaled.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use openvla::cli::{Threads, output_file, say};
 use openvla_convert::Conversion;
-use openvla_example::{COMMITTED, Size, Spec};
+use openvla_convert::random::{Size, Spec};
 
 use super::Type;
 
@@ -19,7 +19,7 @@ pub struct Random {
     #[arg(long, value_enum, default_value_t = Size::Full)]
     size: Size,
     /// Seed of the weights
-    #[arg(long, default_value_t = COMMITTED.seed)]
+    #[arg(long, default_value_t = Spec::EXAMPLE.seed)]
     seed: u64,
     #[command(flatten)]
     threads: Threads,
@@ -29,7 +29,7 @@ pub struct Random {
 }
 
 pub fn run(args: &Random) -> Result<()> {
-    let spec = Spec { size: args.size, seed: args.seed, ..COMMITTED };
+    let spec = Spec { size: args.size, seed: args.seed, ..Spec::EXAMPLE };
     let conversion = Conversion::random(&spec, args.kind.encoding()?, args.threads.count())?;
     say(conversion.summary().trim_end());
     let progress = super::progress(0)?;

@@ -1,12 +1,12 @@
 //! The model: every tensor of a checkpoint with its name, shape and distribution.
 //!
-//! Shapes are those of the files, slowest axis first. The parts that inference never reads (each
-//! tower's last block and final norm, SigLIP's pooling head) are there, as in the published files.
+//! Shapes are those of the files, slowest axis first. Tensors that inference never reads (each
+//! tower's last block and final norm, SigLIP's pooling head) are included, as in the published files.
 
-use crate::Variant;
-use crate::size::{Llama, Sizes, Tower};
+use super::size::{Llama, Sizes, Tower};
+use super::spec::{Spec, Variant};
 
-/// Where the first tower's tensors are, and the second's.
+/// The prefixes of the first tower's tensors, and the second's.
 const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
 
 /// Patches of an image: 16 × 16 of 14 × 14 pixels.
@@ -14,23 +14,23 @@ const N_PATCH: usize = 256;
 /// Sides of a patch, after its three channels.
 const PATCH: usize = 14;
 
-/// One tensor to be written.
+/// One tensor of the checkpoint.
 #[derive(Debug)]
 pub struct Tensor {
     /// Its name in the checkpoint.
     pub name: String,
     /// PyTorch's order, slowest first.
     pub shape: Vec<usize>,
-    /// How its values are drawn, in their order.
-    pub runs: Vec<Run>,
-    /// How many values are drawn before its own, for the tensors that precede it.
+    /// The distributions of its values, in their order.
+    pub segments: Vec<Segment>,
+    /// The number of values in all tensors before it.
     pub start: usize,
 }
 
-/// Neighbouring values that are drawn alike.
-#[derive(Debug)]
-pub struct Run {
-    /// How many.
+/// Consecutive values with the same distribution.
+#[derive(Debug, PartialEq)]
+pub struct Segment {
+    /// Their number.
     pub n: usize,
     /// Their mean.
     pub mean: f32,
@@ -45,8 +45,14 @@ impl Tensor {
     }
 }
 
-/// All tensors of a checkpoint, in the order of the module tree.
-pub fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
+impl Spec {
+    /// Every tensor of the checkpoint, in the order of the module tree.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        tensors(self.variant, &self.size.sizes())
+    }
+}
+
+fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
     let Sizes { dinov2, siglip, llama, entry, .. } = sizes;
     let mut list = List { tensors: Vec::new(), entry: *entry };
     match variant {
@@ -68,8 +74,8 @@ pub fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
     list.tensors
 }
 
-/// What a residual branch's gain is multiplied by, so that the stream is as loud after many layers
-/// as after two.
+/// The factor of a residual branch's gain that keeps the deviation of the residual stream the same
+/// after many layers as after two.
 fn damping(n_layer: usize) -> f32 {
     (2.0 / n_layer as f32).sqrt()
 }
@@ -81,16 +87,16 @@ struct List {
 }
 
 impl List {
-    fn push(&mut self, name: &str, shape: &[usize], runs: Vec<Run>) {
+    fn push(&mut self, name: &str, shape: &[usize], segments: Vec<Segment>) {
         let start = self.tensors.last().map_or(0, |last| last.start + last.n());
-        self.tensors.push(Tensor { name: name.into(), shape: shape.into(), runs, start });
+        self.tensors.push(Tensor { name: name.into(), shape: shape.into(), segments, start });
     }
 
     fn normal(&mut self, name: &str, shape: &[usize], mean: f32, std: f32) {
-        self.push(name, shape, vec![Run { n: shape.iter().product(), mean, std }]);
+        self.push(name, shape, vec![Segment { n: shape.iter().product(), mean, std }]);
     }
 
-    /// A matrix that turns inputs of deviation 1 into outputs of deviation `gain`.
+    /// A matrix that maps inputs of deviation 1 to outputs of deviation `gain`.
     fn matrix(&mut self, name: &str, rows: usize, columns: usize, gain: f32) {
         self.normal(name, &[rows, columns], 0.0, gain / (columns as f32).sqrt());
     }
@@ -136,7 +142,7 @@ impl List {
         self.mlp(&format!("{prefix}.attn_pool.mlp"), dim, tower.hidden, 1.0);
     }
 
-    /// What both towers have: patches, positions, blocks, final norm.
+    /// The parts of both towers: patches, positions, blocks, final norm.
     fn trunk(&mut self, prefix: &str, tower: &Tower) {
         let Tower { dim, hidden, depth } = *tower;
         let (patch, entry) = ([dim, 3, PATCH, PATCH], self.entry);
@@ -155,7 +161,7 @@ impl List {
         self.norm(&format!("{prefix}.norm"), dim);
     }
 
-    /// Llama. `q` and `k` are large, so that attention has something to choose.
+    /// Llama. `q` and `k` are large, so that attention is not uniform.
     fn llama(&mut self, sizes: &Sizes) {
         let (n_row, actions) = (sizes.n_row(), sizes.actions());
         let Llama { dim, hidden, n_layer, .. } = sizes.llama;
@@ -176,7 +182,7 @@ impl List {
         }
         self.normal(&format!("{model}.norm.weight"), &[dim], 1.0, 0.1);
         let std = 0.75 / (dim as f32).sqrt();
-        let rows = |n, std| Run { n: n * dim, mean: 0.0, std };
+        let rows = |n, std| Segment { n: n * dim, mean: 0.0, std };
         let head = vec![
             rows(actions.start, std),
             rows(actions.len(), std * sizes.action_gain),

@@ -1,4 +1,4 @@
-//! The tokenizer's files, all from one list of pieces.
+//! Writes a checkpoint's tokenizer files from a list of pieces.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -8,23 +8,30 @@ use prost::Message;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use crate::vocabulary::{Piece, SPACE};
-use crate::{Variant, write_file, write_json};
+use crate::json::{write_file, write_json};
+use crate::learn::{Piece, SPACE};
 
-/// Writes `tokenizer.model`, `tokenizer.json` unless the variant has none, and the three small
-/// files that name the special tokens.
-pub fn write(dir: &Path, variant: Variant, pieces: &[Piece]) -> Result<()> {
+/// Writes `tokenizer.model`, and the three small files that name the special tokens, into `dir`.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn write_tokenizer(dir: &Path, pieces: &[Piece]) -> Result<()> {
     write_file(dir, "tokenizer.model", &model(pieces).encode_to_vec())?;
-    if variant == Variant::OpenVla {
-        write_json(dir, "tokenizer.json", &fast_tokenizer(pieces))?;
-    }
     write_json(dir, "tokenizer_config.json", &tokenizer_config(pieces.len()))?;
     write_json(dir, "special_tokens_map.json", &special_tokens_map())?;
     write_json(dir, "added_tokens.json", &json!({ "<PAD>": pieces.len() }))
 }
 
-/// `tokenizer.model`. The messages hold those fields of `sentencepiece_model.proto` that say
-/// something here; a reader fills in the rest.
+/// Writes `tokenizer.json`, which not every checkpoint has, into `dir`.
+///
+/// # Errors
+/// Names the file if it cannot be written.
+pub fn write_fast_tokenizer(dir: &Path, pieces: &[Piece]) -> Result<()> {
+    write_json(dir, "tokenizer.json", &fast_tokenizer(pieces))
+}
+
+/// `tokenizer.model`. The messages have only those fields of `sentencepiece_model.proto` that differ
+/// from the defaults.
 #[derive(Clone, PartialEq, Message)]
 struct ModelProto {
     #[prost(message, repeated, tag = "1")]
@@ -176,8 +183,8 @@ fn post_processor() -> Value {
     })
 }
 
-/// Every way to make a piece of two, the piece merged earliest first; for one piece, by the ids
-/// of its parts. Scores fall as ids rise, so the order of ids is the order of scores.
+/// Every way to merge two pieces to one, sorted by the piece, the earliest merged first, and then by the
+/// ids of its parts. Scores fall as ids rise, so the order of ids is the order of scores.
 ///
 /// ref: transformers 4.40.1, `convert_slow_tokenizer.py`, `generate_merges`
 fn merges(pieces: &[Piece]) -> Vec<String> {
@@ -199,13 +206,12 @@ fn merges(pieces: &[Piece]) -> Vec<String> {
     merges
 }
 
-/// Ids and names of the tokens that text is searched for. `<PAD>` comes after the pieces.
+/// Ids and names of the special tokens. `<PAD>` comes after the pieces.
 fn special_tokens(n_piece: usize) -> [(usize, &'static str); 4] {
     [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (n_piece, "<PAD>")]
 }
 
-/// A special token. `tokenizer.json` gives its id, `special_tokens_map.json` neither that nor
-/// `special`.
+/// A special token. Only `tokenizer.json` has the id; `special_tokens_map.json` has no `special` either.
 #[derive(Serialize)]
 struct AddedToken {
     content: &'static str,

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
+use openvla_vocabulary::write_json;
 use serde_json::{Value, json};
 
-use crate::size::Sizes;
-use crate::{Size, Variant, statistics, write_json};
+use super::size::{Size, Sizes};
+use super::spec::Variant;
+use super::statistics;
 
 /// A tower's timm name, and its images' mean and deviation: exact, and as the `tvf_…` keys have
 /// them.
@@ -35,7 +37,7 @@ const SIGLIP: Tower = Tower {
     tvf_std: [0.5; 3],
 };
 
-/// What tells the two variants apart.
+/// The names that differ between the variants.
 struct Names {
     towers: &'static [Tower],
     arch_specifier: &'static str,
@@ -101,8 +103,8 @@ pub fn config(variant: Variant, sizes: &Sizes) -> Result<Value> {
     }))
 }
 
-/// Like the published file, it leaves out what is Llama's default, `rms_norm_eps` among it: 1e-6.
-/// At full size, every number but the vocabulary's is.
+/// Like the published file, it omits Llama's defaults, among them `rms_norm_eps`: 1e-6. At full size,
+/// all numbers but the vocabulary's are defaults.
 fn text_config(sizes: &Sizes) -> Value {
     let (llama, default) = (sizes.llama, Size::Full.sizes().llama);
     let unless = |default: usize, number: usize| (number != default).then_some(number);

@@ -1,16 +1,17 @@
 //! Data set statistics: the range that each action axis is scaled back to.
 //!
-//! The fields stand in the order of their names, see [`write_json`].
+//! Fields are sorted by name, see [`write_json`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
+use openvla_vocabulary::write_json;
 use serde::Serialize;
 
-use crate::{Variant, write_json};
+use super::spec::Variant;
 
-/// Per axis, what the training data held.
+/// Statistics of the training data, per axis.
 #[derive(Serialize)]
 struct Axes {
     /// Which axes are scaled; the gripper's is not. Without it, all are.
@@ -33,7 +34,7 @@ pub struct Statistics {
     proprio: Axes,
 }
 
-/// Metres and radians per step, then the gripper.
+/// Meters and radians per step, then the gripper.
 const TABLETOP: [(f64, f64); 7] = [
     (-0.0262, 0.0281),
     (-0.0378, 0.0393),
@@ -108,7 +109,7 @@ impl Statistics {
 }
 
 impl Axes {
-    /// As if the values were spread evenly: exact thirds are of no interest here.
+    /// As if the values were distributed evenly.
     fn new(ranges: &[(f64, f64)], mask: Option<Vec<bool>>) -> Self {
         let axis =
             |f: fn(f64, f64) -> f64| ranges.iter().map(|&(low, high)| f(low, high)).collect();

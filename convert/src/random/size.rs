@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use clap::ValueEnum;
 
-/// How large a checkpoint is.
+/// The size of a random checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Size {
     /// 423 thousand weights: the committed checkpoint.
@@ -30,17 +30,17 @@ pub struct Sizes {
     pub n_piece: usize,
     /// Id of the piece that is a space. The merged pieces come before it.
     pub space: usize,
-    /// Deviation of what enters a residual stream. With few layers as small as in trained models, so
-    /// that the first norm's epsilon counts: 1e-5 in place of 1e-6 is then seen in the logits. With
-    /// many, so large that their sum does not drown it, or all random tokens would become alike.
+    /// Deviation of the values that enter a residual stream. With few layers, as small as in trained
+    /// models, so that the first norm's epsilon matters: 1e-5 in place of 1e-6 then shows in the logits.
+    /// With many layers, large against their sum, or all random tokens would become alike.
     pub entry: f32,
-    /// By how much the head's action rows are louder than the others: so much that the largest
+    /// The factor by which the head's action rows are larger than the others: so much that the largest
     /// logit is nearly always theirs.
     pub action_gain: f32,
 }
 
-/// Sizes of one vision tower. It has 16 heads, which follows from its timm name; its blocks number
-/// one more than inference runs.
+/// Sizes of one vision tower. It has 16 heads, which follows from its timm name, and one block more than
+/// inference runs.
 pub struct Tower {
     pub dim: usize,
     pub hidden: usize,
@@ -57,7 +57,7 @@ pub struct Llama {
     pub n_head: usize,
 }
 
-/// SigLIP's MLP is no multiple of 32 wide, so `fc2` cannot be quantised as it is.
+/// SigLIP's MLP is not a multiple of 32 wide, so `fc2` cannot be quantized as it is.
 const TINY: Sizes = Sizes {
     dinov2: Tower { dim: 32, hidden: 128, depth: 2 },
     siglip: Tower { dim: 64, hidden: 80, depth: 2 },
@@ -69,8 +69,8 @@ const TINY: Sizes = Sizes {
 };
 
 impl Size {
-    /// The numbers.
-    pub fn sizes(self) -> Sizes {
+    /// The numbers of this size.
+    pub(super) fn sizes(self) -> Sizes {
         match self {
             Self::Tiny => TINY,
             Self::Heads => {
@@ -109,7 +109,7 @@ impl Size {
 }
 
 impl Sizes {
-    /// Rows that the embedding has beyond the vocabulary: `<PAD>` and what rounds it up.
+    /// Rows of the embedding after the vocabulary: `<PAD>` and padding.
     pub const PADDING_ROWS: usize = 64;
 
     /// Rows of the embedding and of the head.

@@ -1,7 +1,8 @@
 //! Other names of tensors than those in the mapping: those of transformers 5, and those that programs
 //! write which wrap a model.
 
-use crate::lora::PREFIX;
+/// The prefix of peft's tensor names: it wraps the model twice.
+pub const PEFT_PREFIX: &str = "base_model.model.";
 
 /// The name that transformers 4 has for a tensor of a checkpoint or of an adapter.
 ///
@@ -16,7 +17,8 @@ pub fn canonical(name: &str) -> String {
         ("model.projector.", "projector."),
         ("lm_head.", "language_model.lm_head."),
     ];
-    let (prefix, name) = name.strip_prefix(PREFIX).map_or(("", name), |rest| (PREFIX, rest));
+    let (prefix, name) =
+        name.strip_prefix(PEFT_PREFIX).map_or(("", name), |rest| (PEFT_PREFIX, rest));
     let rename = |(from, to): &(_, _)| Some(format!("{prefix}{to}{}", name.strip_prefix(*from)?));
     RENAMED.iter().find_map(rename).unwrap_or_else(|| format!("{prefix}{name}"))
 }

@@ -7,16 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use openvla::{Bounds, Statistics};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::aliases::canonical;
-use crate::files;
+use crate::files::{self, checkpoint_error};
 use crate::hf_config::{HfConfig, HfPreprocessor};
-use crate::oft::RunFiles;
-use crate::recognize;
+use crate::recognize::{self, INDEX, WEIGHTS};
+use crate::run_files::RunFiles;
 use crate::tensors::Tensors;
 use crate::tokenizer;
 
@@ -281,10 +281,6 @@ pub const ADAPTER_FOLDER: &str = "lora_adapter";
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
 /// Where transformers 5 writes the same.
 pub const PROCESSOR: &str = "processor_config.json";
-/// The file that lists the shards of a large checkpoint.
-pub const INDEX: &str = "model.safetensors.index.json";
-/// The only file of a small checkpoint, which has no index.
-pub const WEIGHTS: &str = "model.safetensors";
 
 /// The index of a large checkpoint: which shard holds which tensor.
 #[derive(Deserialize)]
@@ -408,12 +404,4 @@ pub fn inherited_statistics_warning(
             checkpoint.dir.display()
         )
     })
-}
-
-/// The runtime's error about a model file, without its advice to convert the checkpoint again.
-pub fn checkpoint_error(error: openvla::Error) -> anyhow::Error {
-    match error {
-        openvla::Error::Model { why } => anyhow!(why),
-        other => other.into(),
-    }
 }

@@ -9,7 +9,8 @@ use openvla::{
 };
 
 use crate::cards;
-use crate::checkpoint::{CheckpointInfo, HubRevision, checkpoint_error};
+use crate::checkpoint::{CheckpointInfo, HubRevision};
+use crate::files::checkpoint_error;
 use crate::hf_config::{HfConfig, HfPreprocessor, ResizeSize};
 use crate::mapping::{Mapping, Shapes};
 use crate::plan::Encoding;

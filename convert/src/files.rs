@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::de::DeserializeOwned;
 
 /// Whether a file exists.
@@ -153,6 +153,14 @@ fn quote_non_finite(text: &str) -> Cow<'_, str> {
     }
     quoted.push_str(&text[copied..]);
     Cow::Owned(quoted)
+}
+
+/// The runtime's error about a model file, without its advice to convert the checkpoint again.
+pub fn checkpoint_error(error: openvla::Error) -> anyhow::Error {
+    match error {
+        openvla::Error::Model { why } => anyhow!(why),
+        other => other.into(),
+    }
 }
 
 #[cfg(test)]

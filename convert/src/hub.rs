@@ -26,8 +26,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::checkpoint::{CheckpointInfo, INDEX, Index, PREPROCESSOR, PROCESSOR, WEIGHTS};
-use crate::{recognize, tokenizer};
+use crate::checkpoint::{CheckpointInfo, Index, PREPROCESSOR, PROCESSOR};
+use crate::recognize::{self, INDEX, WEIGHTS};
+use crate::tokenizer;
 
 mod client;
 mod environment;

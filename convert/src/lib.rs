@@ -7,7 +7,7 @@
 //! | [`aliases`], [`tensors`] | safetensors files, and the other names of their tensors |
 //! | [`torch`] | tensors in PyTorch's `.pt` files |
 //! | [`hf_config`] | `config.json` and `preprocessor_config.json`, and whether the runtime supports them |
-//! | [`oft`] | OpenVLA-OFT runs: their own files, and what no file says |
+//! | [`run_files`], [`oft`] | OpenVLA-OFT runs: their own files, and the settings that no file states |
 //! | [`checkpoint`] | the folder: JSON files, shards, statistics |
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
@@ -46,6 +46,7 @@ pub mod plan;
 pub mod proof;
 pub mod random;
 pub mod recognize;
+pub mod run_files;
 pub mod tensors;
 pub mod tokenizer;
 pub mod torch;

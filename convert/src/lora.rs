@@ -9,15 +9,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::aliases::PEFT_PREFIX;
 use crate::checkpoint::{StatisticsText, list_folder};
 use crate::files;
-use crate::oft::RunFiles;
 use crate::peft::PeftConfig;
 use crate::recognize;
+use crate::run_files::RunFiles;
 use crate::tensors::{Matrix, Tensors, ZERO_3};
 
-/// The prefix of peft's tensor names: it wraps the model twice.
-pub const PREFIX: &str = "base_model.model.";
 /// How names of towers begin that were wrapped in FiLM.
 const FILM_TOWERS: &str = "vision_backbone.vision_backbone.";
 const A: &str = ".lora_A.weight";
@@ -61,7 +60,7 @@ impl Adapter {
     /// Checks that every tensor is an A or B that fits a tensor of the checkpoint, or a copy of one.
     fn check(&self, config: &PeftConfig, base: &Tensors) -> Result<()> {
         for (name, entry) in self.tensors.entries() {
-            let module = name.strip_prefix(PREFIX).unwrap_or(name);
+            let module = name.strip_prefix(PEFT_PREFIX).unwrap_or(name);
             let original = module.replace(".base_layer.", ".");
             if module.starts_with(FILM_TOWERS) {
                 continue; // the run's vision file holds them too, and the merge of openvla-oft finds no place for these
@@ -84,7 +83,7 @@ impl Adapter {
                 "it holds {name}, but its adapter_config.json does not target {module}, so that \
                  peft would leave it out; take the adapter_config.json that it was saved with"
             );
-            let other = format!("{PREFIX}{module}{}", if half == A { B } else { A });
+            let other = format!("{PEFT_PREFIX}{module}{}", if half == A { B } else { A });
             ensure!(self.tensors.entries().contains_key(&other), "it lacks {other}");
             self.tensors.check_type(name)?;
             let (n_out, n_in) = rows_of(wanted);
@@ -118,8 +117,9 @@ impl Adapter {
         let matrices = base.entries().iter().filter(|(_, entry)| entry.shape.len() > 1);
         let modules = matrices.filter_map(|(name, _)| name.strip_suffix(".weight"));
         let targeted: Vec<_> = modules.filter(|module| config.targets(module)).collect();
-        let has_pair =
-            |module: &&&str| self.tensors.entries().contains_key(&format!("{PREFIX}{module}{A}"));
+        let has_pair = |module: &&&str| {
+            self.tensors.entries().contains_key(&format!("{PEFT_PREFIX}{module}{A}"))
+        };
         let missing = targeted.len() - targeted.iter().filter(has_pair).count();
         if config.names_targets() && missing > 0 {
             problems.push(format!(
@@ -169,7 +169,7 @@ impl Adapter {
     /// Names the file if it cannot be mapped, or a tensor that holds NaN or infinity.
     pub fn delta(&self, weight: &str) -> Result<Option<Delta>> {
         let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
-        let name = |half: &str| format!("{PREFIX}{module}{half}");
+        let name = |half: &str| format!("{PEFT_PREFIX}{module}{half}");
         if !self.tensors.entries().contains_key(&name(A)) {
             return Ok(None);
         }

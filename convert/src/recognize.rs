@@ -6,9 +6,12 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{INDEX, WEIGHTS};
-use crate::oft::RunFiles;
+use crate::run_files::RunFiles;
 
+/// The file that lists the shards of a large checkpoint.
+pub const INDEX: &str = "model.safetensors.index.json";
+/// The only file of a small checkpoint, which has no index.
+pub const WEIGHTS: &str = "model.safetensors";
 /// The file with an adapter's weights.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 

@@ -17,15 +17,13 @@ use openvla::tokenizer::{TokenType, Tokenizer, Vocabulary};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::checkpoint::checkpoint_error;
-use crate::files::read_json_optional;
+use crate::files::{checkpoint_error, read_json_optional};
 
 mod sentencepiece;
 
-use sentencepiece::SentencePieceModel;
+use sentencepiece::{SENTENCEPIECE, SentencePieceModel};
 
 const TOKENIZER: &str = "tokenizer.json";
-const SENTENCEPIECE: &str = "tokenizer.model";
 const ADDED: &str = "added_tokens.json";
 const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL: &str = "special_tokens_map.json";

@@ -91,7 +91,7 @@ struct SourceRows<'a> {
     sources: Vec<(Matrix, Option<Delta>)>,
 }
 
-/// SourceRows converted at a time: small enough for the cache, large enough to amortise a call.
+/// Rows converted at a time: small enough for the cache, large enough to amortize a call.
 const ROWS_AT_A_TIME: usize = 16;
 
 impl<'a> SourceRows<'a> {

@@ -7,7 +7,7 @@ use openvla::{OftHead, TowerConfig};
 
 use super::{Mapper, Role, TOWERS};
 use crate::lora;
-use crate::oft;
+use crate::run_files;
 
 /// What the tensors of a run tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +27,8 @@ impl Mapper {
     pub(super) fn run(&mut self, towers: &[TowerConfig], dim: usize) -> Result<RunTensors> {
         let n_action = self.l1_head(dim)?;
         let n_state = self.state_projector(dim)?;
-        let has_film = |name: &String| name.starts_with(oft::VISION) && name.contains(".scale.");
+        let has_film =
+            |name: &String| name.starts_with(run_files::VISION) && name.contains(".scale.");
         let film = self.remaining.keys().any(has_film);
         if film {
             for (tower, from) in towers.iter().zip(TOWERS) {
@@ -42,8 +43,8 @@ impl Mapper {
 
     /// The L1 head; returns the numbers of an action, or nothing if there is no head.
     fn l1_head(&mut self, dim: usize) -> Result<Option<usize>> {
-        let from = |part: &str| format!("{}model.{part}", oft::HEAD);
-        if !self.remaining.keys().any(|name| name.starts_with(oft::HEAD)) {
+        let from = |part: &str| format!("{}model.{part}", run_files::HEAD);
+        if !self.remaining.keys().any(|name| name.starts_with(run_files::HEAD)) {
             return Ok(None);
         }
         let n_action = self.shape(&from("fc2.weight"))?.first().copied().unwrap_or(0);
@@ -70,8 +71,8 @@ impl Mapper {
 
     /// The projector of the arm's state; returns the numbers of a state, 0 if there is none.
     fn state_projector(&mut self, dim: usize) -> Result<usize> {
-        let from = |part: &str| format!("{}{part}", oft::STATE);
-        if !self.remaining.keys().any(|name| name.starts_with(oft::STATE)) {
+        let from = |part: &str| format!("{}{part}", run_files::STATE);
+        if !self.remaining.keys().any(|name| name.starts_with(run_files::STATE)) {
             return Ok(0);
         }
         let n_state = self.shape(&from("fc1.weight"))?.get(1).copied().unwrap_or(0);

@@ -7,8 +7,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use prost::Message;
 
-use super::SENTENCEPIECE;
 use crate::files::read_optional;
+
+/// The file's name.
+pub const SENTENCEPIECE: &str = "tokenizer.model";
 
 /// The part of SentencePiece's `ModelProto` that determines token ids.
 ///

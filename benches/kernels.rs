@@ -104,7 +104,7 @@ fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, make: impl Fn() -
     });
 }
 
-/// A file with one matrix, whose rows repeat: quantising takes long.
+/// A file with one matrix, whose rows repeat: quantizing takes long.
 fn matrix(dtype: DType, k: usize, m: usize) -> Gguf {
     let numbers: Vec<f32> = (0..k * 32).map(|i| (i as f32 * 0.37).sin()).collect();
     let mut rows = vec![0; 32 * dtype.row_bytes(k).unwrap()];

@@ -63,7 +63,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The faster product. Products of small integers, which quantised files are multiplied by, may
+    /// The faster product. Products of small integers, which quantized files are multiplied by, may
     /// be faster still.
     pub fn flop_per_s(&self) -> f64 {
         self.product_f32_flop_per_s.max(self.product_f16_flop_per_s)

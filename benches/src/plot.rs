@@ -13,8 +13,8 @@ const BAR: u32 = 64;
 const GAP: u32 = 48;
 const HEIGHT: u32 = 360;
 
-/// Colours that colour-blind people can tell apart. ref: Okabe and Ito, 2008
-pub const COLOURS: [RGBColor; 7] = [
+/// Colors that color-blind people can tell apart. ref: Okabe and Ito, 2008
+pub const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -64,24 +64,24 @@ pub fn svg(all: &[Results]) -> Result<String> {
             .y_label_formatter(&|hz| significant(*hz))
             .light_line_style(WHITE)
             .draw()?;
-        let centred = |v| ("sans-serif", 13).into_text_style(&root).pos(Pos::new(HPos::Center, v));
+        let centered = |v| ("sans-serif", 13).into_text_style(&root).pos(Pos::new(HPos::Center, v));
         let (mut left, mut hz) = (GAP as i32 / 2, hz.into_iter());
         for (group, width) in groups.iter().zip(widths) {
             let middle = left + width as i32 / 2;
             let mut at = middle - (BAR as usize * group.len()) as i32 / 2;
             for (result, hz) in group.iter().zip(&mut hz) {
                 let (kind, next) = (result.type_name(), at + BAR as i32);
-                let colour = types.iter().position(|t| *t == kind).unwrap_or(0) % COLOURS.len();
+                let color = types.iter().position(|t| *t == kind).unwrap_or(0) % COLORS.len();
                 let corners = [(at + 4, 0.0), (next - 4, hz)];
-                chart.draw_series([Rectangle::new(corners, COLOURS[colour].filled())])?;
+                chart.draw_series([Rectangle::new(corners, COLORS[color].filled())])?;
                 let above = ((at + next) / 2, hz);
                 let words = format!("{kind}: {}", significant(hz));
-                chart.draw_series([Text::new(words, above, centred(VPos::Bottom))])?;
+                chart.draw_series([Text::new(words, above, centered(VPos::Bottom))])?;
                 at = next;
             }
             let (x, y) = chart.backend_coord(&(middle, 0.0));
             let name = group[0].machine_label();
-            root.draw_text(&name, &centred(VPos::Top), (x, y + 10))?;
+            root.draw_text(&name, &centered(VPos::Top), (x, y + 10))?;
             left += (width + GAP) as i32;
         }
         root.present()

@@ -17,7 +17,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 
 use crate::machine::Origin;
-use crate::plot::COLOURS;
+use crate::plot::COLORS;
 
 /// What is compared. The first is what tokens are held against.
 const TYPES: [&str; 8] = ["F32", "BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS"];
@@ -172,7 +172,7 @@ pub fn table(comparison: &Comparison) -> String {
 }
 
 /// The expert in grey, then the types.
-const LINES: [RGBColor; 3] = [RGBColor(120, 120, 120), COLOURS[0], COLOURS[1]];
+const LINES: [RGBColor; 3] = [RGBColor(120, 120, 120), COLORS[0], COLORS[1]];
 
 /// An SVG of success against the time that a policy takes, with 95 % intervals.
 ///
@@ -193,17 +193,17 @@ pub fn svg(comparison: &Comparison) -> Result<String> {
         mesh.x_desc("milliseconds that the policy takes").y_desc("%").light_line_style(WHITE);
         mesh.draw()?;
         let policies = comparison.running.chunk_by(|a, b| a.name == b.name);
-        for ((i, policy), colour) in policies.enumerate().zip(LINES) {
+        for ((i, policy), color) in policies.enumerate().zip(LINES) {
             // Beside each other, or their intervals would hide one another.
             let x = |run: &Running| run.latency_ms + 6.0 * (i as f64 - 1.0);
             let rates = policy.iter().map(|run| (x(run), 100.0 * run.report.rate));
             chart
-                .draw_series(LineSeries::new(rates, colour.stroke_width(2)))?
+                .draw_series(LineSeries::new(rates, color.stroke_width(2)))?
                 .label(policy[0].name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour));
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color));
             let bars = policy.iter().map(|run| {
                 let ends = run.report.interval.map(|end| (x(run), 100.0 * end));
-                PathElement::new(ends, colour)
+                PathElement::new(ends, color)
             });
             chart.draw_series(bars)?;
         }

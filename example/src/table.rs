@@ -1,6 +1,6 @@
 //! The picture: an eggplant and a pot on a wooden table.
 //!
-//! Coordinates are pixels, x to the right, y down. Colours are red, green, blue from 0 to 255.
+//! Coordinates are pixels, x to the right, y down. Colors are red, green, blue from 0 to 255.
 
 use anyhow::Result;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
@@ -10,11 +10,11 @@ const WIDTH: u32 = 320;
 const HEIGHT: u32 = 240;
 /// Samples per pixel and axis: smooth edges.
 const SAMPLES: u32 = 3;
-/// Colours are multiples of this: hardly seen, and it keeps the file small.
+/// Colors are multiples of this: hardly seen, and it keeps the file small.
 const STEP: u32 = 4;
 
 type Point = [f32; 2];
-type Colour = [f32; 3];
+type Color = [f32; 3];
 
 /// Draws the picture, 320 × 240.
 pub fn table_image() -> RgbImage {
@@ -23,8 +23,8 @@ pub fn table_image() -> RgbImage {
         for sample in 0..SAMPLES * SAMPLES {
             let offset = |i: u32| (i as f32 + 0.5) / SAMPLES as f32;
             let at = [x as f32 + offset(sample % SAMPLES), y as f32 + offset(sample / SAMPLES)];
-            let colour = scene(at);
-            sum = [0, 1, 2].map(|c| sum[c] + colour[c]);
+            let color = scene(at);
+            sum = [0, 1, 2].map(|c| sum[c] + color[c]);
         }
         Rgb(sum.map(|c| (c / (STEP * SAMPLES * SAMPLES) as f32).round() as u8 * STEP as u8))
     })
@@ -40,16 +40,16 @@ pub fn table_png() -> Result<Vec<u8>> {
 }
 
 /// The nearest thing at a point.
-fn scene(p: Point) -> Colour {
+fn scene(p: Point) -> Color {
     eggplant(p).or_else(|| pot(p)).or_else(|| table(p)).unwrap_or_else(|| wall(p))
 }
 
-fn wall([_, y]: Point) -> Colour {
+fn wall([_, y]: Point) -> Color {
     scale([220.0, 224.0, 222.0], 1.0 - y / 900.0)
 }
 
 /// Six planks that run towards a vanishing point, the front edge, and what the things shade.
-fn table(p: Point) -> Option<Colour> {
+fn table(p: Point) -> Option<Color> {
     let [x, y] = p;
     let (back, front) = (78.0, 224.0);
     let across = (x - 160.0) / (98.0 + 0.57 * (y.min(front) - back)); // -1 … 1, left to right
@@ -69,7 +69,7 @@ fn table(p: Point) -> Option<Colour> {
 }
 
 /// A steel pot seen from above: the opening, the rim, the body, two handles.
-fn pot(p: Point) -> Option<Colour> {
+fn pot(p: Point) -> Option<Color> {
     let [x, y] = p;
     let (rim, bottom) = ([216.0, 100.0], [216.0, 146.0]);
     if ellipse(p, rim, [40.0, 12.0]) < 1.0 {
@@ -84,15 +84,15 @@ fn pot(p: Point) -> Option<Colour> {
         let turn = (x - rim[0]) / half + 0.4; // 0 where the light falls
         return Some(scale([176.0, 182.0, 190.0], 1.0 - 0.32 * turn * turn));
     }
-    let handle = |centre: Point| {
-        let r = ellipse(p, centre, [11.0, 7.0]);
+    let handle = |center: Point| {
+        let r = ellipse(p, center, [11.0, 7.0]);
         (0.35..1.0).contains(&r)
     };
     (handle([168.0, 110.0]) || handle([264.0, 110.0])).then_some([74.0, 76.0, 82.0])
 }
 
 /// An eggplant on its side, the stem towards the pot.
-fn eggplant(p: Point) -> Option<Colour> {
+fn eggplant(p: Point) -> Option<Color> {
     const NECK: Point = [136.0, 158.0];
     const CAP: Point = [144.0, 154.0];
     let stem = limb(p, CAP, 5.0, [166.0, 142.0], 3.5);
@@ -123,8 +123,8 @@ fn limb(p: Point, a: Point, radius_a: f32, b: Point, radius_b: f32) -> f32 {
 }
 
 /// Below 1 inside an upright ellipse.
-fn ellipse(p: Point, centre: Point, radii: Point) -> f32 {
-    let [x, y] = [(p[0] - centre[0]) / radii[0], (p[1] - centre[1]) / radii[1]];
+fn ellipse(p: Point, center: Point, radii: Point) -> f32 {
+    let [x, y] = [(p[0] - center[0]) / radii[0], (p[1] - center[1]) / radii[1]];
     x * x + y * y
 }
 
@@ -133,6 +133,6 @@ fn shade(r: f32) -> f32 {
     0.6 + 0.4 * r.min(1.0)
 }
 
-fn scale(colour: Colour, by: f32) -> Colour {
-    colour.map(|c| c * by)
+fn scale(color: Color, by: f32) -> Color {
+    color.map(|c| c * by)
 }

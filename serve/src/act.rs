@@ -153,9 +153,10 @@ pub async fn method_not_allowed(State(app): State<Arc<App>>, request: Request) -
 }
 
 fn refuse(app: &App, error: Error, detail: &'static str) -> Response {
-    match app.settings.compat_errors {
-        true => compat::detail(error.code.status(), &detail, error.code),
-        false => error.into_response(),
+    if app.settings.compat_errors {
+        compat::detail(error.code.status(), &detail, error.code)
+    } else {
+        error.into_response()
     }
 }
 

@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_unique_and_serialise_as_they_read() {
+    fn names_are_unique_and_serialize_as_they_read() {
         let names: std::collections::BTreeSet<_> = Code::ALL.iter().map(|c| c.name()).collect();
         assert_eq!(names.len(), Code::ALL.len());
         for code in Code::ALL {

@@ -39,10 +39,7 @@ fn utf8(body: &[u8]) -> Option<Cow<'_, [u8]>> {
     }
     let units = text.chunks_exact(width).map(|unit| {
         let append = |number: u32, byte: &u8| (number << 8) | u32::from(*byte);
-        match is_big_endian {
-            true => unit.iter().fold(0, append),
-            false => unit.iter().rev().fold(0, append),
-        }
+        if is_big_endian { unit.iter().fold(0, append) } else { unit.iter().rev().fold(0, append) }
     });
     let text: Option<String> = match width {
         2 => char::decode_utf16(units.map(|unit| unit as u16)).collect::<Result<_, _>>().ok(),

@@ -30,10 +30,7 @@ fn log(options: &Options) {
         .with_target(false)
         // It would panic where stderr cannot be written to; the server goes on without its log.
         .log_internal_errors(false);
-    match options.log_json {
-        true => log.json().flatten_event(true).init(),
-        false => log.init(),
-    }
+    if options.log_json { log.json().flatten_event(true).init() } else { log.init() }
 }
 
 fn run(options: Options) -> Result<()> {

@@ -28,7 +28,7 @@ pub struct Schema {
 /// The fields of a message, not looked into yet.
 #[derive(Debug)]
 pub struct Message<'a> {
-    form: &'static Schema,
+    schema: &'static Schema,
     images: Vec<Named<'a>>,
     /// Images that are named after cameras.
     cameras: Vec<Named<'a>>,
@@ -49,13 +49,16 @@ impl<'a> Message<'a> {
     ///
     /// # Errors
     /// [`Code::BadJson`], [`Code::BadRequest`].
-    pub fn from_json(form: &'static Schema, json: &'a [u8]) -> Result<Self, Error> {
+    pub fn from_json(schema: &'static Schema, json: &'a [u8]) -> Result<Self, Error> {
         let mut from = serde_json::Deserializer::from_slice(json);
-        let message = form.deserialize(&mut from);
+        let message = schema.deserialize(&mut from);
         let message = message.and_then(|message| from.end().map(|()| message));
-        message.map_err(|why| match why.is_data() {
-            true => Error::bad_request(format!("the body cannot be read: {why}")).hint(form.hint),
-            false => Error::new(Code::BadJson, format!("the body is not JSON: {why}")),
+        message.map_err(|why| {
+            if why.is_data() {
+                Error::bad_request(format!("the body cannot be read: {why}")).hint(schema.hint)
+            } else {
+                Error::new(Code::BadJson, format!("the body is not JSON: {why}"))
+            }
         })
     }
 
@@ -63,10 +66,10 @@ impl<'a> Message<'a> {
     ///
     /// # Errors
     /// [`Code::BadRequest`].
-    pub fn from_msgpack(form: &'static Schema, frame: &'a [u8]) -> Result<Self, Error> {
-        let message = form.deserialize(&mut rmp_serde::Deserializer::from_read_ref(frame));
+    pub fn from_msgpack(schema: &'static Schema, frame: &'a [u8]) -> Result<Self, Error> {
+        let message = schema.deserialize(&mut rmp_serde::Deserializer::from_read_ref(frame));
         let wrong = |why| format!("the frame cannot be read: {why}");
-        message.map_err(|why| Error::bad_request(wrong(why)).hint(form.hint))
+        message.map_err(|why| Error::bad_request(wrong(why)).hint(schema.hint))
     }
 
     /// The image.
@@ -74,16 +77,16 @@ impl<'a> Message<'a> {
     /// # Errors
     /// [`Code::BadRequest`] if there is none, or several and none has the name of the one to take.
     pub fn image(&mut self) -> Result<Named<'a>, Error> {
-        let form = self.form;
+        let schema = self.schema;
         if self.images.is_empty() && self.cameras.len() > 1 {
             let there = list(self.cameras.iter().map(|(name, _)| name));
             let error = Error::bad_request(format!("there are several images: {there}"));
-            let name = form.image[0];
+            let name = schema.image[0];
             return Err(error.hint(format!("send the one to act on as `{name}`")));
         }
         let named = if self.images.is_empty() { &mut self.cameras } else { &mut self.images };
         let named = std::mem::take(named);
-        self.only(named, form.image)
+        self.only(named, schema.image)
     }
 
     /// The instruction.
@@ -92,8 +95,8 @@ impl<'a> Message<'a> {
     /// [`Code::BadRequest`] if there is none, several, or something else than text.
     pub fn instruction(&mut self) -> Result<String, Error> {
         let instructions = std::mem::take(&mut self.instructions);
-        let (name, field) = self.only(instructions, self.form.instruction)?;
-        field.text(&name).map_err(|error| error.hint(self.form.hint))
+        let (name, field) = self.only(instructions, self.schema.instruction)?;
+        field.text(&name).map_err(|error| error.hint(self.schema.hint))
     }
 
     /// The field of this name, by `read`, if it is there.
@@ -122,7 +125,7 @@ impl<'a> Message<'a> {
                     others => format!("; what is not read: {others}"),
                 };
                 let missing = format!("there is no `{}`{there}", wanted[0]);
-                Err(Error::bad_request(missing).hint(self.form.hint))
+                Err(Error::bad_request(missing).hint(self.schema.hint))
             }
         }
     }
@@ -151,7 +154,7 @@ impl<'de> Visitor<'de> for &'static Schema {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Message<'de>, A::Error> {
         let mut message = Message {
-            form: self,
+            schema: self,
             images: Vec::new(),
             cameras: Vec::new(),
             instructions: Vec::new(),

@@ -133,9 +133,12 @@ impl Ndarray<'_> {
             return None;
         }
         let append = |number: u64, byte: &u8| (number << 8) | u64::from(*byte);
-        let number = |bytes: &[u8]| match dtype.starts_with('>') {
-            true => bytes.iter().fold(0, append),
-            false => bytes.iter().rev().fold(0, append),
+        let number = |bytes: &[u8]| {
+            if dtype.starts_with('>') {
+                bytes.iter().fold(0, append)
+            } else {
+                bytes.iter().rev().fold(0, append)
+            }
         };
         match (kind, size) {
             ("U", _) => {

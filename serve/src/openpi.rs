@@ -27,7 +27,7 @@ use crate::numpy::{Convention, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Headers, Observation};
 use crate::safety;
 
-/// Observations of one connection that may be under way: one at the model, one in line, and news.
+/// Observations of one connection that may be under way: one at the model, one in the queue, and a newer one.
 const MAX_PENDING: usize = 4;
 
 /// How often a silent client is asked whether it is there. It is gone if it does not say so until
@@ -112,7 +112,7 @@ struct Websocket {
     app: Arc<App>,
     connection: Connection,
     socket: WebSocket,
-    /// Dropped with the connection, and with it the places in line.
+    /// Dropped with the connection, and with it the slots in the queue.
     steps: JoinSet<(u64, Result<Motion, Error>)>,
     /// Observations by number, and their motions where they have one: a motion is sent after those of all
     /// earlier observations.
@@ -270,9 +270,10 @@ impl Websocket {
         self.app.engine.metrics().answered("openpi", error.code.name());
         let text = serde_json::to_string(error).map_err(|_| Disconnected)?;
         self.send(Message::Text(text.into())).await?;
-        match self.app.settings.compat_errors {
-            true => self.close(close_code::ERROR, "Internal server error").await,
-            false => Ok(()),
+        if self.app.settings.compat_errors {
+            self.close(close_code::ERROR, "Internal server error").await
+        } else {
+            Ok(())
         }
     }
 

@@ -129,9 +129,9 @@ impl<T> Queue<T> {
         }
         self.check_order(&meta, now)?;
         let same = |waiting: &Waiting<T>| waiting.meta.client == meta.client;
-        let place = self.waiting.iter().position(same);
+        let index = self.waiting.iter().position(same);
         let in_time = self.waiting.iter().filter(|waiting| waiting.meta.deadline > now).count();
-        if place.is_none() && in_time >= self.limits.waiting {
+        if index.is_none() && in_time >= self.limits.waiting {
             return Err(Refused::Full);
         }
         let seen = self.seen.entry(meta.client.clone(), now);
@@ -141,9 +141,9 @@ impl<T> Queue<T> {
         let ticket = self.tickets;
         let new = Waiting { ticket, meta, item };
         let mut left = Vec::new();
-        match place {
-            Some(place) => {
-                let old = std::mem::replace(&mut self.waiting[place], new);
+        match index {
+            Some(index) => {
+                let old = std::mem::replace(&mut self.waiting[index], new);
                 left.push((old.item, Dropped::Superseded));
             }
             None => self.waiting.push_back(new),
@@ -160,16 +160,17 @@ impl<T> Queue<T> {
 
     /// Leaves the queue, if still in it.
     pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
-        let place = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
-        self.waiting.remove(place).map(|waiting| waiting.item)
+        let index = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
+        self.waiting.remove(index).map(|waiting| waiting.item)
     }
 
     fn take_late(&mut self, now: Instant) -> Evicted<T> {
         let mut late = Vec::new();
         for waiting in std::mem::take(&mut self.waiting) {
-            match waiting.meta.deadline > now {
-                true => self.waiting.push_back(waiting),
-                false => late.push((waiting.item, Dropped::Late)),
+            if waiting.meta.deadline > now {
+                self.waiting.push_back(waiting)
+            } else {
+                late.push((waiting.item, Dropped::Late))
             }
         }
         late
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_line_still_takes_news_of_those_in_it() {
+    fn a_full_queue_still_takes_news_of_those_in_it() {
         let (mut queue, now) = (queue(2), Instant::now());
         for client in ["a", "b"] {
             queue.push(meta(client, now), "old", now, 0.0).unwrap();

@@ -41,10 +41,8 @@ impl Safety {
                 format!("dimension {i} of the motion is {}, which is no number", motion[i]);
             return Err(Error::new(Code::NotFinite, message));
         }
-        let clamped = match self.clamp {
-            true => confine(motion, |i| ranges.get(i).copied()),
-            false => Vec::new(),
-        };
+        let clamped =
+            if self.clamp { confine(motion, |i| ranges.get(i).copied()) } else { Vec::new() };
         let limited = match (&self.max_delta, last) {
             (Some(most), Some(last)) if last.len() == motion.len() => {
                 if most.len() != 1 && most.len() != motion.len() {

@@ -1,4 +1,4 @@
-//! Turns at decoding: whose body is decoded next. `Line` is pure; the clock is an argument.
+//! Turns at decoding: whose body is decoded next. `FairQueue` is pure; the clock is an argument.
 //!
 //! - A client has one turn at a time, however many bodies it sends.
 //! - Clients share the cores evenly by what their pictures cost, not by how many they send: a small
@@ -25,9 +25,9 @@ const MAX_REFUSED: u64 = 63;
 
 /// Who waits for a turn, and whose turn it is. `T` is whatever tells a waiting one of it.
 #[derive(Debug)]
-struct Line<T> {
+struct FairQueue<T> {
     /// Turns at a time.
-    places: usize,
+    slots: usize,
     /// How much work each client that has some has been given since the start.
     clock: u64,
     waiting: Vec<Waiting<T>>,
@@ -48,10 +48,10 @@ struct Waiting<T> {
     item: T,
 }
 
-impl<T> Line<T> {
-    fn new(places: usize, memory: Duration) -> Self {
+impl<T> FairQueue<T> {
+    fn new(slots: usize, memory: Duration) -> Self {
         Self {
-            places,
+            slots,
             clock: 0,
             waiting: Vec::new(),
             busy: Vec::new(),
@@ -61,7 +61,7 @@ impl<T> Line<T> {
         }
     }
 
-    /// Lines up.
+    /// Enqueues.
     fn push(&mut self, client: Client, cost: u64, item: T, now: Instant) -> Ticket {
         let refused = self.refused.get(&client, now).map_or(0, |n| *n.min(&MAX_REFUSED));
         let last = self.finish.entry(client.clone(), now);
@@ -72,9 +72,9 @@ impl<T> Line<T> {
         self.tickets
     }
 
-    /// Gives the next one its turn, if there is a place.
+    /// Gives the next one its turn, if one is free.
     fn pop(&mut self) -> Option<T> {
-        if self.busy.len() >= self.places {
+        if self.busy.len() >= self.slots {
             return None;
         }
         let is_idle = |waiting: &Waiting<T>| self.busy.iter().all(|(_, c)| *c != waiting.client);
@@ -89,7 +89,7 @@ impl<T> Line<T> {
         Some(item)
     }
 
-    /// Ends a turn, or leaves the line.
+    /// Ends a turn, or leaves the queue.
     fn leave(&mut self, ticket: Ticket) {
         self.waiting.retain(|waiting| waiting.ticket != ticket);
         self.busy.retain(|(busy, _)| *busy != ticket);
@@ -103,9 +103,9 @@ impl<T> Line<T> {
 
 /// The turns of all clients. Clones are the same.
 #[derive(Clone)]
-pub struct Turns(Arc<Mutex<Line<oneshot::Sender<()>>>>);
+pub struct Turns(Arc<Mutex<FairQueue<oneshot::Sender<()>>>>);
 
-/// A client's turn, or its place in the line; over when dropped.
+/// A client's turn, or its place in the queue; over when dropped.
 pub struct Turn {
     turns: Turns,
     ticket: Ticket,
@@ -113,29 +113,29 @@ pub struct Turn {
 
 impl Turns {
     /// So many turns at a time. Silent clients are remembered for `memory`.
-    pub fn new(places: usize, memory: Duration) -> Self {
-        Self(Arc::new(Mutex::new(Line::new(places, memory))))
+    pub fn new(slots: usize, memory: Duration) -> Self {
+        Self(Arc::new(Mutex::new(FairQueue::new(slots, memory))))
     }
 
     /// Waits for a client's turn at work of this cost, of which only proportions count.
     pub async fn turn(&self, client: &Client, cost: u64) -> Turn {
         let (go, gone) = oneshot::channel();
-        let push = |line: &mut Line<_>| line.push(client.clone(), cost, go, Instant::now());
+        let push = |queue: &mut FairQueue<_>| queue.push(client.clone(), cost, go, Instant::now());
         let turn = Turn { turns: self.clone(), ticket: self.with(push) };
-        let _ = gone.await; // it comes, since `turn` is in the line
+        let _ = gone.await; // it comes, since `turn` is in the queue
         turn
     }
 
     /// Notes that a client's picture was refused.
     pub fn refuse(&self, client: &Client) {
-        self.with(|line| line.refuse(client, Instant::now()));
+        self.with(|queue| queue.refuse(client, Instant::now()));
     }
 
-    /// Changes the line, and gives turns to those who can have one after it.
-    fn with<R>(&self, change: impl FnOnce(&mut Line<oneshot::Sender<()>>) -> R) -> R {
-        let mut line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let changed = change(&mut line);
-        while let Some(go) = line.pop() {
+    /// Changes the queue, and gives turns to those who can have one after it.
+    fn with<R>(&self, change: impl FnOnce(&mut FairQueue<oneshot::Sender<()>>) -> R) -> R {
+        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&mut queue);
+        while let Some(go) = queue.pop() {
             let _ = go.send(()); // who does not wait any more is about to leave
         }
         changed
@@ -144,7 +144,7 @@ impl Turns {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.turns.with(|line| line.leave(self.ticket));
+        self.turns.with(|queue| queue.leave(self.ticket));
     }
 }
 
@@ -157,58 +157,58 @@ mod tests {
         Client::Named(name.into())
     }
 
-    fn line(places: usize) -> (Line<&'static str>, Instant) {
-        (Line::new(places, Duration::from_secs(60)), Instant::now())
+    fn queue(slots: usize) -> (FairQueue<&'static str>, Instant) {
+        (FairQueue::new(slots, Duration::from_secs(60)), Instant::now())
     }
 
     /// All who wait, each after the turn before it ended.
-    fn order(line: &mut Line<&'static str>) -> Vec<&'static str> {
-        let end = |line: &mut Line<_>| line.busy.clear();
-        end(line);
-        std::iter::from_fn(|| line.pop().inspect(|_| end(line))).collect()
+    fn order(queue: &mut FairQueue<&'static str>) -> Vec<&'static str> {
+        let end = |queue: &mut FairQueue<_>| queue.busy.clear();
+        end(queue);
+        std::iter::from_fn(|| queue.pop().inspect(|_| end(queue))).collect()
     }
 
     #[test]
     fn a_client_has_one_turn_at_a_time() {
-        let (mut line, now) = line(4);
-        let first = line.push(client("a"), 1, "a1", now);
-        line.push(client("a"), 1, "a2", now);
-        line.push(client("b"), 9, "b1", now);
-        assert_eq!([line.pop(), line.pop(), line.pop()], [Some("a1"), Some("b1"), None]);
-        line.leave(first);
-        assert_eq!(line.pop(), Some("a2"));
+        let (mut queue, now) = queue(4);
+        let first = queue.push(client("a"), 1, "a1", now);
+        queue.push(client("a"), 1, "a2", now);
+        queue.push(client("b"), 9, "b1", now);
+        assert_eq!([queue.pop(), queue.pop(), queue.pop()], [Some("a1"), Some("b1"), None]);
+        queue.leave(first);
+        assert_eq!(queue.pop(), Some("a2"));
     }
 
     #[test]
     fn a_small_picture_goes_before_the_large_ones_of_many() {
-        let (mut line, now) = line(2);
+        let (mut queue, now) = queue(2);
         for name in ["a", "b", "c", "d", "e", "f"] {
-            line.push(client(name), 100_000, "large", now);
-            line.pop();
+            queue.push(client(name), 100_000, "large", now);
+            queue.pop();
         }
-        line.push(client("good"), 10, "small", now);
-        assert_eq!(order(&mut line)[0], "small");
+        queue.push(client("good"), 10, "small", now);
+        assert_eq!(order(&mut queue)[0], "small");
     }
 
     #[test]
     fn a_client_that_floods_delays_itself() {
-        let (mut line, now) = line(1);
+        let (mut queue, now) = queue(1);
         for _ in 0..3 {
-            line.push(client("flood"), 100, "flood", now);
+            queue.push(client("flood"), 100, "flood", now);
         }
-        line.push(client("good"), 100, "good", now);
-        assert_eq!(order(&mut line), ["flood", "good", "flood", "flood"]);
+        queue.push(client("good"), 100, "good", now);
+        assert_eq!(order(&mut queue), ["flood", "good", "flood", "flood"]);
     }
 
     #[test]
     fn a_large_picture_is_not_passed_over_for_ever() {
-        let (mut line, now) = line(1);
-        line.push(client("large"), 1000, "large", now);
+        let (mut queue, now) = queue(1);
+        queue.push(client("large"), 1000, "large", now);
         let mut small = 0;
         loop {
-            line.push(client("small"), 100, "small", now);
-            line.busy.clear();
-            match line.pop() {
+            queue.push(client("small"), 100, "small", now);
+            queue.busy.clear();
+            match queue.pop() {
                 Some("small") => small += 1,
                 _ => break,
             }
@@ -218,43 +218,43 @@ mod tests {
 
     #[test]
     fn who_was_refused_again_and_again_is_later_until_that_is_forgotten() {
-        let (mut line, now) = line(1);
+        let (mut queue, now) = queue(1);
         for _ in 0..5 {
-            line.refuse(&client("hostile"), now);
+            queue.refuse(&client("hostile"), now);
         }
-        line.push(client("hostile"), 100, "hostile", now);
-        line.push(client("good"), 300, "good", now);
-        assert_eq!(order(&mut line), ["good", "hostile"]);
+        queue.push(client("hostile"), 100, "hostile", now);
+        queue.push(client("good"), 300, "good", now);
+        assert_eq!(order(&mut queue), ["good", "hostile"]);
         let later = now + Duration::from_secs(61);
-        line.push(client("hostile"), 100, "hostile", later);
-        line.push(client("good"), 300, "good", later);
-        assert_eq!(order(&mut line), ["hostile", "good"]);
+        queue.push(client("hostile"), 100, "hostile", later);
+        queue.push(client("good"), 300, "good", later);
+        assert_eq!(order(&mut queue), ["hostile", "good"]);
     }
 
     #[test]
     fn who_leaves_has_no_turn() {
-        let (mut line, now) = line(1);
-        let ticket = line.push(client("a"), 1, "a", now);
-        line.leave(ticket);
-        assert_eq!(line.pop(), None);
+        let (mut queue, now) = queue(1);
+        let ticket = queue.push(client("a"), 1, "a", now);
+        queue.leave(ticket);
+        assert_eq!(queue.pop(), None);
     }
 
     proptest! {
         /// Whatever comes: everyone has a turn, each client one at a time, and no more than may.
         #[test]
         fn everyone_has_a_turn(pushes in prop::collection::vec((0..4_u8, 0..1000_u64), 1..60)) {
-            let (mut line, now) = line(2);
+            let (mut queue, now) = queue(2);
             let mut turns = 0;
             for (name, cost) in &pushes {
-                line.push(client(&name.to_string()), *cost, "", now);
-                turns += usize::from(line.pop().is_some());
-                let clients: HashSet<_> = line.busy.iter().map(|(_, c)| c.clone()).collect();
-                prop_assert!(line.busy.len() <= 2 && clients.len() == line.busy.len());
+                queue.push(client(&name.to_string()), *cost, "", now);
+                turns += usize::from(queue.pop().is_some());
+                let clients: HashSet<_> = queue.busy.iter().map(|(_, c)| c.clone()).collect();
+                prop_assert!(queue.busy.len() <= 2 && clients.len() == queue.busy.len());
                 if cost % 3 == 0 {
-                    line.busy.pop();
+                    queue.busy.pop();
                 }
             }
-            turns += order(&mut line).len();
+            turns += order(&mut queue).len();
             prop_assert_eq!(turns, pushes.len());
         }
     }

@@ -49,7 +49,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// `unnorm_key` names the model's data set whose units are metres and radians per step; it may
+    /// `unnorm_key` names the model's data set whose units are meters and radians per step; it may
     /// be left out where there is one.
     ///
     /// # Errors
@@ -129,7 +129,7 @@ pub struct Outcome {
 /// How far two actions are from each other.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
 pub struct Difference {
-    /// Of Δx Δy Δz, in metres.
+    /// Of Δx Δy Δz, in meters.
     pub metres: f64,
     /// Of Δyaw, in radians.
     pub radians: f64,

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-/// Metres on the table: x to the right, y away from the camera.
+/// Meters on the table: x to the right, y away from the camera.
 pub type Point = [f64; 2];
 
 pub fn add(a: Point, b: Point) -> Point {
@@ -47,7 +47,7 @@ pub struct Rod {
     pub at: Point,
     /// From `at` to one end of the segment.
     pub half: Point,
-    /// Metres.
+    /// Meters.
     pub radius: f64,
 }
 

@@ -16,7 +16,7 @@
 //! | `film` | one episode as a GIF |
 //!
 //! Nothing here depends on the machine but the model's own arithmetic: the same seed gives the same
-//! scenes, pictures and steps everywhere. Metres and radians throughout; `train/` holds the program
+//! scenes, pictures and steps everywhere. Meters and radians throughout; `train/` holds the program
 //! that trains a miniature OpenVLA on this table.
 
 mod episode;

@@ -51,7 +51,7 @@ struct Who {
     #[cfg(feature = "remote")]
     #[arg(long, value_name = "FILE", requires = "url")]
     token_file: Option<PathBuf>,
-    /// The model's data set whose units are metres and radians a step; needed if it knows several
+    /// The model's data set whose units are meters and radians a step; needed if it knows several
     #[arg(long, value_name = "KEY", requires = "policy")]
     unnorm_key: Option<String>,
     /// Whether the motion before is tried as the next one's tokens

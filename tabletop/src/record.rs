@@ -106,8 +106,8 @@ pub fn statistics(actions: &[Action], episodes: usize) -> Value {
     let each = |f: &dyn Fn(&[f64]) -> f64| axes.iter().map(|axis| f(axis)).collect::<Vec<_>>();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let deviation = |values: &[f64]| {
-        let centre = mean(values);
-        mean(&values.iter().map(|x| (x - centre) * (x - centre)).collect::<Vec<_>>()).sqrt()
+        let center = mean(values);
+        mean(&values.iter().map(|x| (x - center) * (x - center)).collect::<Vec<_>>()).sqrt()
     };
     let zeros = [0.0; 7];
     json!({ NAME: {

@@ -79,9 +79,9 @@ struct Canvas {
     light: Point,
 }
 
-/// A colour, times `factor`.
-fn shade(colour: [u8; 3], factor: f64) -> [u8; 3] {
-    colour.map(|level| (f64::from(level) * factor).clamp(0.0, 255.0) as u8)
+/// A color, times `factor`.
+fn shade(color: [u8; 3], factor: f64) -> [u8; 3] {
+    color.map(|level| (f64::from(level) * factor).clamp(0.0, 255.0) as u8)
 }
 
 impl Canvas {
@@ -102,7 +102,7 @@ impl Canvas {
         outline.iter().map(|p| self.project(*p, z)).collect()
     }
 
-    fn fill(&mut self, polygon: &[Point], colour: [u8; 3], opacity: u8) {
+    fn fill(&mut self, polygon: &[Point], color: [u8; 3], opacity: u8) {
         let mut path = PathBuilder::new();
         for (i, [x, y]) in polygon.iter().enumerate() {
             match i {
@@ -113,17 +113,17 @@ impl Canvas {
         path.close();
         let Some(path) = path.finish() else { return };
         let mut paint = Paint::default();
-        let [r, g, b] = shade(colour, self.brightness);
+        let [r, g, b] = shade(color, self.brightness);
         paint.set_color_rgba8(r, g, b, opacity);
         self.pixmap.fill_path(&path, &paint, FillRule::Winding, Transform::identity(), None);
     }
 
     /// An upright prism between two heights: its sides in shade, its upper end in light.
-    fn prism(&mut self, outline: &[Point], [low, high]: [f64; 2], colour: [u8; 3]) {
+    fn prism(&mut self, outline: &[Point], [low, high]: [f64; 2], color: [u8; 3]) {
         let top = self.seen(outline, high);
         let both = [self.seen(outline, low), top.clone()].concat();
-        self.fill(&hull(both), shade(colour, 0.72), 255);
-        self.fill(&top, colour, 255);
+        self.fill(&hull(both), shade(color, 0.72), 255);
+        self.fill(&top, color, 255);
     }
 
     fn shadow(&mut self, outline: &[Point], heights: [f64; 2]) {
@@ -138,17 +138,17 @@ impl Canvas {
     fn item(&mut self, item: &Item) {
         let rod = item.rod();
         let middle = item.z + 0.55 * (item.top() - item.z);
-        self.prism(&rod.outline(ROUND), [item.z, middle], shade(item.object.colour, 0.85));
+        self.prism(&rod.outline(ROUND), [item.z, middle], shade(item.object.color, 0.85));
         let crown = Rod { radius: 0.7 * rod.radius, ..rod };
-        self.prism(&crown.outline(ROUND), [middle, item.top()], item.object.colour);
+        self.prism(&crown.outline(ROUND), [middle, item.top()], item.object.color);
     }
 
     /// The wall from outside, and the inside in its shade: the deeper, the darker.
     fn receptacle(&mut self, world: &World) {
         let (bin, at) = (world.scene.receptacle, world.scene.receptacle_at);
-        self.prism(&Rod::disk(at, bin.outer).outline(ROUND), [0.0, bin.height], bin.colour);
+        self.prism(&Rod::disk(at, bin.outer).outline(ROUND), [0.0, bin.height], bin.color);
         let inside = self.seen(&Rod::disk(at, bin.inner).outline(ROUND), bin.height);
-        self.fill(&inside, shade(bin.colour, (0.95 - 8.0 * bin.height).max(0.6)), 255);
+        self.fill(&inside, shade(bin.color, (0.95 - 8.0 * bin.height).max(0.6)), 255);
     }
 
     fn gripper_parts(gripper: &Gripper) -> [(Rod, [f64; 2], [u8; 3]); 4] {
@@ -175,8 +175,8 @@ impl Canvas {
     fn gripper(&mut self, gripper: &Gripper) {
         let mut parts = Self::gripper_parts(gripper);
         parts[..2].sort_by(|a, b| b.0.at[1].total_cmp(&a.0.at[1])); // the far finger first
-        for (rod, heights, colour) in parts {
-            self.prism(&rod.outline(12), heights, colour);
+        for (rod, heights, color) in parts {
+            self.prism(&rod.outline(12), heights, color);
         }
     }
 

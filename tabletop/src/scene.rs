@@ -6,7 +6,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::geometry::{Point, Rod, direction, length, scale, sub};
 
-/// Something to grasp: a rod of some height. Metres.
+/// Something to grasp: a rod of some height. Meters.
 #[derive(Debug, PartialEq)]
 pub struct Object {
     /// The word for it.
@@ -18,11 +18,11 @@ pub struct Object {
     /// Of its upper side, over its underside.
     pub height: f64,
     /// RGB, in full light.
-    pub colour: [u8; 3],
+    pub color: [u8; 3],
 }
 
-const fn object(name: &'static str, size: [f64; 3], colour: [u8; 3]) -> Object {
-    Object { name, half: size[0], radius: size[1], height: size[2], colour }
+const fn object(name: &'static str, size: [f64; 3], color: [u8; 3]) -> Object {
+    Object { name, half: size[0], radius: size[1], height: size[2], color }
 }
 
 /// What can be asked for.
@@ -37,7 +37,7 @@ pub const DISTRACTORS: [Object; 2] = [
     object("stone", [0.0, 0.016, 0.02], [120, 125, 130]),
 ];
 
-/// Something to put things into: a ring of wall around a floor. Metres.
+/// Something to put things into: a ring of wall around a floor. Meters.
 #[derive(Debug, PartialEq)]
 pub struct Receptacle {
     /// The word for it.
@@ -49,7 +49,7 @@ pub struct Receptacle {
     /// Of the wall.
     pub height: f64,
     /// RGB, in full light.
-    pub colour: [u8; 3],
+    pub color: [u8; 3],
     /// Its words for "into".
     pub into: [&'static str; 2],
 }
@@ -63,10 +63,10 @@ pub const RECEPTACLES: [Receptacle; 2] = [
 const fn receptacle(
     name: &'static str,
     size: [f64; 3],
-    colour: [u8; 3],
+    color: [u8; 3],
     into: [&'static str; 2],
 ) -> Receptacle {
-    Receptacle { name, inner: size[0], outer: size[1], height: size[2], colour, into }
+    Receptacle { name, inner: size[0], outer: size[1], height: size[2], color, into }
 }
 
 /// Which scenes are drawn. All but the first differ from the training data in one way, along
@@ -76,7 +76,7 @@ const fn receptacle(
 pub enum Suite {
     /// The training distribution: one or two objects, a receptacle
     Base,
-    /// Other table colours and light, and a distractor
+    /// Other table colors and light, and a distractor
     Visual,
     /// Objects farther out and turned farther than in training
     Motion,
@@ -122,7 +122,7 @@ impl Item {
 pub struct Look {
     /// RGB of the table, in full light.
     pub table: [u8; 3],
-    /// What all colours are multiplied by.
+    /// What all colors are multiplied by.
     pub brightness: f64,
     /// How far a shadow reaches, per height.
     pub light: Point,
@@ -217,7 +217,7 @@ fn fill(wording: &str, object: &Object, receptacle: &Receptacle, into: &str) -> 
     wording.replace("{receptacle}", receptacle.name)
 }
 
-/// What things keep between them, so that fingers fit: metres from outline to outline.
+/// What things keep between them, so that fingers fit: meters from outline to outline.
 const GAP: f64 = 0.055;
 
 impl Scene {
@@ -278,10 +278,7 @@ impl Look {
         let unseen = suite == Suite::Visual;
         let base = *rng.pick(if unseen { &UNSEEN_TABLES } else { &TABLES });
         let table = base.map(|level| (f64::from(level) + rng.within(-5.0, 5.0)) as u8);
-        let brightness = match unseen {
-            true => rng.within(0.75, 0.9),
-            false => rng.within(0.97, 1.03),
-        };
+        let brightness = if unseen { rng.within(0.75, 0.9) } else { rng.within(0.97, 1.03) };
         let light = [rng.within(0.55, 0.65), rng.within(0.0, 0.05)];
         Self { table, brightness, light }
     }

@@ -12,7 +12,7 @@ use crate::world::{Action, CEILING, LIMITS, OPEN, REACH, World};
 /// An episode ends here at the latest.
 const LONGEST: usize = 30;
 
-/// Numbers that may be learnt beside the action, about 0 to 1: height and opening of the gripper; and
+/// Numbers that may be learned beside the action, about 0 to 1: height and opening of the gripper; and
 /// where, from -1 to 1 in the picture, the table is under the gripper, the target, the receptacle, and
 /// each kind of object, which follows on whether it is there.
 const N_STATE: usize = 8 + 3 * OBJECTS.len();
@@ -61,7 +61,7 @@ impl Steps {
         let seen = see(&Step { episode: *episode, n: *n, world, action });
         world.step(&noisy(&action, &mut self.rng));
         *n += 1;
-        // Of the time after success, little is to be learnt.
+        // Of the time after success, little is to be learned.
         if *n == LONGEST || (world.is_done() && self.rng.chance(0.9)) {
             (*world, *episode, *n) = (begin(&mut self.rng), newest + 1, 0);
         }
@@ -78,9 +78,10 @@ fn begin(rng: &mut SceneRng) -> World {
         return world;
     }
     let near = world.scene.items[rng.below(world.scene.items.len())].at;
-    let at = match rng.chance(0.5) {
-        true => [rng.within(-REACH, REACH), rng.within(-REACH, REACH)],
-        false => add(near, [0.02 * rng.normal(), 0.02 * rng.normal()]),
+    let at = if rng.chance(0.5) {
+        [rng.within(-REACH, REACH), rng.within(-REACH, REACH)]
+    } else {
+        add(near, [0.02 * rng.normal(), 0.02 * rng.normal()])
     };
     world.gripper.at = at.map(|x| x.clamp(-REACH, REACH));
     world.gripper.z = rng.within(0.07, CEILING);

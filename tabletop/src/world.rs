@@ -1,6 +1,6 @@
 //! The world: a gripper over a table, and what happens when it moves and closes.
 //!
-//! in   an [`Action`], OpenVLA's seven numbers: metres, radians, and 1 for open or 0 for closed
+//! in   an [`Action`], OpenVLA's seven numbers: meters, radians, and 1 for open or 0 for closed
 //! out  where everything is afterwards
 //!
 //! The gripper points down; it has no joints for roll and pitch, so those two are ignored. A step
@@ -12,10 +12,10 @@ use std::f64::consts::FRAC_PI_2;
 use crate::geometry::{Point, Rod, add, direction, half_turn, length, scale, sub, turn};
 use crate::scene::{Item, Scene};
 
-/// Δx Δy Δz in metres, Δroll Δpitch Δyaw in radians, gripper: at least a half opens, less closes.
+/// Δx Δy Δz in meters, Δroll Δpitch Δyaw in radians, gripper: at least a half opens, less closes.
 pub type Action = [f64; 7];
 
-/// The most that a step moves: metres and radians.
+/// The most that a step moves: meters and radians.
 pub const LIMITS: [f64; 6] = [0.06, 0.06, 0.06, 0.0, 0.0, 0.3];
 /// Motions of a step.
 pub const TICKS: usize = 10;
@@ -110,13 +110,17 @@ impl World {
 
     /// A tenth of a step. Fingers open and close within the first.
     pub fn tick(&mut self, action: &Action) {
-        let delta = |i: usize| match action[i].is_nan() {
-            true => 0.0,
-            false => action[i].clamp(-LIMITS[i], LIMITS[i]) / TICKS as f64,
+        let delta = |i: usize| {
+            if action[i].is_nan() {
+                0.0
+            } else {
+                action[i].clamp(-LIMITS[i], LIMITS[i]) / TICKS as f64
+            }
         };
-        match action[6] >= 0.5 {
-            true => self.open(),
-            false => self.close(),
+        if action[6] >= 0.5 {
+            self.open()
+        } else {
+            self.close()
         }
         let Gripper { at, z, yaw, .. } = self.gripper;
         let at = add(at, [delta(0), delta(1)]).map(|x| x.clamp(-REACH, REACH));
@@ -191,9 +195,10 @@ impl World {
         let (item, rod) = (&items[pushed], items[pushed].rod());
         let mut others = items.iter().enumerate().filter(|(i, _)| *i != pushed && !self.holds(*i));
         let inside = self.is_inside(pushed);
-        let wall = match inside {
-            true => rod.distances(self.scene.receptacle_at)[1] > self.scene.receptacle.inner,
-            false => self.hits_wall(&rod, item.z),
+        let wall = if inside {
+            rod.distances(self.scene.receptacle_at)[1] > self.scene.receptacle.inner
+        } else {
+            self.hits_wall(&rod, item.z)
         };
         on_table(&rod) && !wall && !others.any(|(_, other)| rod.overlaps(&other.rod()))
     }
@@ -259,16 +264,16 @@ impl World {
     /// What nothing holds falls straight down. From the receptacle's wall it slides to the side that
     /// its middle is on, or inside if there is no table outside; on another item it stays.
     fn fall(&mut self, i: usize) {
-        let (centre, bin) = (self.scene.receptacle_at, self.scene.receptacle);
+        let (center, bin) = (self.scene.receptacle_at, self.scene.receptacle);
         let (rod, was) = (self.scene.items[i].rod(), self.scene.items[i].z);
-        let from = sub(rod.at, centre);
-        let slide = |t: f64| Rod { at: add(centre, scale(from, t)), ..rod };
+        let from = sub(rod.at, center);
+        let slide = |t: f64| Rod { at: add(center, scale(from, t)), ..rod };
         let distance = length(from);
         let far = bin.outer + length(rod.half) + rod.radius;
         let outside =
-            || nearest(far / distance, slide, |rod| rod.distances(centre)[0] >= bin.outer);
+            || nearest(far / distance, slide, |rod| rod.distances(center)[0] >= bin.outer);
         let beside = (distance >= bin.inner).then(outside).filter(on_table);
-        let inside = || nearest(0.0, slide, |rod| rod.distances(centre)[1] <= bin.inner);
+        let inside = || nearest(0.0, slide, |rod| rod.distances(center)[1] <= bin.inner);
         let (rod, ground) = beside.map_or_else(|| (inside(), FLOOR), |rod| (rod, 0.0));
         let others = self.scene.items.iter().enumerate();
         let others =
@@ -288,9 +293,10 @@ fn nearest(fitting: f64, slide: impl Fn(f64) -> Rod, fits: impl Fn(&Rod) -> bool
     let (mut good, mut bad) = (fitting, 1.0);
     for _ in 0..40 {
         let middle = f64::midpoint(good, bad);
-        match fits(&slide(middle)) {
-            true => good = middle,
-            false => bad = middle,
+        if fits(&slide(middle)) {
+            good = middle;
+        } else {
+            bad = middle;
         }
     }
     slide(good)

@@ -152,12 +152,11 @@ impl Tally {
         };
         self.count(outcome);
         let mut out = std::io::stdout().lock();
-        match args.json {
-            true => {
-                let line = json!({ "seq": seq, "ms": ms, "outcome": outcome, "detail": detail });
-                writeln!(out, "{line}")?;
-            }
-            false => writeln!(out, "{seq:>5} {ms:>7.1} ms  {outcome:<10} {detail}")?,
+        if args.json {
+            let line = json!({ "seq": seq, "ms": ms, "outcome": outcome, "detail": detail });
+            writeln!(out, "{line}")?;
+        } else {
+            writeln!(out, "{seq:>5} {ms:>7.1} ms  {outcome:<10} {detail}")?
         }
         Ok(())
     }

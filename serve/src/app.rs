@@ -1,4 +1,4 @@
-//! What all requests share, and what each goes through on its way to the engine: metadata, body, picture.
+//! The state that all requests share, and the steps of a request before the engine: metadata, body, image.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,18 +19,18 @@ use crate::options::Settings;
 use crate::queue::{Client, Meta};
 use crate::turns::Turns;
 
-/// What all requests share.
+/// The state that all requests share.
 pub struct App {
     /// Queue and model.
     pub engine: Engine,
-    /// The command line's.
+    /// The settings of the command line.
     pub settings: Settings,
-    /// Whether the server is about to end.
+    /// Whether the server is shutting down.
     pub draining: watch::Receiver<bool>,
     token: Option<Token>,
-    /// Whose body is read, one for each core, since it may be large.
+    /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
-    /// Whose picture file is decoded, one for each core. Bodies are read meanwhile.
+    /// Limits how many image files are decoded at a time: one for each core. Bodies are read meanwhile.
     pictures: Turns,
 }
 
@@ -68,7 +68,7 @@ impl Connection {
 }
 
 impl App {
-    /// What requests share, without anything accepted yet.
+    /// The state of a server that has not accepted anything yet.
     pub fn new(
         engine: Engine,
         settings: Settings,

@@ -1,7 +1,7 @@
 //! Errors as the reference answers them, for clients that rely on it: `--compat-errors`.
 //!
-//! What FastAPI does not understand it answers with 422 and a `detail`; whatever goes wrong later is
-//! the string `"error"` with status 200.
+//! FastAPI answers invalid requests with 422 and a `detail`; all later errors are the string `"error"` with
+//! status 200.
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -16,7 +16,7 @@ use crate::json::standard;
 /// Bodies up to this size are repeated in the answer, as FastAPI does with all.
 const MAX_ECHO: usize = 1 << 16;
 
-/// What FastAPI finds wrong, in the order of its keys.
+/// FastAPI's description of an invalid request, in the order of its keys.
 #[derive(Serialize)]
 struct Complaint {
     r#type: &'static str,
@@ -37,7 +37,7 @@ pub fn answer(body: &[u8], error: &Error) -> Response {
     detail(StatusCode::UNPROCESSABLE_ENTITY, &[complaint], error.code)
 }
 
-/// FastAPI's answer to what it does not understand.
+/// FastAPI's answer to an invalid request.
 pub fn detail(status: StatusCode, what: &(impl Serialize + ?Sized), code: Code) -> Response {
     #[derive(Serialize)]
     struct Detail<'a, T: ?Sized> {

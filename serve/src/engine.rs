@@ -1,7 +1,7 @@
 //! The way from a request to the model and back: the queue, shared by requests and the worker.
 //!
-//! A request is queued and waits until its answer or its deadline comes, whichever is first. Who goes
-//! away while waiting leaves the queue.
+//! A request waits in the queue until its answer or its deadline comes, whichever is first. A client that
+//! disconnects while waiting leaves the queue.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,7 +14,7 @@ use crate::observation::{Answer, Observation};
 use crate::policy::ModelInfo;
 use crate::queue::{Dropped, Evicted, Limits, Meta, Queue, Refused, Ticket};
 
-/// Where requests meet the worker. Clones are the same engine.
+/// The queue and the model's state, shared by requests and the worker. Clones share them too.
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
@@ -32,18 +32,18 @@ struct State {
     model: Option<Arc<ModelInfo>>,
     /// How long the last step took.
     step: Duration,
-    /// When the step began that goes on now.
+    /// When the current step began.
     busy_since: Option<Instant>,
 }
 
-/// Whether requests are taken.
+/// Whether requests are accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
     /// The model is being opened, for the first time or after a failure, and this is why.
     Opening(String),
-    /// They are.
+    /// They are accepted.
     Ready,
-    /// Not any more; what waits is still served.
+    /// No longer; those in the queue are still answered.
     Closing,
     /// Never again.
     Closed,
@@ -51,7 +51,7 @@ pub enum Phase {
 
 /// Work for the model.
 pub struct Job {
-    /// What to make a motion of.
+    /// The input.
     pub observation: Observation,
     /// Where the answer goes.
     pub reply: oneshot::Sender<Result<Answer, Error>>,
@@ -71,17 +71,17 @@ impl Engine {
         Self { shared: Arc::new(Shared { state, wake, metrics }) }
     }
 
-    /// What is counted.
+    /// The metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
     }
 
-    /// What the model says about itself, once it was ready.
+    /// The model's description, once it was ready.
     pub fn model(&self) -> Option<Arc<ModelInfo>> {
         self.state().model.clone()
     }
 
-    /// A motion for an observation.
+    /// Queues an observation and waits for its answer.
     ///
     /// # Errors
     /// Any of the queue's, and those of the model.

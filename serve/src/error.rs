@@ -1,4 +1,4 @@
-//! What is answered in place of a motion: a code for programs, a sentence for people.
+//! Errors, with a code for programs and a message for people.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -9,14 +9,14 @@ use serde::Serialize;
 #[derive(Debug, Clone, Serialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
-    /// What kind of thing went wrong.
+    /// The kind of error.
     pub code: Code,
     /// What was found and what was wanted.
     pub message: String,
     /// What to try.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// After how many seconds it is worth trying again.
+    /// The seconds after which to try again.
     #[serde(skip)]
     pub retry_after: Option<u64>,
 }
@@ -83,15 +83,15 @@ codes! {
     BadImage = "bad_image", UNPROCESSABLE_ENTITY;
     /// The route speaks websocket.
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED;
-    /// The model computed something that is no number.
+    /// The model computed numbers that are not finite.
     NotFinite = "not_finite", INTERNAL_SERVER_ERROR;
     /// The model failed.
     ModelFailed = "model_failed", INTERNAL_SERVER_ERROR;
-    /// As many wait as may.
+    /// The queue is full.
     QueueFull = "queue_full", SERVICE_UNAVAILABLE;
-    /// The model is not ready yet, or not any more.
+    /// The model is not ready yet, or no longer.
     NotReady = "not_ready", SERVICE_UNAVAILABLE;
-    /// The motion would have come too late.
+    /// The motion would have been too late.
     DeadlineExceeded = "deadline_exceeded", GATEWAY_TIMEOUT;
 }
 
@@ -101,12 +101,12 @@ impl Error {
         Self { code, message: message.into(), hint: None, retry_after: None }
     }
 
-    /// With advice.
+    /// Adds advice.
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }
 
-    /// With the seconds after which it is worth trying again.
+    /// Adds the seconds after which to try again.
     pub fn retry_after(self, seconds: u64) -> Self {
         Self { retry_after: Some(seconds), ..self }
     }

@@ -9,33 +9,33 @@
 //! | file | what it is |
 //! |---|---|
 //! | `options` | the command line |
-//! | `server` | listener, connections and their limits, the end |
-//! | `routes` | counting and logging of every request, and its protocol |
-//! | `app` | what all requests share: token, limits, bodies, pictures |
-//! | `auth` | who may ask |
+//! | `server` | the listener, limits of connections, shutdown |
+//! | `routes` | the route of each request, with metrics and logs |
+//! | `app` | shared state: token, limits, reading of bodies, decoding of images |
+//! | `auth` | tokens and origins |
 //! | `act`, `compat` | the reference's protocol, and its errors |
 //! | `openpi` | openpi's websocket |
-//! | `plain` | a picture file in, a JSON object out |
+//! | `plain` | the plain protocol: an image file in, a JSON object out |
 //! | `json` | JSON as Python writes it |
-//! | `message`, `field` | the fields of a message, and what is wrong with them |
+//! | `message`, `field` | the fields of a message, and errors about them |
 //! | `numpy` | numpy's arrays in JSON and msgpack |
-//! | `observation` | what all protocols decode to and encode from |
-//! | `engine` | where a request waits for its answer |
-//! | `queue`, `recent` | who is next, what is too late, what is forgotten; pure |
-//! | `turns` | whose body is decoded next |
+//! | `observation` | observations and answers, which all protocols share |
+//! | `engine` | the queue between requests and the worker |
+//! | `queue`, `recent` | the queue's rules: order, deadlines, memory of clients; no clock of their own |
+//! | `turns` | fair queueing of the decoding of bodies and images |
 //! | `worker` | the thread that owns the model |
-//! | `policy` | what a model is to the worker |
-//! | `safety` | what a motion must be before it leaves |
-//! | `error` | what is answered in place of a motion |
-//! | `metrics` | numbers for whoever runs it |
-//! | `openapi.json` | all of it for programs and people, served at `/openapi.json` |
+//! | `policy` | the interface of a model to the worker |
+//! | `safety` | checks of every motion: finite, within bounds, near the last one |
+//! | `error` | errors and their codes |
+//! | `metrics` | metrics for Prometheus |
+//! | `openapi.json` | the description of the API, served at `/openapi.json` |
 //!
 //! # What is deliberately absent
 //!
-//! - No protocol knows the model; each makes one `Observation` and reads one `Answer`. `plain` shares with `act`
-//!   how a JSON object is read.
-//! - Nothing is batched: a robot's step is worth most alone, and as soon as can be.
-//! - No TLS: a proxy in front of it has that.
+//! - No protocol knows the model; each makes one `Observation` and reads one `Answer`. `plain` and `act` share
+//!   the reading of JSON objects.
+//! - Nothing is batched: a robot's step is worth most when it comes soonest.
+//! - No TLS: put a proxy in front.
 
 pub mod act;
 pub mod app;

@@ -1,4 +1,4 @@
-//! Numbers for whoever runs the server, in Prometheus' format.
+//! Metrics in Prometheus' format.
 
 use std::sync::atomic::AtomicU64;
 
@@ -11,7 +11,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::observation::{Draft, Times};
 
-/// Which requests.
+/// The labels of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
     /// The protocol: `act`, `openpi`, `plain`, or `other`.
@@ -20,7 +20,7 @@ pub struct Request {
     pub outcome: &'static str,
 }
 
-/// Which part of a step.
+/// The label of a stage.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Stage {
     stage: &'static str,
@@ -40,14 +40,14 @@ impl MetricConstructor<Histogram> for Seconds {
     }
 }
 
-/// Everything that is counted.
+/// All metrics.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// Requests and websocket messages that were answered.
+    /// Answered requests and websocket messages.
     pub requests: Family<Request, Counter>,
     stages: Family<Stage, Histogram, Seconds>,
-    /// Observations that wait.
+    /// Observations in the queue.
     pub waiting: Gauge,
     /// Observations that a newer one replaced.
     pub superseded: Counter,
@@ -59,11 +59,11 @@ pub struct Metrics {
     pub sessions: Gauge,
     /// Open connections.
     pub connections: Gauge,
-    /// Connections that were closed because there were as many as may be.
+    /// Connections that were closed because too many were open.
     pub refused: Counter,
     /// Times that the model was opened again after a failure.
     pub restarts: Counter,
-    /// 1 if requests are taken.
+    /// 1 if requests are accepted.
     pub ready: Gauge,
     memory: Gauge,
     devices: Family<Device, Gauge>,
@@ -147,7 +147,7 @@ impl Metrics {
         self.accepted.inc_by(draft.accepted.iter().filter(|hit| **hit).count() as u64);
     }
 
-    /// Notes what the model takes on each device.
+    /// Sets the model's memory on each device.
     pub fn devices(&self, memory: &[(String, usize)]) {
         for (device, bytes) in memory {
             let label = Device { device: device.clone() };
@@ -155,7 +155,7 @@ impl Metrics {
         }
     }
 
-    /// All of it as text.
+    /// All metrics as text.
     pub fn text(&self) -> String {
         if let Some(bytes) = resident() {
             self.memory.set(bytes);
@@ -166,7 +166,7 @@ impl Metrics {
     }
 }
 
-/// Bytes of memory that the process has, where the system tells.
+/// The resident memory of the process in bytes, where the system tells.
 pub fn resident() -> Option<i64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;

@@ -1,4 +1,4 @@
-//! What every protocol decodes to, and what it encodes: one observation, one answer.
+//! Observations and answers: what every protocol decodes to, and what it encodes.
 
 use std::time::{Duration, Instant};
 
@@ -11,22 +11,22 @@ use crate::error::{Code, Error};
 use crate::queue::{Client, Meta};
 use crate::safety;
 
-/// What a robot sees, and what it is asked to do.
+/// An image of a robot's camera and an instruction.
 #[derive(Debug, Clone)]
 pub struct Observation {
-    /// The picture, of any size.
+    /// The image, of any size.
     pub image: RgbImage,
-    /// The task.
+    /// The instruction.
     pub instruction: String,
-    /// The data set in whose units the motion is wanted.
+    /// The data set whose units the motion should have.
     pub unnorm_key: Option<String>,
 }
 
-/// Bytes of an instruction. More than any model's context, and little to tokenize.
+/// The most bytes of an instruction: more than any model's context, and quickly tokenized.
 const MAX_INSTRUCTION: usize = 8192;
 
 impl Observation {
-    /// An observation whose texts are of a sane length.
+    /// An observation, if its texts are not too long.
     ///
     /// # Errors
     /// [`Code::InstructionTooLong`], [`Code::UnknownUnnormKey`].
@@ -48,16 +48,16 @@ impl Observation {
     }
 }
 
-/// What a request may say about itself: headers of HTTP, fields of a websocket message.
+/// The optional metadata of a request: HTTP headers, or fields of a websocket message.
 #[derive(Debug, Clone, Default)]
 pub struct Headers {
-    /// `X-Client-Id`: the robot's name. Without it, whoever is at the end of the connection.
+    /// `X-Client-Id`: the robot's name. Without it, the connection counts as the client.
     pub client_id: Option<String>,
     /// `X-Seq`: the client's own count.
     pub seq: Option<u64>,
     /// `X-Timestamp`: when the picture was taken, in seconds since 1970.
     pub timestamp: Option<f64>,
-    /// `X-Deadline-Ms`: for how long an answer is worth something.
+    /// `X-Deadline-Ms`: for how many milliseconds an answer is useful.
     pub deadline_ms: Option<u64>,
 }
 
@@ -65,7 +65,7 @@ pub struct Headers {
 pub const MAX_DEADLINE_MS: u64 = 3_600_000;
 
 impl Headers {
-    /// What the headers say.
+    /// Parses the headers of a request.
     ///
     /// # Errors
     /// [`Code::BadRequest`] names the header.
@@ -78,10 +78,10 @@ impl Headers {
         })
     }
 
-    /// The metadata of a request that came at `arrived` on the connection of this number.
+    /// The metadata of a request that arrived at `arrived` on the connection of this number.
     ///
     /// # Errors
-    /// [`Code::BadRequest`] names the part that makes no sense.
+    /// [`Code::BadRequest`] names the invalid part.
     pub fn meta(
         self,
         arrived: Instant,
@@ -118,8 +118,8 @@ impl Headers {
     }
 }
 
-/// The unit that a timestamp of too many seconds is probably in. As seconds, even the smallest of
-/// them is in the year 5138; as milliseconds, it is in 1973.
+/// The probable unit of a timestamp that is too large for seconds. As seconds, even the smallest is in the
+/// year 5138; as milliseconds, it is in 1973.
 fn other_unit(seconds: f64) -> Option<&'static str> {
     match seconds.abs() {
         ..1e11 => None,
@@ -140,31 +140,31 @@ fn header<T: std::str::FromStr>(
     parsed.ok_or_else(wrong).map(Some)
 }
 
-/// What a model makes of an observation.
+/// The output of a model for one observation.
 #[derive(Debug, Clone)]
 pub struct Motion {
     /// One number per dimension, in the data set's units.
     pub action: Vec<f64>,
     /// The same in -1..1.
     pub normalized: Vec<f64>,
-    /// The ids that it was decoded from.
+    /// The tokens that it was decoded from.
     pub tokens: Vec<u32>,
     /// The data set.
     pub unnorm_key: String,
-    /// What all ids together would have chosen, and whether those all are actions.
+    /// The best tokens of the whole vocabulary, and whether all of them are actions.
     pub unconstrained: (Vec<u32>, bool),
-    /// What drafts did.
+    /// The statistics of speculative decoding.
     pub draft: Draft,
     /// Milliseconds by stage.
     pub timing: Timing,
 }
 
-/// What drafts did for a motion.
+/// The statistics of speculative decoding for one motion.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Draft {
-    /// Passes of the Llama.
+    /// Forward passes of the Llama.
     pub passes: usize,
-    /// Whether each token but the last was drafted and right.
+    /// Whether each token but the last was drafted and accepted.
     pub accepted: Vec<bool>,
 }
 
@@ -183,55 +183,55 @@ impl From<openvla::Action> for Motion {
     }
 }
 
-/// What is answered: a safe motion, and all there is to know about it.
+/// The answer to a request: a checked motion, and details about it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Answer {
     /// One number per dimension, in the data set's units.
     pub action: Vec<f64>,
-    /// What the model chose, in -1..1, before anything was clamped or limited.
+    /// The model's output in -1..1, before anything was clamped or limited.
     pub normalized: Vec<f64>,
-    /// The ids that it was decoded from.
+    /// The tokens that it was decoded from.
     pub tokens: Vec<u32>,
     /// The data set.
     pub unnorm_key: String,
     /// Lowest and highest number of each dimension in the data set.
     pub ranges: Vec<[f64; 2]>,
-    /// Whether all ids together would have chosen actions only.
+    /// Whether the best tokens of the whole vocabulary are all actions.
     pub all_actions: bool,
-    /// What all ids together would have chosen.
+    /// The best tokens of the whole vocabulary.
     pub unconstrained: Vec<u32>,
-    /// What a person should know about this motion.
+    /// A warning about this motion, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warning: Option<&'static str>,
-    /// What was done to make it safe.
+    /// What the safety checks changed.
     pub safety: safety::Report,
-    /// What drafts did.
+    /// The statistics of speculative decoding.
     pub draft: Draft,
-    /// Where the time went.
+    /// The time of each stage.
     pub timing_ms: Times,
-    /// The request's own.
+    /// The `seq` of the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
 }
 
-/// Said where the model would have chosen something that is no motion.
+/// The warning if the model would have chosen tokens that are not actions.
 pub const UNSURE: &str = "among all tokens the model would have chosen one that is no motion; is \
                           this what it was trained for?";
 
 /// Milliseconds between a request and its answer.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Times {
-    /// From the request's first byte to the model: reading, decoding, waiting.
+    /// From the request's first byte to the model: reading, decoding, queueing.
     pub queue: f64,
-    /// Image to planes.
+    /// Preprocessing: image to planes.
     pub preprocess: f64,
-    /// Planes to patch features.
+    /// The vision towers: planes to patch features.
     pub vision: f64,
-    /// Patch features to soft tokens.
+    /// The projector: patch features to soft tokens.
     pub projector: f64,
-    /// Instruction to ids, and the Llama over all of them.
+    /// Tokenization and the Llama's prefill.
     pub prefill: f64,
-    /// The tokens after the first.
+    /// Decode steps: the tokens after the first.
     pub decode: f64,
     /// The model's stages together.
     pub step: f64,

@@ -1,4 +1,4 @@
-//! The protocol for everyone else: `POST /v1/act`, a picture file in, a JSON object out.
+//! The plain protocol, for all other clients: `POST /v1/act`, an image file in, a JSON object out.
 //!
 //! in   JSON `{"image": base64 of a PNG or JPEG, "instruction": text, "unnorm_key": text}`, or
 //!      multipart/form-data with the same fields, `image` being the file itself
@@ -106,10 +106,10 @@ async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
     Ok(fields)
 }
 
-/// An observation whose picture has been looked at, but not decoded.
+/// An observation whose image was checked, but not decoded yet.
 struct Draft {
     file: Bytes,
-    /// What decoding costs.
+    /// The cost of decoding it.
     samples: u64,
     instruction: String,
     unnorm_key: Option<String>,

@@ -1,16 +1,16 @@
-//! What makes motions of observations: a model, or what stands in for one in tests.
+//! The interface of a model to the worker; tests implement it without a model.
 
 use openvla::prompt::Prompt;
 use openvla::{OpenVla, Preprocess, Session, Statistics, Usage};
 
 use crate::observation::{Motion, Observation};
 
-/// One step of a robot after another.
+/// A policy that runs one control step after another.
 pub trait Policy {
-    /// What is known of it before any step.
+    /// The model's description.
     fn info(&self) -> ModelInfo;
 
-    /// One step of a session, in units of the data set of this name.
+    /// Runs one step of a session, in the units of the named data set.
     ///
     /// # Errors
     /// As [`OpenVla::act_in`].
@@ -22,20 +22,20 @@ pub trait Policy {
     ) -> openvla::Result<Motion>;
 }
 
-/// What a model says about itself.
+/// The description of a model.
 #[derive(Debug, Clone)]
 pub struct ModelInfo {
-    /// For people.
+    /// The name to be shown.
     pub name: String,
     /// Sides of the square that pictures become, in pixels.
     pub image_size: u32,
-    /// How pictures become that square. Without it, the policy is given them as they came.
+    /// How images are resized to that square. Without it, the policy gets the original images.
     pub preprocess: Option<Preprocess>,
-    /// How instructions are wrapped. Without it, none is doubted.
+    /// The prompt template. Without it, instructions are not checked.
     pub prompt: Option<Prompt>,
     /// The data sets it was trained on.
     pub statistics: Statistics,
-    /// Bytes that it takes on each device.
+    /// The memory used on each device, in bytes.
     pub memory: Vec<(String, usize)>,
 }
 

@@ -1,9 +1,10 @@
-//! What waits for the model: a bounded queue that knows about time. Pure; the clock is an argument.
+//! A bounded queue of observations with deadlines. It has no clock: the time is an argument.
 //!
-//! - A client waits once. Its newer observation takes the older one's slot, so a fast
-//!   client neither waits longer for being fast nor keeps others from their turn.
-//! - What is too late is never handed out.
-//! - What is older than what the client sent before, or than the operator bears, is refused.
+//! - A client has one slot. Its newer observation replaces the older one there, so a fast client neither
+//!   waits longer for being fast nor keeps others from their turn.
+//! - An observation past its deadline is never handed out.
+//! - An observation is refused if the client sent a newer one before, or if it is older than the
+//!   operator allows.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,33 +14,33 @@ use crate::recent::Recent;
 /// Who sent an observation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Client {
-    /// Whoever goes by this name.
+    /// A client that names itself.
     Named(String),
-    /// Whoever is at the other end of the connection of this number.
+    /// A client without a name, by the number of its connection.
     Connection(u64),
 }
 
-/// When an observation was made, and until when a motion is worth something.
+/// The metadata of a request.
 #[derive(Debug, Clone)]
 pub struct Meta {
-    /// Who wants the motion.
+    /// The client.
     pub client: Client,
     /// The client's own count.
     pub seq: Option<u64>,
     /// The client's clock when it looked, in seconds since 1970.
     pub timestamp: Option<f64>,
-    /// When the request came.
+    /// When the request arrived.
     pub arrived: Instant,
-    /// When its answer becomes worthless.
+    /// When its answer becomes useless.
     pub deadline: Instant,
 }
 
 /// The queue's rules.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Observations that may wait.
+    /// The most observations in the queue.
     pub waiting: usize,
-    /// How old an observation's timestamp may be when it comes.
+    /// How old an observation's timestamp may be when it arrives.
     pub max_age: Option<Duration>,
     /// For how long a silent client's last `seq` and `timestamp` are remembered.
     pub memory: Duration,
@@ -48,11 +49,11 @@ pub struct Limits {
 /// Why an observation never got into the queue.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Refused {
-    /// As many wait as may.
+    /// The queue is full.
     Full,
-    /// It is this much older than it may be.
+    /// It is older than allowed, by this much.
     Stale(Duration),
-    /// A `seq` or `timestamp` of the client's was as high already.
+    /// The client sent the same or a higher `seq` or `timestamp` before.
     OutOfOrder(String),
 }
 
@@ -100,12 +101,12 @@ impl<T> Queue<T> {
         Self { limits, waiting: VecDeque::new(), seen, tickets: 0 }
     }
 
-    /// How many wait.
+    /// The number of waiting observations.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Whether nobody waits.
+    /// Whether no observation waits.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -152,13 +153,13 @@ impl<T> Queue<T> {
         Ok((ticket, left))
     }
 
-    /// The next in the queue, and those for whom it is too late.
+    /// Dequeues the next observation, and all that are past their deadlines.
     pub fn pop(&mut self, now: Instant) -> (Option<(Meta, T)>, Evicted<T>) {
         let late = self.take_late(now);
         (self.waiting.pop_front().map(|waiting| (waiting.meta, waiting.item)), late)
     }
 
-    /// Leaves the queue, if still in it.
+    /// Removes an observation, if it is still in the queue.
     pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
         let index = self.waiting.iter().position(|waiting| waiting.ticket == ticket)?;
         self.waiting.remove(index).map(|waiting| waiting.item)

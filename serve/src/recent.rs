@@ -1,10 +1,10 @@
-//! A map that forgets: what was not used for a while is gone, and it holds only so many.
+//! A map that forgets entries that were not used for a while, and has a limited size.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// More clients than one model can serve by far.
+/// The most entries: far more clients than one model can serve.
 const MOST: usize = 4096;
 
 /// Values that are forgotten a while after their last use. The clock is an argument.
@@ -21,23 +21,23 @@ impl<K: Hash + Eq + Clone, V: Default> Recent<K, V> {
         Self { entries: HashMap::new(), memory, swept: None }
     }
 
-    /// How many are remembered.
+    /// The number of entries.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether nothing is remembered.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// What is remembered under a key. Looking is no use of it.
+    /// The value of a key. Does not count as use.
     pub fn get(&self, key: &K, now: Instant) -> Option<&V> {
         let (used, value) = self.entries.get(key)?;
         (now.saturating_duration_since(*used) <= self.memory).then_some(value)
     }
 
-    /// What is remembered under a key, or a new value; used now.
+    /// The value of a key, or a new one. Counts as use.
     pub fn entry(&mut self, key: K, now: Instant) -> &mut V {
         if self.get(&key, now).is_none() {
             self.make_room(now);

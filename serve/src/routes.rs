@@ -1,4 +1,4 @@
-//! What a request meets before and after its protocol: token, limits, counting, logging.
+//! All routes, with what surrounds every protocol: token, limits, metrics, logs.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::app::{App, Arrived};
 use crate::error::{Code, Error, Outcome};
 use crate::{act, openpi, plain};
 
-/// The API's description, which is also its documentation.
+/// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
 
 /// All routes.

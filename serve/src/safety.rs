@@ -1,34 +1,34 @@
-//! What a motion must be before it leaves: numbers, within bounds, and not too far from the last.
+//! Checks of every motion before it is sent: finite, within bounds, and not too far from the last one.
 
 use serde::Serialize;
 
 use crate::error::{Code, Error};
 
-/// What the operator wants of every motion beyond being finite.
+/// The operator's limits of every motion. It must be finite in any case.
 #[derive(Debug, Clone, Default)]
 pub struct Safety {
-    /// Keep each dimension within the data set's range.
+    /// Whether to clamp each dimension to the data set's range.
     pub clamp: bool,
-    /// How far each dimension may be from the client's last motion, in the data set's units. One
-    /// number stands for every dimension.
+    /// The largest difference of each dimension to the client's last motion, in the data set's units. A
+    /// single number applies to every dimension.
     pub max_delta: Option<Vec<f64>>,
 }
 
-/// What was done to a motion.
+/// What the checks changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Dimensions that were outside the range and are now at its edge.
+    /// Dimensions that were clamped to the range.
     pub clamped: Vec<usize>,
-    /// Dimensions that were too far from the last motion and are now nearer.
+    /// Dimensions that were moved toward the last motion.
     pub limited: Vec<usize>,
 }
 
 impl Safety {
-    /// Makes a motion safe. `last` is what the client was answered before, if that is known and in
-    /// the same units.
+    /// Checks and limits a motion. `last` is the client's previous motion, if that is known and in the same
+    /// units.
     ///
     /// # Errors
-    /// [`Code::NotFinite`] if it holds something that is no number; [`Code::BadRequest`] if
+    /// [`Code::NotFinite`] if a number is not finite; [`Code::BadRequest`] if
     /// `max_delta` is for motions of another length.
     pub fn check(
         &self,
@@ -59,7 +59,7 @@ impl Safety {
     }
 }
 
-/// Moves each number into its range, and says which were outside.
+/// Clamps each number to its range. Returns the indices of those that were outside.
 fn confine(motion: &mut [f64], range: impl Fn(usize) -> Option<[f64; 2]>) -> Vec<usize> {
     let mut outside = Vec::new();
     for (i, x) in motion.iter_mut().enumerate() {

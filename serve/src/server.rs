@@ -1,4 +1,4 @@
-//! Connections in, answers out: the listener and its limits, and how it all ends.
+//! The listener, the limits of connections, and shutdown.
 
 use std::future::Future;
 use std::sync::Arc;

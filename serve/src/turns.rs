@@ -1,4 +1,5 @@
-//! Turns at decoding: whose body is decoded next. `FairQueue` is pure; the clock is an argument.
+//! Fair queueing of decoding: whose body or image is decoded next. `FairQueue` has no clock: the time is
+//! an argument.
 //!
 //! - A client has one turn at a time, however many bodies it sends.
 //! - Clients share the cores evenly by what their pictures cost, not by how many they send: a small
@@ -23,7 +24,7 @@ use crate::recent::Recent;
 /// The most refusals that count against a client.
 const MAX_REFUSED: u64 = 63;
 
-/// Who waits for a turn, and whose turn it is. `T` is whatever tells a waiting one of it.
+/// The waiting and the running turns. `T` notifies a waiting client of its turn.
 #[derive(Debug)]
 struct FairQueue<T> {
     /// Turns at a time.
@@ -101,7 +102,7 @@ impl<T> FairQueue<T> {
     }
 }
 
-/// The turns of all clients. Clones are the same.
+/// The turns of all clients. Clones share them.
 #[derive(Clone)]
 pub struct Turns(Arc<Mutex<FairQueue<oneshot::Sender<()>>>>);
 

@@ -70,8 +70,8 @@ fn spans(n_in: u32, n_out: u32) -> Vec<Span> {
 
 /// The kernel at a distance.
 ///
-/// The sines are the C library's, as in TensorFlow. Those of glibc are not rounded correctly throughout,
-/// so that with another library, or exact ones, one number in a hundred thousand is a level off.
+/// The sines are the C library's, as in TensorFlow. Those of glibc are not rounded correctly throughout:
+/// with exact ones, 1 of the 451 584 numbers of three pictures was a level off.
 fn lanczos(x: f32) -> f32 {
     use std::f32::consts::PI;
     if x > RADIUS {

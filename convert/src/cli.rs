@@ -11,7 +11,7 @@ mod verify;
 use anyhow::Result;
 use clap::{ArgGroup, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use openvla::cli::Threads;
+use openvla::cli::{CenterCrop, Threads};
 use openvla_convert::plan::Encoding;
 
 /// Turns an OpenVLA checkpoint into one self-contained GGUF file.
@@ -25,6 +25,10 @@ pub struct Args {
     // Not in `Convert`: clap ignores an optional group that has groups of its own.
     #[command(flatten)]
     kind: Type,
+    #[command(flatten)]
+    run: convert::Run,
+    #[command(flatten)]
+    crop: CenterCrop,
     #[command(flatten)]
     threads: Threads,
 }
@@ -48,7 +52,10 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::Random(args)) => random::run(&args),
         None => {
             let convert = args.convert.expect("clap requires it without a command");
-            convert::run(&convert, args.kind.encoding()?, args.threads.count())
+            let mut options = convert.options(&args.run, args.kind.encoding()?)?;
+            options.center_crop = args.crop.choice();
+            options.n_threads = args.threads.count();
+            convert::run(&convert, &options)
         }
     }
 }

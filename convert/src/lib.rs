@@ -188,7 +188,8 @@ impl Conversion {
                 statistics
             }
         };
-        let Options { encoding, proof, n_threads, .. } = *options;
+        let Options { encoding, n_threads, .. } = *options;
+        let proof = options.proof && !is_run;
         let mapping = mapping::mapping(&info.config, &shapes, is_run).with_context(cannot)?;
         for name in mapping.tensors.iter().flat_map(|tensor| &tensor.sources) {
             tensors.check_type(name)?;

@@ -390,10 +390,13 @@ fn folders_that_are_no_checkpoints_are_named() {
 }
 
 #[test]
-fn oft_checkpoints_are_refused() {
+fn parts_of_openvla_oft_that_cannot_be_read_are_refused() {
     for name in ["action_head--50000_checkpoint.pt", "proprio_projector--50000_checkpoint.pt"] {
         let checkpoint = Checkpoint::plain();
         checkpoint.write(name, b"");
-        checkpoint.refused(&[name, "it is an OpenVLA-OFT checkpoint"]);
+        checkpoint.refused(&["cannot read the PyTorch file", name]);
     }
+    let checkpoint = Checkpoint::plain();
+    checkpoint.write("noisy_action_projector--5_checkpoint.pt", b"");
+    checkpoint.refused(&["noisy_action_projector--5_checkpoint.pt", "diffusion"]);
 }

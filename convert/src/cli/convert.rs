@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use openvla::cli::{CenterCrop, output_file, say};
+use openvla::cli::{output_file, say};
 use openvla::{Bounds, Preprocess, Profile};
 use openvla_convert::checkpoint::{HubRevision, hub_revision};
 use openvla_convert::fingerprint::check_replaceable;
@@ -28,14 +28,10 @@ pub struct Convert {
     /// adapter_model.safetensors
     #[arg(long, value_name = "ADAPTER")]
     lora: Option<PathBuf>,
-    #[command(flatten)]
-    run: Run,
     /// What is done to pictures first: raw (nothing), oft (a JPEG round trip and TensorFlow's resize unless
     /// they have the model's size), libero (rotated by 180° and always that) [default: oft for OpenVLA-OFT, else raw]
     #[arg(long, value_name = "NAME")]
     profile: Option<Profile>,
-    #[command(flatten)]
-    crop: CenterCrop,
     /// Statistics of the model's data sets, as finetune.py writes them [default:
     /// dataset_statistics.json of the adapter or the checkpoint, else config.json's norm_stats]
     #[arg(long, value_name = "FILE")]
@@ -59,7 +55,7 @@ pub struct Convert {
     output: Option<PathBuf>,
 }
 
-pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
+pub fn run(args: &Convert, options: &Options) -> Result<()> {
     let unpacked;
     let checkpoint = match &args.checkpoint {
         Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
@@ -68,7 +64,7 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
             example::unpack(unpacked.path())?
         }
     };
-    let conversion = Conversion::new(&checkpoint, &args.options(encoding, n_threads)?)?;
+    let conversion = Conversion::new(&checkpoint, options)?;
     let out = args.output.clone().unwrap_or_else(|| conversion.file_name());
     let (name, unused) = (&conversion.config.general.name, conversion.mapping.unused.len());
     say(format_args!("{name} to {}; {unused} tensors left out as unused", out.display()));
@@ -105,7 +101,7 @@ pub fn run(args: &Convert, encoding: Encoding, n_threads: usize) -> Result<()> {
 /// What no file of an OpenVLA-OFT run says.
 #[derive(clap::Args)]
 #[command(next_help_heading = "OpenVLA-OFT")]
-struct Run {
+pub struct Run {
     /// The model that a run was trained from, if its adapter was not merged: a folder or a repository
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "lora")]
     base: Option<PathBuf>,
@@ -134,30 +130,25 @@ fn bounds(name: &str) -> Result<Bounds, String> {
 }
 
 impl Convert {
-    fn options(&self, encoding: Encoding, n_threads: usize) -> Result<Options> {
+    /// How it is to be converted.
+    pub fn options(&self, run: &Run, encoding: Encoding) -> Result<Options> {
         let lora = self.lora.as_ref();
         Ok(Options {
             encoding,
             overrides: self.tensor_type.clone(),
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
-            base: self
-                .run
-                .base
-                .as_deref()
-                .map(|dir| folder(dir, Content::Checkpoint))
-                .transpose()?,
+            base: run.base.as_deref().map(|dir| folder(dir, Content::Checkpoint)).transpose()?,
             run: RunOptions {
-                platform: self.run.platform,
-                chunk: self.run.chunk,
-                n_camera: self.run.cameras,
-                bounds: self.run.bounds,
+                platform: run.platform,
+                chunk: run.chunk,
+                n_camera: run.cameras,
+                bounds: run.bounds,
             },
             profile: self.profile,
-            center_crop: self.crop.choice(),
             statistics: self.statistics.clone(),
             importance: self.imatrix.clone(),
             proof: !self.no_proof,
-            n_threads,
+            ..Options::default()
         })
     }
 }

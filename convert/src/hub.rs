@@ -28,6 +28,7 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::checkpoint::{CheckpointInfo, Index, PREPROCESSOR, PROCESSOR};
 use crate::recognize::{self, INDEX, WEIGHTS};
+use crate::run_files::RunFiles;
 use crate::tokenizer;
 
 mod client;
@@ -193,7 +194,11 @@ fn fetch(
     for file in content.small_files().into_iter().filter_map(find) {
         snapshot.download(file)?;
     }
-    let weights = content.weights(&snapshot.dir, find(WEIGHTS).is_some())?;
+    let mut weights = content.weights(&snapshot.dir, find(WEIGHTS).is_some())?;
+    if content == Content::Checkpoint {
+        let run = RunFiles::find(id.repository, &names)?;
+        weights.extend(run.iter().flat_map(RunFiles::names).map(str::to_owned));
+    }
     let find = |name: &String| {
         find(name).with_context(|| format!("the repository holds no {name}, but its index does"))
     };

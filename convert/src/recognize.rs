@@ -70,6 +70,12 @@ pub fn check_weights(checkpoint: &str, names: &[String]) -> Result<()> {
     if let Some(shard) = names.iter().find(|name| is_shard(name)) {
         bail!("{checkpoint} holds {shard}, but no {INDEX}; download or copy that too");
     }
+    if RunFiles::find(checkpoint, names)?.is_some() {
+        bail!(
+            "{checkpoint} is an OpenVLA-OFT run with neither {WEIGHTS} nor {INDEX}; if its adapter was not merged, give \
+             the model that it was trained from with --base"
+        );
+    }
     if let Some(weights) = with_extension(names, &["pt"]) {
         bail!("{checkpoint} holds {weights}: {PRISMATIC}");
     }
@@ -164,8 +170,8 @@ mod tests {
             check_checkpoint("X", &listing).and_then(|()| check_weights("X", &listing))
         };
         for (listing, words) in [
-            ("config.json action_head--5_checkpoint.pt", "OpenVLA-OFT"),
-            ("config.json vision_backbone--5_checkpoint.pt model.safetensors", "OpenVLA-OFT"),
+            ("lora_adapter action_head--5_checkpoint.pt", "--base"),
+            ("config.json action_head--5_checkpoint.pt", "--base"),
             ("adapter_config.json adapter_model.safetensors", "--lora"),
             ("model-Q4_K_M.GGUF", "converted already"),
             ("config.json pytorch_model-00001-of-00002.bin", "safe_serialization"),
@@ -188,7 +194,7 @@ mod tests {
         for (listing, words) in [
             (["config.json", WEIGHTS], "without --lora"),
             (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin"),
-            (["adapter_config.json", "proprio_projector--1.pt"], "OpenVLA-OFT"),
+            (["adapter_config.json", "proprio_projector--1_checkpoint.pt"], "OpenVLA-OFT"),
         ] {
             let error = check_adapter("X", &names(&listing)).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

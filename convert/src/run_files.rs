@@ -55,9 +55,9 @@ impl RunFiles {
         Ok((files != Self::default()).then_some(files))
     }
 
-    /// Whether the instruction modulates the towers.
-    pub fn has_film(&self) -> bool {
-        self.vision.is_some()
+    /// Their names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        [&self.head, &self.state, &self.vision].into_iter().flatten().map(String::as_str)
     }
 
     /// Reads the files and adds their tensors to the checkpoint's. The towers of a run with FiLM are those of its file:

@@ -12,9 +12,11 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
 use clap::builder::{PathBufValueParser, TypedValueParser};
+use openvla_kernels::Gguf;
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::flag;
 
+use crate::config::Config;
 use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options, Policy, Profile};
 
 /// The trained example at 4 bits. Swap the file to change the default model.
@@ -147,6 +149,12 @@ impl Model {
             }
             None => Policy::built_in("the built-in example", EXAMPLE, &options)?,
         })
+    }
+
+    /// Whether the file is of an OpenVLA-OFT model. What is wrong with it is said when it is opened.
+    pub fn is_oft(&self) -> bool {
+        let file = self.path().and_then(|path| Gguf::open(&path).ok());
+        file.and_then(|file| Config::read(&file).ok()).is_some_and(|config| config.oft.is_some())
     }
 
     /// How it is opened.

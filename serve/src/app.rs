@@ -161,10 +161,13 @@ impl App {
         let Some(preprocess) = model.and_then(|model| model.preprocess.clone()) else {
             return self.engine.act(observation, meta).await;
         };
-        let samples = observation.image.as_raw().len() as u64;
+        let images = [&observation.image].into_iter().chain(&observation.wrists);
+        let samples = images.map(|image| image.as_raw().len() as u64).sum();
         let square = move || {
             let image = preprocess.square(&observation.image)?;
-            Ok(Observation { image, ..observation })
+            let wrists = observation.wrists.iter().map(|image| preprocess.square(image));
+            let wrists = wrists.collect::<Result<_, _>>()?;
+            Ok(Observation { image, wrists, ..observation })
         };
         let observation = self.decode(&meta, samples, square).await?;
         self.engine.act(observation, meta).await

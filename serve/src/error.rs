@@ -129,7 +129,10 @@ impl From<openvla::Error> for Error {
             openvla::Error::InstructionTooLong { .. } => Code::InstructionTooLong,
             openvla::Error::UnknownStatistics { .. } => Code::UnknownUnnormKey,
             openvla::Error::AmbiguousStatistics { .. } => Code::UnnormKeyNeeded,
-            openvla::Error::NotFinite { .. } => Code::NotFinite,
+            openvla::Error::Observation { .. } => Code::BadRequest,
+            openvla::Error::NotFinite { .. } | openvla::Error::NotFiniteAction { .. } => {
+                Code::NotFinite
+            }
             _ => Code::ModelFailed,
         };
         Self { hint: error.hint(), ..Self::new(code, error.to_string()) }

@@ -14,6 +14,9 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use crate::error::Error;
 use crate::numpy::{Element, Ndarray};
 
+/// The most numbers of a list: far more than any arm has joints.
+const MAX_NUMBERS: usize = 1024;
+
 /// What a field holds. Integers of numpy are integers, and arrays of one element what that is.
 #[derive(Debug)]
 pub enum Field<'a> {
@@ -25,6 +28,8 @@ pub enum Field<'a> {
     Integer(i128),
     /// Another number.
     Float(f64),
+    /// A list of numbers.
+    Numbers(Vec<f64>),
     /// An array of json_numpy or of openpi's msgpack.
     Array(Ndarray<'a>),
     /// Nothing of use, in words: "a list".
@@ -68,6 +73,19 @@ impl<'a> Field<'a> {
             Self::Float(number) => Ok(number),
             other => Err(other.wrong(name, "a number")),
         }
+    }
+
+    /// The numbers of a list or of an array of one dimension, such as the arm's state.
+    ///
+    /// # Errors
+    /// [`crate::error::Code::BadRequest`] names the field and what it is.
+    pub fn numbers(self, name: &str) -> Result<Vec<f64>, Error> {
+        let numbers = match &self {
+            Self::Numbers(numbers) => Some(numbers.clone()),
+            Self::Array(array) => array.numbers(),
+            _ => None,
+        };
+        numbers.ok_or_else(|| self.wrong(name, "a list of numbers"))
     }
 
     /// The array, such as an image.
@@ -117,7 +135,8 @@ impl<'a> Field<'a> {
             Self::Text(_) => "text".into(),
             Self::Bytes(_) => "bytes".into(),
             Self::Integer(_) => "a whole number".into(),
-            Self::Float(_) => "a number, or NaN".into(),
+            Self::Float(_) => "a number".into(),
+            Self::Numbers(_) => "a list".into(),
             Self::Array(Ndarray { dtype, shape, .. }) => {
                 format!("an array of {} of shape {shape:?}", dtype.escape_debug()).into()
             }
@@ -183,7 +202,7 @@ impl<'de> Visitor<'de> for AnyField {
     }
 
     fn visit_bool<E>(self, _: bool) -> Result<Field<'de>, E> {
-        Ok(Field::Other("a boolean".into()))
+        Ok(Field::Other("a boolean, or NaN".into()))
     }
 
     fn visit_unit<E>(self) -> Result<Field<'de>, E> {
@@ -191,8 +210,24 @@ impl<'de> Visitor<'de> for AnyField {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Field<'de>, A::Error> {
-        while list.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Field::Other("a list".into()))
+        if !self.reads_maps {
+            while list.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(Field::Other("a list".into()));
+        }
+        let mut numbers = Some(Vec::new());
+        while let Some(Part(field)) = list.next_element()? {
+            let number = match field {
+                Field::Integer(number) => Some(number as f64),
+                Field::Float(number) => Some(number),
+                _ => None,
+            };
+            numbers = numbers.zip(number).and_then(|(mut numbers, number)| {
+                numbers.push(number);
+                (numbers.len() <= MAX_NUMBERS).then_some(numbers)
+            });
+        }
+        Ok(numbers
+            .map_or(Field::Other("a list of other things than numbers".into()), Field::Numbers))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Field<'de>, A::Error> {
@@ -338,10 +373,11 @@ mod tests {
     #[test]
     fn what_a_field_is_instead_is_said() {
         for (json, found) in [
-            ("[[1, 2], {}]", "a list"),
-            ("true", "a boolean"),
+            ("[[1, 2], {}]", "a list of other things than numbers"),
+            ("[1, 2.5]", "a list"),
+            ("true", "a boolean, or NaN"),
             ("null", "null"),
-            ("1.5", "a number, or NaN"),
+            ("1.5", "a number"),
             (r#"{"a": {"b": []}}"#, "a map"),
             (r#"{"__numpy__": 3}"#, "an array whose `__numpy__` is not text"),
             (r#"{"__numpy__": "", "shape": []}"#, "an array without a `dtype` that is text"),

@@ -6,8 +6,8 @@ use crate::error::{Code, Error};
 
 /// The same JSON in UTF-8 and without Python's additions to it.
 ///
-/// NaN and Infinity, which `json.dumps` writes, become a number that is not whole. Where nothing reads
-/// them, such as in a robot's state, they do no harm; every field that is read wants something else.
+/// NaN and Infinity, which `json.dumps` writes, become `false`. Where nothing reads them they do no harm; no field
+/// that is read takes a boolean.
 ///
 /// # Errors
 /// [`Code::BadJson`] if it is not text in the encoding that its first bytes show.
@@ -60,7 +60,7 @@ fn without_nan(text: &[u8]) -> Option<Vec<u8>> {
         match words.iter().find(|word| text[at..].starts_with(word)) {
             Some(word) => {
                 out.extend_from_slice(&text[copied..at]);
-                out.extend_from_slice(b" 0.5 "); // the spaces keep `1NaN` from being a number
+                out.extend_from_slice(b" false "); // the spaces keep `1NaN` from being a number
                 at += word.len();
                 copied = at;
             }
@@ -125,8 +125,8 @@ mod tests {
             serde_json::from_slice::<serde_json::Value>(&standard)
         };
         let read = standard(r#"[NaN, -Infinity,Infinity, "NaN", "\"NaN", "\\", {"NaN":NaN}]"#);
-        let half = 0.5;
-        let want = serde_json::json!([half, half, half, "NaN", "\"NaN", "\\", { "NaN": half }]);
+        let no = false;
+        let want = serde_json::json!([no, no, no, "NaN", "\"NaN", "\\", { "NaN": no }]);
         assert_eq!(read.unwrap(), want);
         for wrong in ["[1NaN]", "[-NaN]", "[NaN1]", "[nan]", "[Inf]", "[\"NaN", "[\"\\"] {
             assert!(standard(wrong).is_err(), "{wrong}");

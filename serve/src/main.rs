@@ -44,7 +44,9 @@ fn run(options: Options) -> Result<()> {
     let runtime =
         runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let served = runtime.block_on(async {
-        let at = SocketAddr::new(settings.host, settings.port);
+        // As the servers of both references have them.
+        let usual = || if model.is_oft() { 8777 } else { 8000 };
+        let at = SocketAddr::new(settings.host, settings.port.unwrap_or_else(usual));
         let listener = bind(at).await;
         let listener = listener.map_err(|error| cannot_listen(at, &error))?;
         let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
@@ -57,7 +59,7 @@ fn run(options: Options) -> Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        serve(listener, settings, move || model.open(), stopped).await
+        serve(listener, settings, move || model.open_policy(), stopped).await
     });
     // A step that hangs must not keep the program.
     runtime.shutdown_background();

@@ -15,6 +15,8 @@ use crate::field::Field;
 pub struct Schema {
     /// Names of the image. The first is the one to use.
     pub image: &'static [&'static str],
+    /// Whether images of wrist cameras are read: those with `wrist` in their names.
+    pub wrists: bool,
     /// Whether images may be named after cameras, in a map `images` or as `images.NAME`.
     pub cameras: bool,
     /// Names of the instruction. The first is the one to use.
@@ -32,6 +34,8 @@ pub struct Message<'a> {
     images: Vec<Named<'a>>,
     /// Images that are named after cameras.
     cameras: Vec<Named<'a>>,
+    /// Images of wrist cameras, in the order of the message.
+    wrists: Vec<Named<'a>>,
     instructions: Vec<Named<'a>>,
     options: BTreeMap<String, Field<'a>>,
     /// Names that mean nothing here.
@@ -87,6 +91,11 @@ impl<'a> Message<'a> {
         let named = if self.images.is_empty() { &mut self.cameras } else { &mut self.images };
         let named = std::mem::take(named);
         self.only(named, schema.image)
+    }
+
+    /// The images of the wrist cameras, in the order of the message: sorted by name they would be others.
+    pub fn wrists(&mut self) -> Vec<Named<'a>> {
+        std::mem::take(&mut self.wrists)
     }
 
     /// The instruction.
@@ -157,6 +166,7 @@ impl<'de> Visitor<'de> for &'static Schema {
             schema: self,
             images: Vec::new(),
             cameras: Vec::new(),
+            wrists: Vec::new(),
             instructions: Vec::new(),
             options: BTreeMap::new(),
             others: Vec::new(),
@@ -167,11 +177,16 @@ impl<'de> Visitor<'de> for &'static Schema {
                 &mut message.images
             } else if is_one_of(self.instruction) {
                 &mut message.instructions
+            } else if self.wrists && name.contains("wrist") {
+                &mut message.wrists
             } else if self.cameras && is_camera(&name) {
                 &mut message.cameras
             } else if self.cameras && name == "images" {
                 let Cameras(cameras) = map.next_value()?;
-                message.cameras.extend(cameras);
+                let is_wrist = |(name, _): &Named<'_>| self.wrists && name.contains("wrist");
+                let (wrists, others): (Vec<_>, Vec<_>) = cameras.into_iter().partition(is_wrist);
+                message.wrists.extend(wrists);
+                message.cameras.extend(others);
                 continue;
             } else if is_one_of(self.options) {
                 if let Some(field) = map.next_value()? {
@@ -248,8 +263,10 @@ mod tests {
     use super::*;
     use crate::numpy::{Msgpack, Ndarray};
 
-    static SCHEMA: Schema = Schema {
+    static SCHEMA: Schema = OF_TESTS;
+    const OF_TESTS: Schema = Schema {
         image: &["observation/image", "image"],
+        wrists: false,
         cameras: true,
         instruction: &["prompt", "instruction"],
         options: &["seq", "timestamp"],
@@ -335,6 +352,19 @@ mod tests {
         assert!(both.message.contains("`image`, `observation/image` are the same"), "{both}");
         let none = name(frame([("picture", pixel()), ("prompt", Text("x"))])).unwrap_err();
         assert_eq!(none.message, "there is no `observation/image`; what is not read: `picture`");
+    }
+
+    #[test]
+    fn wrists_keep_the_order_of_the_message() {
+        static WITH_WRISTS: Schema = Schema { wrists: true, cameras: true, ..OF_TESTS };
+        let json = br#"{"right_wrist": 1, "image": 2, "images": {"b_wrist": [], "a_wrist": {"__numpy__": "", "dtype": "|u1",
+            "shape": [0]}}, "left_wrist": 3, "prompt": "x"}"#;
+        let names = |schema| {
+            let wrists = Message::from_json(schema, json).unwrap().wrists();
+            wrists.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&WITH_WRISTS), ["right_wrist", "images.a_wrist", "left_wrist"]);
+        assert!(names(&SCHEMA).is_empty());
     }
 
     #[test]

@@ -32,7 +32,11 @@ pub struct Ndarray<'a> {
 pub enum Convention {
     /// Bytes, `[height, width]` or `[height, width, channels]`, as `Image.fromarray` takes them.
     Pillow,
-    /// That, also `[3, height, width]`, and also floats from 0 to 1.
+    /// Bytes, `[height, width, 3]` and nothing else.
+    ///
+    /// ref: openvla-oft `check_image_format`
+    Rgb,
+    /// As `Pillow`, also `[3, height, width]`, and also floats from 0 to 1.
     ///
     /// ref: openpi `_parse_image`, in the policies of LIBERO and DROID
     OpenPi,
@@ -42,7 +46,7 @@ impl Convention {
     /// The types of an image's elements, for people.
     fn wanted(self) -> &'static str {
         match self {
-            Self::Pillow => "uint8",
+            Self::Pillow | Self::Rgb => "uint8",
             Self::OpenPi => "uint8, or float32 or float64 from 0 to 1,",
         }
     }
@@ -158,6 +162,27 @@ impl Ndarray<'_> {
         }
     }
 
+    /// The numbers of an array of one dimension.
+    pub fn numbers(&self) -> Option<Vec<f64>> {
+        let [n] = *self.shape.as_slice() else { return None };
+        if n == 0 || n > self.data.len() || self.data.len() % n != 0 {
+            return None;
+        }
+        let number = |bytes| {
+            let one = Ndarray {
+                dtype: self.dtype.as_ref().into(),
+                shape: vec![],
+                data: Cow::Borrowed(bytes),
+            };
+            match one.element()? {
+                Element::Integer(number) => Some(number as f64),
+                Element::Float(number) => Some(number),
+                Element::Text(_) => None,
+            }
+        };
+        self.data.chunks_exact(self.data.len() / n).map(number).collect()
+    }
+
     /// The picture that it is. Gray is replicated and alpha dropped, as Pillow does.
     ///
     /// # Errors
@@ -173,11 +198,13 @@ impl Ndarray<'_> {
             Error::bad_image(shape)
         };
         let (planar, [height, width, channels]) = match *shape.as_slice() {
-            [height, width] => (false, [height, width, 1]),
+            [height, width] if convention != Convention::Rgb => (false, [height, width, 1]),
             [3, height, width] if convention == Convention::OpenPi && !(1..=4).contains(&width) => {
                 (true, [height, width, 3])
             }
-            [height, width, channels @ 1..=4] => (false, [height, width, channels]),
+            [height, width, channels @ 1..=4] if channels == 3 || convention != Convention::Rgb => {
+                (false, [height, width, channels])
+            }
             _ => return Err(wrong()),
         };
         let pixels = height.checked_mul(width).ok_or_else(wrong)?;
@@ -269,6 +296,24 @@ mod tests {
         let planes = [0, 5, 10, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14];
         assert_eq!(pixels(bytes(&[3, 1, 5], 15), Convention::OpenPi), planes);
         assert!(bytes(&[3, 1, 5], 15).image(Convention::Pillow, 99).is_err());
+    }
+
+    #[test]
+    fn where_only_rgb_is_taken_gray_and_alpha_are_not() {
+        assert_eq!(pixels(bytes(&[1, 2, 3], 6), Convention::Rgb), [0, 1, 2, 3, 4, 5]);
+        for (shape, n) in [(&[1, 2][..], 2), (&[1, 2, 4], 8), (&[1, 2, 1], 2), (&[3, 1, 5], 15)] {
+            assert!(bytes(shape, n).image(Convention::Rgb, 99).is_err(), "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn arrays_of_one_dimension_are_their_numbers() {
+        assert_eq!(f32s(&[2], &[0.5, -1.0]).numbers().unwrap(), [0.5, -1.0]);
+        assert_eq!(Ndarray::of_f64(&[1.5], vec![1]).numbers().unwrap(), [1.5]);
+        assert_eq!(bytes(&[3], 3).numbers().unwrap(), [0.0, 1.0, 2.0]);
+        for (shape, n) in [(&[2, 1][..], 2), (&[], 1), (&[0], 0), (&[3], 5), (&[9], 3)] {
+            assert_eq!(bytes(shape, n).numbers(), None, "{shape:?}");
+        }
     }
 
     fn f32s(shape: &[usize], numbers: &[f32]) -> Ndarray<'static> {

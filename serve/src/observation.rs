@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 use openvla::image::RgbImage;
+use openvla::oft::Chunk;
 use openvla::{Timing, Unconstrained};
 use serde::Serialize;
 
@@ -11,22 +12,28 @@ use crate::error::{Code, Error};
 use crate::queue::{Client, Meta};
 use crate::safety;
 
-/// An image of a robot's camera and an instruction.
+/// Images of a robot's cameras, an instruction and, if the model reads it, the arm's state.
 #[derive(Debug, Clone)]
 pub struct Observation {
     /// The image, of any size.
     pub image: RgbImage,
+    /// Images of the wrist cameras, in the order that the client sent them in.
+    pub wrists: Vec<RgbImage>,
+    /// The arm's state, in the data set's units.
+    pub state: Option<Vec<f64>>,
     /// The instruction.
     pub instruction: String,
     /// The data set whose units the motion should have.
     pub unnorm_key: Option<String>,
+    /// How many actions of a chunk are wanted: the first so many.
+    pub n_actions: Option<u64>,
 }
 
 /// The most bytes of an instruction: more than any model's context, and quickly tokenized.
 const MAX_INSTRUCTION: usize = 8192;
 
 impl Observation {
-    /// An observation, if its texts are not too long.
+    /// An observation of one image, if its texts are not too long.
     ///
     /// # Errors
     /// [`Code::InstructionTooLong`], [`Code::UnknownUnnormKey`].
@@ -44,7 +51,8 @@ impl Observation {
             let message = format!("no statistics have a name of {n} bytes");
             return Err(Error::new(Code::UnknownUnnormKey, message));
         }
-        Ok(Self { image, instruction, unnorm_key })
+        let (wrists, state, n_actions) = (Vec::new(), None, None);
+        Ok(Self { image, wrists, state, instruction, unnorm_key, n_actions })
     }
 }
 
@@ -143,11 +151,11 @@ fn header<T: std::str::FromStr>(
 /// The output of a model for one observation.
 #[derive(Debug, Clone)]
 pub struct Motion {
-    /// One number per dimension, in the data set's units.
-    pub action: Vec<f64>,
-    /// The same in -1..1.
-    pub normalized: Vec<f64>,
-    /// The tokens that it was decoded from.
+    /// Actions to be executed one after another, each of one number per dimension, in the data set's units.
+    pub actions: Vec<Vec<f64>>,
+    /// The same as the model computed them, about -1..1.
+    pub normalized: Vec<Vec<f64>>,
+    /// The tokens that they were decoded from, if the model chooses tokens.
     pub tokens: Vec<u32>,
     /// The data set.
     pub unnorm_key: String,
@@ -172,8 +180,8 @@ impl From<openvla::Action> for Motion {
     fn from(action: openvla::Action) -> Self {
         let Unconstrained { tokens, all_actions, .. } = action.unconstrained;
         Self {
-            action: action.action,
-            normalized: action.normalized,
+            actions: vec![action.action],
+            normalized: vec![action.normalized],
             tokens: action.tokens,
             unnorm_key: action.unnorm_key,
             unconstrained: (tokens, all_actions),
@@ -183,12 +191,33 @@ impl From<openvla::Action> for Motion {
     }
 }
 
+impl From<Chunk> for Motion {
+    fn from(chunk: Chunk) -> Self {
+        let of = chunk.timing_ms;
+        let mut timing = Timing::default();
+        (timing.preprocess, timing.vision, timing.projector) =
+            (of.preprocess, of.vision, of.projector);
+        (timing.prefill, timing.total) = (of.llama, of.total);
+        Self {
+            actions: chunk.actions,
+            normalized: chunk.normalized,
+            tokens: chunk.tokens.map(|tokens| tokens.concat()).unwrap_or_default(),
+            unnorm_key: chunk.unnorm_key,
+            unconstrained: (Vec::new(), true),
+            draft: Draft { passes: 1, accepted: Vec::new() },
+            timing,
+        }
+    }
+}
+
 /// The answer to a request: a checked motion, and details about it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Answer {
-    /// One number per dimension, in the data set's units.
+    /// The first action: one number per dimension, in the data set's units.
     pub action: Vec<f64>,
-    /// The model's output in -1..1, before anything was clamped or limited.
+    /// All actions, to be executed one after another; one, unless the model computes chunks.
+    pub actions: Vec<Vec<f64>>,
+    /// The model's output for the first action in -1..1, before anything was clamped or limited.
     pub normalized: Vec<f64>,
     /// The tokens that it was decoded from.
     pub tokens: Vec<u32>,

@@ -43,13 +43,36 @@ struct Metadata<'a> {
     model: &'a str,
     image_size: u32,
     action_horizon: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cameras: Option<&'a [String]>,
     unnorm_key: Option<&'a str>,
     unnorm_keys: Vec<&'a str>,
 }
 
-/// What a client sends. Other keys, such as `observation/state`, are not looked at.
-static SCHEMA: Schema = Schema {
+/// What a client of an OpenVLA-OFT model sends.
+static OFT: Schema = Schema {
+    wrists: true,
+    options: &[
+        "observation/state",
+        "state",
+        "n_actions",
+        "unnorm_key",
+        "client_id",
+        "seq",
+        "timestamp",
+        "deadline_ms",
+    ],
+    hint: "a map with `observation/image`, images with `wrist` in their names, `observation/state` and `prompt`, as \
+           openpi_client.msgpack_numpy packs it",
+    ..OPENVLA
+};
+
+static SCHEMA: Schema = OPENVLA;
+
+/// What a client of an OpenVLA model sends. Other keys, such as `observation/state`, are not looked at.
+const OPENVLA: Schema = Schema {
     image: &["observation/image", "image", "full_image", "observation/exterior_image_1_left"],
+    wrists: false,
     cameras: true,
     instruction: &["prompt", "instruction"],
     options: &["unnorm_key", "client_id", "seq", "timestamp", "deadline_ms"],
@@ -60,7 +83,7 @@ static SCHEMA: Schema = Schema {
 /// What it gets. Only `actions` is an array, since openpi's broker cuts arrays into steps.
 #[derive(Serialize)]
 struct Reply<'a> {
-    /// `[1, n]`
+    /// `[n_action, n]`
     actions: Msgpack<'static>,
     tokens: &'a [u32],
     unnorm_key: &'a str,
@@ -144,7 +167,8 @@ impl Websocket {
         let metadata = Metadata {
             model: &model.name,
             image_size: model.image_size,
-            action_horizon: 1,
+            action_horizon: model.oft.as_ref().map_or(1, |oft| oft.chunk),
+            cameras: model.oft.as_ref().map(|oft| oft.cameras.as_slice()),
             unnorm_key: self.app.settings.unnorm_key.as_deref().or(only),
             unnorm_keys: keys,
         };
@@ -240,10 +264,10 @@ impl Websocket {
     }
 
     async fn answer(&mut self, arrived: Instant, answer: &Answer) -> Result<(), Disconnected> {
-        let n = answer.action.len();
+        let shape = vec![answer.actions.len(), answer.action.len()];
         let times = answer.timing_ms;
         let reply = Reply {
-            actions: Msgpack(Ndarray::of_f64(&answer.action, vec![1, n])),
+            actions: Msgpack(Ndarray::of_f64(&answer.actions.concat(), shape)),
             tokens: &answer.tokens,
             unnorm_key: &answer.unnorm_key,
             ranges: &answer.ranges,
@@ -303,12 +327,23 @@ fn headers(step: &mut message::Message<'_>) -> Result<Headers, Error> {
 }
 
 fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Headers), Error> {
-    let mut step = message::Message::from_msgpack(&SCHEMA, frame)?;
-    let (name, image) = step.image()?;
-    let image = image.array(&name).map_err(|error| error.hint(SCHEMA.hint))?;
+    let model = app.engine.model();
+    let is_oft = model.as_ref().is_some_and(|model| model.oft.is_some());
+    let schema = if is_oft { &OFT } else { &SCHEMA };
+    let mut step = message::Message::from_msgpack(schema, frame)?;
+    let image = |(name, field): message::Named<'_>| {
+        let array = field.array(&name).map_err(|error| error.hint(schema.hint))?;
+        array.image(Convention::OpenPi, app.settings.max_pixels)
+    };
+    let (first, wrists) = (step.image()?, step.wrists());
     let instruction = step.instruction()?;
     let headers = headers(&mut step)?;
     let unnorm_key = step.option("unnorm_key", Field::text)?;
-    let image = image.image(Convention::OpenPi, app.settings.max_pixels)?;
-    Ok((Observation::new(image, instruction, unnorm_key)?, headers))
+    let state = step.option("observation/state", Field::numbers)?;
+    let state =
+        state.map_or_else(|| step.option("state", Field::numbers), |state| Ok(Some(state)))?;
+    let n_actions = step.option("n_actions", Field::integer)?;
+    let observation = Observation::new(image(first)?, instruction, unnorm_key)?;
+    let wrists = wrists.into_iter().map(image).collect::<Result<_, _>>()?;
+    Ok((Observation { wrists, state, n_actions, ..observation }, headers))
 }

@@ -38,9 +38,9 @@ pub struct Settings {
     /// Address to listen on; other machines need a token, or --insecure
     #[arg(long, value_name = "IP", default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
-    /// Port to listen on; 0 takes a free one
-    #[arg(long, default_value_t = 8000)]
-    pub port: u16,
+    /// Port to listen on; 0 takes a free one [default: 8000; 8777 for OpenVLA-OFT]
+    #[arg(long)]
+    pub port: Option<u16>,
     /// File with the token that clients must show: `Authorization: Bearer …`, or `Api-Key …`
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,

@@ -2,6 +2,9 @@
 //!
 //! in   JSON `{"image": base64 of a PNG or JPEG, "instruction": text, "unnorm_key": text}`, or
 //!      multipart/form-data with the same fields, `image` being the file itself
+//! An OpenVLA-OFT model is also sent files with `wrist` in their names, in the order that it was trained with, and
+//! `state`, a list of numbers; `n_actions` asks for the first actions of a chunk. Other models do not look at them.
+//!
 //! out  [`crate::observation::Answer`]
 
 use std::sync::Arc;
@@ -17,11 +20,22 @@ use crate::app::App;
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::json::standard;
-use crate::message::{Message, Schema};
+use crate::message::{Message, Named, Schema};
 use crate::observation::{Answer, Observation};
 
-static SCHEMA: Schema = Schema {
+/// What an OpenVLA-OFT model is sent.
+static OFT: Schema = Schema {
+    image: &["image", "full_image"],
+    wrists: true,
+    options: &["unnorm_key", "state", "n_actions"],
+    ..OPENVLA
+};
+
+static SCHEMA: Schema = OPENVLA;
+
+const OPENVLA: Schema = Schema {
     image: &["image"],
+    wrists: false,
     cameras: false,
     instruction: &["instruction"],
     options: &["unnorm_key"],
@@ -39,16 +53,17 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     let headers = request.headers().clone();
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
     let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or("").trim().to_lowercase();
+    let is_oft = app.engine.model().is_some_and(|model| model.oft.is_some());
     let draft = match kind.as_str() {
         "application/json" => {
             let body = app.body(request).await?;
             let n = body.len();
-            app.read(&meta, n, move || Draft::new(from_json(&body)?)).await?
+            app.read(&meta, n, move || Draft::new(from_json(&body, is_oft)?)).await?
         }
         "multipart/form-data" => {
             let body = app.body(request).await?;
             let n = body.len();
-            let fields = fields(&headers, body).await?;
+            let fields = fields(&headers, body, is_oft).await?;
             app.read(&meta, n, move || Draft::new(fields)).await?
         }
         other => {
@@ -62,13 +77,18 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     app.act(observation, meta).await
 }
 
-fn from_json(body: &[u8]) -> Result<Fields, Error> {
+fn from_json(body: &[u8], is_oft: bool) -> Result<Fields, Error> {
     let json = standard(body)?;
-    let mut message = Message::from_json(&SCHEMA, &json)?;
-    let (name, image) = message.image()?;
-    let file = image.file(&name).map_err(|error| error.hint(SCHEMA.hint))?;
+    let mut message = Message::from_json(if is_oft { &OFT } else { &SCHEMA }, &json)?;
+    let file = |(name, field): Named<'_>| {
+        field.file(&name).map(Bytes::from).map_err(|error| error.hint(SCHEMA.hint))
+    };
+    let image = file(message.image()?)?;
     Ok(Fields {
-        image: Some(file.into()),
+        image: Some(image),
+        wrists: message.wrists().into_iter().map(file).collect::<Result<_, _>>()?,
+        state: message.option("state", Field::numbers)?,
+        n_actions: message.option("n_actions", Field::integer)?,
         instruction: Some(message.instruction()?),
         unnorm_key: message.option("unnorm_key", Field::text)?,
     })
@@ -78,11 +98,14 @@ fn from_json(body: &[u8]) -> Result<Fields, Error> {
 #[derive(Default)]
 struct Fields {
     image: Option<Bytes>,
+    wrists: Vec<Bytes>,
+    state: Option<Vec<f64>>,
+    n_actions: Option<u64>,
     instruction: Option<String>,
     unnorm_key: Option<String>,
 }
 
-async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
+async fn fields(headers: &HeaderMap, body: Bytes, is_oft: bool) -> Result<Fields, Error> {
     let mut whole = Request::new(Body::from(body));
     *whole.headers_mut() = headers.clone();
     DefaultBodyLimit::disable().apply(&mut whole); // it is here already
@@ -100,16 +123,37 @@ async fn fields(headers: &HeaderMap, body: Bytes) -> Result<Fields, Error> {
             "image" => fields.image = Some(bytes),
             "instruction" => fields.instruction = Some(text()?),
             "unnorm_key" => fields.unnorm_key = Some(text()?),
+            "full_image" if is_oft => fields.image = Some(bytes),
+            "state" if is_oft => {
+                fields.state = Some(number_field(&text()?, &name, Field::numbers)?)
+            }
+            "n_actions" if is_oft => {
+                fields.n_actions = Some(number_field(&text()?, &name, Field::integer)?);
+            }
+            wrist if is_oft && wrist.contains("wrist") => fields.wrists.push(bytes),
             _ => {}
         }
     }
     Ok(fields)
 }
 
+/// A part of a form that holds JSON: a number, or a list of such.
+fn number_field<'a, T>(
+    text: &'a str,
+    name: &str,
+    read: impl FnOnce(Field<'a>, &str) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let wrong = |why| Error::bad_request(format!("the form: `{name}` is not JSON: {why}"));
+    read(serde_json::from_str(text).map_err(wrong)?, name)
+}
+
 /// An observation whose image was checked, but not decoded yet.
 struct Draft {
     file: Bytes,
-    /// The cost of decoding it.
+    wrists: Vec<Bytes>,
+    state: Option<Vec<f64>>,
+    n_actions: Option<u64>,
+    /// The cost of decoding them.
     samples: u64,
     instruction: String,
     unnorm_key: Option<String>,
@@ -120,13 +164,19 @@ impl Draft {
         let missing = |name| Error::bad_request(format!("the form has no field `{name}`"));
         let file = fields.image.ok_or_else(|| missing("image"))?;
         let instruction = fields.instruction.ok_or_else(|| missing("instruction"))?;
-        let samples = Header::read(&file).map_err(refused)?.samples;
-        Ok(Self { file, samples, instruction, unnorm_key: fields.unnorm_key })
+        let mut samples: u64 = 0;
+        for file in [&file].into_iter().chain(&fields.wrists) {
+            samples = samples.saturating_add(Header::read(file).map_err(refused)?.samples);
+        }
+        let Fields { wrists, state, n_actions, unnorm_key, .. } = fields;
+        Ok(Self { file, wrists, state, n_actions, samples, instruction, unnorm_key })
     }
 
     fn decode(self, max_pixels: usize) -> Result<Observation, Error> {
-        let image = openvla::decode_within(&self.file, max_pixels).map_err(refused)?;
-        Observation::new(image, self.instruction, self.unnorm_key)
+        let decode = |file: &Bytes| openvla::decode_within(file, max_pixels).map_err(refused);
+        let observation = Observation::new(decode(&self.file)?, self.instruction, self.unnorm_key)?;
+        let wrists = self.wrists.iter().map(decode).collect::<Result<_, _>>()?;
+        Ok(Observation { wrists, state: self.state, n_actions: self.n_actions, ..observation })
     }
 }
 

@@ -1,7 +1,9 @@
 //! The interface of a model to the worker; tests implement it without a model.
 
+use openvla::image::RgbImage;
+use openvla::oft::{self, OpenVlaOft};
 use openvla::prompt::Prompt;
-use openvla::{OpenVla, Preprocess, Session, Statistics, Usage};
+use openvla::{Config, OftConfig, OpenVla, Preprocess, Profile, Session, Statistics, Usage};
 
 use crate::observation::{Motion, Observation};
 
@@ -13,7 +15,7 @@ pub trait Policy {
     /// Runs one step of a session, in the units of the named data set.
     ///
     /// # Errors
-    /// As [`OpenVla::act_in`].
+    /// As [`OpenVla::act_in`] and [`OpenVlaOft::act`].
     fn act(
         &mut self,
         session: &mut Session,
@@ -31,6 +33,8 @@ pub struct ModelInfo {
     pub image_size: u32,
     /// How images are resized to that square. Without it, the policy gets the original images.
     pub preprocess: Option<Preprocess>,
+    /// What an OpenVLA-OFT model is shown, and how many actions it gives.
+    pub oft: Option<OftConfig>,
     /// The prompt template. Without it, instructions are not checked.
     pub prompt: Option<Prompt>,
     /// The data sets it was trained on.
@@ -39,18 +43,33 @@ pub struct ModelInfo {
     pub memory: Vec<(String, usize)>,
 }
 
-impl Policy for OpenVla {
-    fn info(&self) -> ModelInfo {
-        let config = self.config();
+impl ModelInfo {
+    /// The description of a model of this configuration.
+    fn new(config: &Config, usage: &[Usage]) -> Self {
         let bytes = |usage: &Usage| usage.weights + usage.states + usage.graphs;
-        ModelInfo {
+        let preprocess = &config.preprocess;
+        // Any other preparation starts from the picture as the camera took it.
+        let is_square = preprocess.profile == Profile::Raw && !preprocess.center_crop;
+        Self {
             name: config.general.name.clone(),
-            image_size: config.preprocess.size,
-            preprocess: Some(config.preprocess.clone()),
+            image_size: preprocess.size,
+            preprocess: is_square.then(|| preprocess.clone()),
+            oft: config.oft.clone(),
             prompt: Some(config.prompt.clone()),
             statistics: config.statistics.clone(),
-            memory: self.usage().iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
+            memory: usage.iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
         }
+    }
+
+    /// Cameras whose pictures the model is shown.
+    pub fn n_camera(&self) -> usize {
+        self.oft.as_ref().map_or(1, |oft| oft.cameras.len())
+    }
+}
+
+impl Policy for OpenVla {
+    fn info(&self) -> ModelInfo {
+        ModelInfo::new(self.config(), &self.usage())
     }
 
     fn act(
@@ -61,5 +80,41 @@ impl Policy for OpenVla {
     ) -> openvla::Result<Motion> {
         let Observation { image, instruction, .. } = observation;
         self.act_in(session, image, instruction, unnorm_key).map(Motion::from)
+    }
+}
+
+impl Policy for OpenVlaOft {
+    fn info(&self) -> ModelInfo {
+        ModelInfo::new(self.config(), &self.usage())
+    }
+
+    fn act(
+        &mut self,
+        _: &mut Session,
+        observation: &Observation,
+        unnorm_key: Option<&str>,
+    ) -> openvla::Result<Motion> {
+        let Observation { image, wrists, state, instruction, .. } = observation;
+        let images: Vec<&RgbImage> = [image].into_iter().chain(wrists).collect();
+        let seen = oft::Observation { images: &images, state: state.as_deref() };
+        OpenVlaOft::act(self, &seen, instruction, unnorm_key).map(Motion::from)
+    }
+}
+
+impl Policy for openvla::Policy {
+    fn info(&self) -> ModelInfo {
+        ModelInfo::new(self.config(), &self.usage())
+    }
+
+    fn act(
+        &mut self,
+        session: &mut Session,
+        observation: &Observation,
+        unnorm_key: Option<&str>,
+    ) -> openvla::Result<Motion> {
+        match self {
+            Self::OpenVla(policy) => Policy::act(policy, session, observation, unnorm_key),
+            Self::Oft(policy) => Policy::act(policy, session, observation, unnorm_key),
+        }
     }
 }

@@ -17,13 +17,38 @@ pub struct Safety {
 /// What the checks changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Dimensions that were clamped to the range.
+    /// Dimensions that were clamped to the range, in any action.
     pub clamped: Vec<usize>,
-    /// Dimensions that were moved toward the last motion.
+    /// Dimensions that were moved toward the action before, in any action.
     pub limited: Vec<usize>,
 }
 
 impl Safety {
+    /// Checks and limits actions that are executed one after another: each is held near the one before it, the first
+    /// near the client's last.
+    ///
+    /// # Errors
+    /// As [`Safety::check`].
+    pub fn check_all(
+        &self,
+        actions: &mut [Vec<f64>],
+        ranges: &[[f64; 2]],
+        last: Option<&[f64]>,
+    ) -> Result<Report, Error> {
+        let (mut report, mut last) = (Report::default(), last);
+        for action in actions {
+            let of_action = self.check(action, ranges, last)?;
+            report.clamped.extend(of_action.clamped);
+            report.limited.extend(of_action.limited);
+            last = Some(action);
+        }
+        for dimensions in [&mut report.clamped, &mut report.limited] {
+            dimensions.sort();
+            dimensions.dedup();
+        }
+        Ok(report)
+    }
+
     /// Checks and limits a motion. `last` is the client's previous motion, if that is known and in the same
     /// units.
     ///
@@ -101,6 +126,24 @@ mod tests {
         let report = safety.check(&mut motion, &RANGES, None).unwrap();
         assert_eq!(motion, [0.5, 0.5, -1.0]);
         assert_eq!(report, Report { clamped: vec![1, 2], limited: vec![] });
+    }
+
+    #[test]
+    fn each_action_of_a_chunk_is_held_near_the_one_before() {
+        let safety = Safety { clamp: true, max_delta: Some(vec![0.25]) };
+        let mut chunk = [vec![1.0, 0.1, 0.0], vec![1.0, 0.1, 0.5], vec![1.0, 0.9, 0.5]];
+        let report = safety.check_all(&mut chunk, &RANGES, Some(&[0.0; 3])).unwrap();
+        assert_eq!(chunk, [vec![0.25, 0.1, 0.0], vec![0.5, 0.1, 0.25], vec![0.75, 0.35, 0.5]]);
+        assert_eq!(report, Report { clamped: vec![1], limited: vec![0, 1, 2] });
+        let mut chunk = [vec![0.5; 3], vec![1.0; 3]];
+        safety.check_all(&mut chunk, &RANGES, None).unwrap();
+        assert_eq!(
+            chunk[1],
+            [0.75, 0.5, 0.75],
+            "without a last motion, from the first of the chunk"
+        );
+        let wrong = safety.check_all(&mut [vec![0.0; 3], vec![f64::NAN; 3]], &RANGES, None);
+        assert_eq!(wrong.unwrap_err().code, Code::NotFinite);
     }
 
     #[test]

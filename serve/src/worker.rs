@@ -131,8 +131,15 @@ impl Worker<'_> {
             None => model.statistics.first().0,
         };
         let image = RgbImage::from_pixel(model.image_size, model.image_size, Rgb([127; 3]));
-        let observation =
-            Observation { image, instruction: "warm up".into(), unnorm_key: Some(key.into()) };
+        let n_state = model.oft.as_ref().map_or(0, |oft| oft.n_state);
+        let observation = Observation {
+            wrists: vec![image.clone(); model.n_camera() - 1],
+            image,
+            state: Some(vec![0.0; n_state]),
+            instruction: "warm up".into(),
+            unnorm_key: Some(key.into()),
+            n_actions: None,
+        };
         let act = || policy.act(&mut Session::default(), &observation, Some(key));
         catch_panic(act)?.context("the warm-up step failed")?;
         Ok(())
@@ -146,6 +153,7 @@ impl Worker<'_> {
         observation: &Observation,
     ) -> Result<Answer, Error> {
         let begun = Instant::now();
+        let n_actions = n_actions(model, observation)?;
         let known = self.clients.entry(meta.client.clone(), begun);
         // A step that fails half way leaves no session behind.
         let mut session = std::mem::take(&mut known.session);
@@ -155,22 +163,24 @@ impl Worker<'_> {
 
         let dataset = model.statistics.datasets().get(&motion.unnorm_key);
         let ranges = dataset.map(|dataset| dataset.action.ranges()).unwrap_or_default();
-        let mut action = motion.action;
+        let mut actions = motion.actions;
+        actions.truncate(n_actions);
         let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
         let last = last.map(|(_, motion)| motion.as_slice());
-        let safety = self.rules.safety.check(&mut action, &ranges, last)?;
+        let safety = self.rules.safety.check_all(&mut actions, &ranges, last)?;
         let timing_ms = Times::new(begun.saturating_duration_since(meta.arrived), &motion.timing);
         self.engine.metrics().step(&timing_ms, &motion.draft);
         if Instant::now() >= meta.deadline {
             self.engine.metrics().dropped.inc();
             return Err(late(meta));
         }
-        known.last = Some((motion.unnorm_key.clone(), action.clone()));
+        known.last = actions.last().map(|last| (motion.unnorm_key.clone(), last.clone()));
         self.engine.metrics().sessions.set(self.clients.len() as i64);
         let (unconstrained, all_actions) = motion.unconstrained;
         Ok(Answer {
-            action,
-            normalized: motion.normalized,
+            action: actions.first().cloned().unwrap_or_default(),
+            actions,
+            normalized: motion.normalized.into_iter().next().unwrap_or_default(),
             tokens: motion.tokens,
             unnorm_key: motion.unnorm_key,
             ranges,
@@ -182,6 +192,21 @@ impl Worker<'_> {
             timing_ms,
             seq: meta.seq,
         })
+    }
+}
+
+/// How many actions of a chunk are wanted.
+fn n_actions(model: &ModelInfo, observation: &Observation) -> Result<usize, Error> {
+    let chunk = model.oft.as_ref().map_or(1, |oft| oft.chunk);
+    match observation.n_actions {
+        None => Ok(chunk),
+        Some(n) if (1..=chunk as u64).contains(&n) => Ok(n as usize),
+        Some(n) => {
+            let message = format!(
+                "`n_actions` is {n}; the model computes {chunk}, and 1 to {chunk} are wanted"
+            );
+            Err(Error::bad_request(message))
+        }
     }
 }
 

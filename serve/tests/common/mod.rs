@@ -16,7 +16,7 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
 use openvla::image::{ImageFormat, RgbImage};
 use openvla::prompt::{OPENVLA, Prompt};
-use openvla::{OpenVla, Session, Statistics, Timing};
+use openvla::{Bounds, OftConfig, OftHead, OpenVla, Session, Statistics, Timing};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
 use openvla_serve::policy::{ModelInfo, Policy};
@@ -53,11 +53,12 @@ impl Gate {
 pub struct Stub {
     gate: Gate,
     saw: Sender<Observation>,
+    oft: Option<OftConfig>,
 }
 
 impl Stub {
     pub fn new(gate: Gate, saw: Sender<Observation>) -> Self {
-        Self { gate, saw }
+        Self { gate, saw, oft: None }
     }
 }
 
@@ -70,6 +71,7 @@ impl Policy for Stub {
             name: "a stub".into(),
             image_size: 224,
             preprocess: None,
+            oft: self.oft.clone(),
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
             statistics: Statistics::parse(statistics.to_string()).unwrap(),
             memory: vec![("CPU".into(), 42)],
@@ -100,9 +102,10 @@ impl Policy for Stub {
         }
         let key = key.unwrap_or("bridge_orig");
         self.info().statistics.select(Some(key))?;
+        let chunk = self.oft.as_ref().map_or(1, |oft| oft.chunk);
         Ok(Motion {
-            normalized: action.clone(),
-            action,
+            normalized: vec![action.clone(); chunk],
+            actions: vec![action; chunk],
             tokens: vec![31_872; 7],
             unnorm_key: key.into(),
             unconstrained: (vec![31_872; 7], !instruction.contains("unsure")),
@@ -127,6 +130,24 @@ impl Server {
     pub fn start(args: &[&str]) -> Self {
         let (gate, (send, saw)) = (Gate::default(), channel());
         let stub = Stub::new(gate.clone(), send);
+        Self::with(args, gate, saw, move || Ok(stub.clone())).ready()
+    }
+
+    /// With a stub that computes chunks, of three cameras and a state.
+    pub fn oft(args: &[&str]) -> Self {
+        let (gate, (send, saw)) = (Gate::default(), channel());
+        let oft = OftConfig {
+            chunk: 4,
+            n_action: 7,
+            n_state: 3,
+            cameras: ["full_image", "left_wrist_image", "right_wrist_image"]
+                .map(String::from)
+                .into(),
+            bounds: Bounds::Quantiles,
+            head: OftHead::L1,
+            film: false,
+        };
+        let stub = Stub { oft: Some(oft), ..Stub::new(gate.clone(), send) };
         Self::with(args, gate, saw, move || Ok(stub.clone())).ready()
     }
 

@@ -1,0 +1,259 @@
+//! OpenVLA-OFT: several cameras, the arm's state and chunks of actions, in every protocol.
+
+mod common;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use common::{ACTION, Answer, Server, numpy_body, png};
+use openvla_serve::field::Field;
+use serde_json::{Value, json};
+
+const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
+
+/// A picture of one pixel of this color.
+fn pixel(x: u8) -> String {
+    let base64 = STANDARD.encode([x; 3]);
+    format!(r#"{{"__numpy__": "{base64}", "dtype": "|u1", "shape": [1, 1, 3]}}"#)
+}
+
+/// A body of openvla-oft's protocol, in the order of the fields.
+fn body(fields: &[(&str, String)]) -> String {
+    let fields: Vec<_> = fields.iter().map(|(name, value)| format!("{name:?}: {value}")).collect();
+    format!("{{{}}}", fields.join(", "))
+}
+
+fn whole(instruction: &str) -> Vec<(&'static str, String)> {
+    vec![
+        ("right_wrist_image", pixel(3)),
+        ("instruction", format!("{instruction:?}")),
+        ("left_wrist_image", pixel(2)),
+        ("state", "[0.5, -1, 2]".into()),
+        ("unnorm_key", "17".into()),
+        ("full_image", pixel(1)),
+    ]
+}
+
+fn act(server: &Server, fields: &[(&str, String)]) -> Answer {
+    server.post("/act", &JSON, body(fields).as_bytes())
+}
+
+/// The actions of an answer in openvla-oft's form.
+fn actions(body: &[u8]) -> Vec<Vec<f64>> {
+    let list: Vec<Field<'_>> = serde_json::from_slice(body).unwrap();
+    list.into_iter().map(|action| action.numbers("action").unwrap()).collect()
+}
+
+#[test]
+fn wrists_are_seen_in_the_order_of_the_request_and_a_list_of_arrays_comes_back() {
+    let server = Server::oft(&["--unnorm-key", "bridge_orig"]);
+    let got = act(&server, &whole("go"));
+    assert_eq!(got.status, 200, "{got:?}");
+    assert_eq!(actions(&got.body), vec![ACTION.to_vec(); 4]);
+    assert!(got.text().starts_with(r#"[{"__numpy__":""#), "{got:?}");
+    assert!(got.text().contains(r#"","dtype":"<f8","shape":[7]},{"__numpy__":""#), "{got:?}");
+    let seen = server.seen();
+    let colors: Vec<u8> = seen.wrists.iter().map(|image| image.as_raw()[0]).collect();
+    assert_eq!((seen.image.as_raw()[0], &colors[..]), (1, &[3, 2][..]));
+    assert_eq!((seen.state.as_deref(), seen.unnorm_key), (Some(&[0.5, -1.0, 2.0][..]), None));
+
+    let double = json!({ "encoded": body(&whole("go")) }).to_string();
+    let double = server.post("/act", &JSON, double.as_bytes());
+    let text: String = serde_json::from_slice(&double.body).unwrap();
+    let spaced = got.text().replace("\":", "\": ").replace(",\"", ", \"").replace(",{", ", {");
+    assert_eq!(text, spaced, "as Python's json.dumps writes it");
+}
+
+#[test]
+fn what_is_wrong_is_said_or_is_error_as_the_reference_has_it() {
+    let [plain, compat] = [&[][..], &["--compat-errors"]].map(|args| Server::oft(args));
+    let other = |name: &str, value: &str| {
+        let mut fields = whole("go");
+        let found = fields.iter_mut().find(|(of, _)| *of == name);
+        found.expect("a field of this name").1 = value.into();
+        fields
+    };
+    let gray = pixel(1).replace("[1, 1, 3]", "[1, 3]");
+    for (name, value, status) in [
+        ("full_image", gray.as_str(), 422),
+        ("left_wrist_image", "[[[1, 2, 3]]]", 400),
+        ("state", "[1, NaN, 2]", 400),
+        ("state", "{}", 400),
+        ("instruction", "3", 400),
+    ] {
+        let got = act(&plain, &other(name, value));
+        assert_eq!(got.status, status, "{name}: {got:?}");
+        let got = act(&compat, &other(name, value));
+        assert_eq!((got.status, got.text()), (200, "\"error\""), "{name}");
+    }
+    let got =
+        plain.post("/act", &JSON, numpy_body("x").as_bytes()).assert_error(400, "bad_request");
+    assert!(got["message"].as_str().unwrap().contains("there is no `full_image`"), "{got}");
+    assert_eq!(compat.post("/act", &JSON, b"[1]").status, 422);
+    assert_eq!(compat.get("/act", &[]).status, 405);
+}
+
+#[test]
+fn json_and_forms_bring_several_pictures_and_ask_for_the_first_actions() {
+    let server = Server::oft(&[]);
+    let file = STANDARD.encode(png(3, 2));
+    let fields = json!({
+        "image": file, "left_wrist": STANDARD.encode(png(4, 4)), "a_wrist": STANDARD.encode(png(5, 5)),
+        "state": [1, 2, 3], "instruction": "go", "n_actions": 2,
+    });
+    let got = server.post("/v1/act", &JSON, fields.to_string().as_bytes());
+    let json = got.json();
+    assert_eq!((got.status, &json["actions"]), (200, &json!([ACTION, ACTION])), "{json}");
+    assert_eq!(json["action"], json!(ACTION));
+    let seen = server.seen();
+    assert_eq!((seen.wrists.len(), seen.state), (2, Some(vec![1.0, 2.0, 3.0])));
+
+    let (front, left, right) = (png(3, 2), png(4, 4), png(5, 5));
+    let parts: [(&str, &[u8]); 6] = [
+        ("image", &front),
+        ("right_wrist", &right),
+        ("left_wrist", &left),
+        ("state", b"[1, 2, 3]"),
+        ("instruction", b"go"),
+        ("n_actions", b"3"),
+    ];
+    let mut form = Vec::new();
+    for (name, bytes) in parts {
+        let head = format!("--cut\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n");
+        form.extend([head.as_bytes(), bytes, b"\r\n"].concat());
+    }
+    form.extend(b"--cut--\r\n");
+    let headers = [("content-type", "multipart/form-data; boundary=cut")];
+    let json = server.post("/v1/act", &headers, &form).json();
+    assert_eq!(json["actions"].as_array().map(Vec::len), Some(3), "{json}");
+    let seen = server.seen();
+    let sides: Vec<u32> = seen.wrists.iter().map(|image| image.width()).collect();
+    assert_eq!((sides, seen.state), (vec![5, 4], Some(vec![1.0, 2.0, 3.0])));
+
+    for n in [0, 5] {
+        let mut fields = fields.clone();
+        fields["n_actions"] = json!(n);
+        let error = server.post("/v1/act", &JSON, fields.to_string().as_bytes());
+        let error = error.assert_error(400, "bad_request");
+        assert!(error["message"].as_str().unwrap().contains("1 to 4"), "{error}");
+    }
+}
+
+#[test]
+fn a_chunk_is_held_near_the_action_before_it() {
+    let server = Server::oft(&["--max-delta", "0.25"]);
+    let moved = |to: &str, n: usize| -> Vec<f64> {
+        let fields = [&whole(&format!("move {to}"))[..], &[("n_actions", n.to_string())]].concat();
+        let headers = [&JSON[..], &[("x-client-id", "arm")]].concat();
+        let got = server.post("/act", &headers, body(&fields).as_bytes());
+        actions(&got.body).iter().map(|action| action[0]).collect()
+    };
+    assert_eq!(moved("0", 4), [0.0; 4]);
+    assert_eq!(moved("1", 2), [0.25, 0.5]);
+    assert_eq!(moved("1", 4), [0.75, 1.0, 1.0, 1.0], "from the last action that was sent");
+}
+
+/// What the reference's server was asked and answered.
+mod shared {
+    use std::path::{Path, PathBuf};
+    use std::sync::mpsc::channel;
+
+    use clap::Parser;
+    use common::Gate;
+    use openvla::Bounds;
+    use openvla_convert::oft::{Platform, RunOptions};
+    use openvla_convert::plan::Encoding;
+    use openvla_convert::{Conversion, Options};
+
+    use super::*;
+
+    fn golden() -> PathBuf {
+        let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+        let mut found = above.map(|up| up.join("shared/golden/oft"));
+        found.find(|path| path.is_dir()).expect("../shared/golden/oft")
+    }
+
+    fn read(path: &Path) -> Value {
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Converts a variant, from a folder in the published form.
+    fn convert(name: &str, out: &Path) {
+        let variant = &read(&golden().join("cases.json"))["variants"][name];
+        let run = tempfile::tempdir().unwrap();
+        for (name, from) in variant["files"].as_object().unwrap() {
+            let from = golden().join(from.as_str().unwrap());
+            std::os::unix::fs::symlink(from, run.path().join(name)).unwrap();
+        }
+        let mut options: Options = "F32".parse::<Encoding>().unwrap().into();
+        let is_aloha = variant["constants_platform"] == "aloha";
+        options.run = RunOptions {
+            platform: Some(if is_aloha { Platform::Aloha } else { Platform::Libero }),
+            chunk: Some(variant["chunk"].as_u64().unwrap() as usize),
+            n_camera: Some(variant["num_images_in_input"].as_u64().unwrap() as usize),
+            bounds: Some(if is_aloha { Bounds::Extremes } else { Bounds::Quantiles }),
+        };
+        let conversion = Conversion::new(run.path(), &options).unwrap();
+        conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
+    }
+
+    /// JPEG and resizing of its 8x8 pictures may differ by one in a few values.
+    const TOLERANCE: f64 = 5e-3;
+
+    #[test]
+    #[ignore = "needs ../shared"]
+    fn the_wire_is_the_references() {
+        for name in ["A", "B"] {
+            let wire = read(&golden().join(format!("wire_{name}.json")));
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("model.gguf");
+            convert(name, &path);
+            let key = wire["unnorm_key"].as_str().unwrap();
+            let path = path.to_str().unwrap().to_owned();
+            let args = ["--compat-errors", "--unnorm-key", key];
+            let command = ["openvla-serve", "-m", &path, "--threads", "1"];
+            let model = openvla_serve::options::Options::parse_from(command).model;
+            let server =
+                Server::with(&args, Gate::default(), channel().1, move || model.open_policy());
+            server.wait_for("/readyz", 200);
+            for exchange in wire["exchanges"].as_array().unwrap() {
+                check(&server, &format!("{name} {}", exchange["name"]), exchange);
+            }
+        }
+    }
+
+    fn check(server: &Server, name: &str, exchange: &Value) {
+        let got = match exchange["request"].as_str() {
+            Some(request) => server.post("/act", &JSON, request.as_bytes()),
+            None => server.get("/act", &[]),
+        };
+        let want = exchange["response"].as_str().unwrap();
+        assert_eq!(u64::from(got.status), exchange["status"].as_u64().unwrap(), "{name}: {got:?}");
+        if got.status != 200 {
+            return; // FastAPI's words about JSON are those of Python's parser
+        }
+        if want == "\"error\"" {
+            assert_eq!(got.text(), want, "{name}");
+            return;
+        }
+        let text = |body: &str| match body.starts_with('"') {
+            true => serde_json::from_str::<String>(body).unwrap(),
+            false => body.to_owned(),
+        };
+        let (got, want) = (text(got.text()), text(want));
+        assert_eq!(form(&got), form(&want), "{name}: everything but the numbers");
+        let [got, want] = [got, want].map(|body| actions(body.as_bytes()).concat());
+        let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        eprintln!("{name}: {worst:.1e}");
+        assert!(got.len() == want.len() && worst < TOLERANCE, "{name}: {worst}");
+    }
+
+    /// A body without the numbers of its arrays.
+    fn form(body: &str) -> String {
+        let parts = body.split("\"__numpy__\":");
+        let after = |part: &str| match part.trim_start().strip_prefix('"') {
+            Some(rest) => rest.split_once('"').unwrap().1.to_owned(),
+            None => part.to_owned(),
+        };
+        parts.map(after).collect::<Vec<_>>().join("#")
+    }
+}

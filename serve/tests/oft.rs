@@ -1,10 +1,16 @@
 //! OpenVLA-OFT: several cameras, the arm's state and chunks of actions, in every protocol.
 
 mod common;
+#[path = "../../convert/tests/torch/writer.rs"]
+#[allow(dead_code)] // it writes files of all kinds
+mod writer;
+
+use std::sync::mpsc::channel;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use common::{ACTION, Answer, Server, numpy_body, png};
+use clap::Parser;
+use common::{ACTION, Answer, Gate, Server, numpy_body, png};
 use openvla_serve::field::Field;
 use serde_json::{Value, json};
 
@@ -152,13 +158,104 @@ fn a_chunk_is_held_near_the_action_before_it() {
     assert_eq!(moved("1", 4), [0.75, 1.0, 1.0, 1.0], "from the last action that was sent");
 }
 
+/// A random OpenVLA-OFT of two cameras and a state: the example with a state projector, saved as torch does it.
+mod small {
+    use std::path::Path;
+
+    use openvla::Bounds;
+    use openvla_convert::oft::RunOptions;
+    use openvla_convert::plan::Encoding;
+    use openvla_convert::{Conversion, Options};
+    use serde_json::{Value, json};
+
+    use super::writer::{file, state_dict, tensor};
+
+    pub const N_STATE: usize = 3;
+
+    pub fn write(out: &Path) {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/openvla-example");
+        let run = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(&from).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), run.path().join(entry.file_name())).unwrap();
+        }
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(from.join(name)).unwrap()).unwrap()
+        };
+        let mut statistics = read("dataset_statistics.json");
+        for dataset in statistics.as_object_mut().unwrap().values_mut() {
+            dataset["proprio"] = json!({ "q01": vec![-1.0; N_STATE], "q99": vec![1.0; N_STATE] });
+        }
+        std::fs::write(run.path().join("dataset_statistics.json"), statistics.to_string()).unwrap();
+        let dim = read("config.json")["text_config"]["hidden_size"].as_u64().unwrap() as usize;
+        let projector = run.path().join("proprio_projector--1_checkpoint.pt");
+        std::fs::write(projector, state_projector(dim)).unwrap();
+        let mut options: Options = "F32".parse::<Encoding>().unwrap().into();
+        options.run = RunOptions {
+            platform: None,
+            chunk: Some(2),
+            n_camera: Some(2),
+            bounds: Some(Bounds::Quantiles),
+        };
+        let conversion = Conversion::new(run.path(), &options).unwrap();
+        conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
+    }
+
+    fn state_projector(dim: usize) -> Vec<u8> {
+        let shapes = [
+            ("module.fc1.weight", "0", vec![dim, N_STATE]),
+            ("module.fc1.bias", "1", vec![dim]),
+            ("module.fc2.weight", "2", vec![dim, dim]),
+            ("module.fc2.bias", "3", vec![dim]),
+        ];
+        let mut storages = Vec::new();
+        let mut tensors = Vec::new();
+        for (name, key, shape) in shapes {
+            let random = |i: usize| ((i * 7919 % 1009) as f32 / 1009.0 - 0.5) / 8.0;
+            let n = shape.iter().product();
+            storages.push((key, (0..n).flat_map(|i| random(i).to_le_bytes()).collect()));
+            let shape: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
+            tensors.push((name, tensor("Float", key, &shape)));
+        }
+        file(state_dict(&tensors), &storages)
+    }
+}
+
+#[test]
+fn a_model_says_which_pictures_and_what_state_it_misses() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    small::write(&path);
+    let command = ["openvla-serve", "-m", path.to_str().unwrap(), "--threads", "1"];
+    let model = openvla_serve::options::Options::parse_from(command).model;
+    assert!(model.is_oft(), "so its port is that of openvla-oft's server");
+    assert!(!openvla_serve::options::Options::parse_from(["openvla-serve"]).model.is_oft());
+    let server = Server::with(&[], Gate::default(), channel().1, move || model.open_policy());
+    server.wait_for("/readyz", 200);
+    let mut fields = whole("go");
+    let got = act(&server, &fields).assert_error(400, "bad_request");
+    let said = "there are 3 pictures; the model has 2 cameras: full_image, wrist_image";
+    assert!(got["message"].as_str().unwrap().contains(said), "{got}");
+    fields.remove(0);
+    let got = act(&server, &fields);
+    assert_eq!((got.status, actions(&got.body).len()), (200, 2), "{got:?}");
+    for (state, said) in
+        [("[1]", "has 1 numbers, not 3"), ("null", "state of 3 numbers is missing")]
+    {
+        let wrong = fields.iter_mut().find(|(name, _)| *name == "state");
+        wrong.expect("a state").1 = state.into();
+        let got = act(&server, &fields).assert_error(400, "bad_request");
+        assert!(got["message"].as_str().unwrap().contains(said), "{got}");
+    }
+    let other = server.step("go", &[]).assert_error(400, "bad_request");
+    assert!(other["message"].as_str().unwrap().contains("state of 3 numbers"), "{other}");
+    assert_eq!(server.metric("openvla_restarts_total"), 0.0, "a bad request is no failure");
+}
+
 /// What the reference's server was asked and answered.
 mod shared {
     use std::path::{Path, PathBuf};
-    use std::sync::mpsc::channel;
 
-    use clap::Parser;
-    use common::Gate;
     use openvla::Bounds;
     use openvla_convert::oft::{Platform, RunOptions};
     use openvla_convert::plan::Encoding;

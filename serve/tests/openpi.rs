@@ -283,3 +283,45 @@ fn plain_http_is_told_where_to_go() {
     got.assert_error(426, "upgrade_required");
     assert_eq!(got.headers["upgrade"], "websocket");
 }
+
+/// As openpi's LIBERO client, to a model that reads all of it.
+#[test]
+fn a_model_of_chunks_reads_wrists_and_state() {
+    #[derive(Serialize)]
+    struct Whole {
+        #[serde(rename = "observation/image")]
+        image: Picture,
+        #[serde(rename = "observation/wrist_image")]
+        wrist: Picture,
+        images: Cameras,
+        #[serde(rename = "observation/state")]
+        state: Msgpack<'static>,
+        prompt: &'static str,
+        n_actions: u64,
+    }
+    #[derive(Serialize)]
+    struct Cameras {
+        cam_wrist: Picture,
+    }
+    let server = Server::oft(&[]);
+    let (mut socket, metadata) = connect(&server);
+    assert_eq!(metadata["action_horizon"], 4);
+    assert_eq!(metadata["cameras"][1], "left_wrist_image");
+    let whole = Whole {
+        image: Picture(vec![2, 3, 3]),
+        wrist: Picture(vec![2, 5, 3]),
+        images: Cameras { cam_wrist: Picture(vec![2, 6, 3]) },
+        state: Msgpack(Ndarray::of_f64(&[1.0, 2.0, 3.0], vec![3])),
+        prompt: "wave",
+        n_actions: 2,
+    };
+    socket.send(Message::Binary(rmp_serde::to_vec_named(&whole).unwrap().into())).unwrap();
+    let bytes = binary(&mut socket);
+    let reply: Reply<'_> = rmp_serde::from_slice(&bytes).unwrap();
+    let want = Ndarray::of_f64(&[ACTION, ACTION].concat(), vec![2, 7]);
+    assert_eq!(reply.actions.array("actions").unwrap(), want);
+    let seen = server.seen();
+    let sides: Vec<u32> = seen.wrists.iter().map(|image| image.width()).collect();
+    assert_eq!((seen.image.width(), sides), (3, vec![5, 6]));
+    assert_eq!(seen.state, Some(vec![1.0, 2.0, 3.0]));
+}

@@ -165,7 +165,7 @@ impl Ndarray<'_> {
     /// The numbers of an array of one dimension.
     pub fn numbers(&self) -> Option<Vec<f64>> {
         let [n] = *self.shape.as_slice() else { return None };
-        if n == 0 || n > self.data.len() || self.data.len() % n != 0 {
+        if n == 0 || n > self.data.len() || !self.data.len().is_multiple_of(n) {
             return None;
         }
         let number = |bytes| {

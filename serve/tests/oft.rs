@@ -71,7 +71,7 @@ fn wrists_are_seen_in_the_order_of_the_request_and_a_list_of_arrays_comes_back()
 
 #[test]
 fn what_is_wrong_is_said_or_is_error_as_the_reference_has_it() {
-    let [plain, compat] = [&[][..], &["--compat-errors"]].map(|args| Server::oft(args));
+    let [plain, compat] = [&[][..], &["--compat-errors"]].map(Server::oft);
     let other = |name: &str, value: &str| {
         let mut fields = whole("go");
         let found = fields.iter_mut().find(|(of, _)| *of == name);

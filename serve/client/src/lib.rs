@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use ureq::http::Uri;
 
 /// Which server, and as whom.
@@ -37,6 +37,8 @@ pub struct Client {
     url: String,
     authorization: Option<String>,
     agent: ureq::Agent,
+    /// What every request says beside picture and instruction.
+    fields: Map<String, Value>,
 }
 
 /// Why there is no motion.
@@ -70,7 +72,18 @@ impl Client {
             // The server answers in time; this is for a network that does not.
             .timeout_global(Some(Duration::from_millis(server.deadline_ms.saturating_add(2000))))
             .build();
-        Ok(Self { server, url, authorization, agent: agent.into() })
+        Ok(Self { server, url, authorization, agent: agent.into(), fields: Map::new() })
+    }
+
+    /// Adds what an OpenVLA-OFT model reads beside the picture: picture files of its wrist cameras, in its order, and
+    /// the arm's state. All further requests send it.
+    pub fn with_arm(mut self, wrists: &[Vec<u8>], state: Option<&[f64]>) -> Self {
+        for (i, wrist) in wrists.iter().enumerate() {
+            // Fields are sent in the order of their names.
+            self.fields.insert(format!("wrist_image_{i:03}"), STANDARD.encode(wrist).into());
+        }
+        self.fields.extend(state.map(|state| ("state".to_owned(), state.into())));
+        self
     }
 
     /// Asks for the motion that belongs to a picture file's bytes. `seq` counts the pictures, `taken` is when
@@ -81,7 +94,9 @@ impl Client {
     pub fn act(&self, seq: u64, taken: SystemTime, picture: &[u8], instruction: &str) -> Reply {
         let since = taken.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let (image, unnorm_key) = (STANDARD.encode(picture), &self.server.unnorm_key);
-        let body = json!({ "image": image, "instruction": instruction, "unnorm_key": unnorm_key });
+        let mut body = self.fields.clone();
+        let seen = json!({ "image": image, "instruction": instruction, "unnorm_key": unnorm_key });
+        body.extend(seen.as_object().cloned().unwrap_or_default());
         let mut request = self
             .agent
             .post(&self.url)
@@ -94,7 +109,7 @@ impl Client {
             request = request.header("Authorization", authorization);
         }
         let lost = |error| Refusal { code: "no_answer".into(), why: self.no_answer(&error) };
-        let mut response = request.send(body.to_string()).map_err(lost)?;
+        let mut response = request.send(Value::Object(body).to_string()).map_err(lost)?;
         let bytes = response.body_mut().read_to_vec().map_err(lost)?;
         let answer: Value = serde_json::from_slice(&bytes).unwrap_or_default();
         if response.status().is_success() {

@@ -37,6 +37,12 @@ struct Camera {
     pictures: Vec<PathBuf>,
     /// What the robot is asked to do
     instruction: String,
+    /// Picture of a wrist camera, sent with each of the others; again for the next one, in the model's order
+    #[arg(long, value_name = "FILE")]
+    wrist: Vec<PathBuf>,
+    /// File with the arm's state, a JSON list
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
     /// Pictures a second
     #[arg(long, default_value_t = 5.0, value_parser = cli::between(0.01, 1000.0))]
     hz: f64,
@@ -70,7 +76,8 @@ fn camera(args: &Camera) -> Result<()> {
         cli::say(format_args!("warning: {doubt}"));
     }
     let pictures = pictures(&args.pictures)?;
-    let client = Client::new(args.server.clone())?;
+    let client =
+        Client::new(args.server.clone())?.with_arm(&wrists(args)?, state(args)?.as_deref());
     let (send, frames) = channel();
     let period = Duration::from_secs_f64(1.0 / args.hz);
     let begun = Instant::now();
@@ -100,6 +107,22 @@ fn camera(args: &Camera) -> Result<()> {
         }
     }
     tally.report(args, begun.elapsed())
+}
+
+/// The bytes of the wrist cameras' pictures.
+fn wrists(args: &Camera) -> Result<Vec<Vec<u8>>> {
+    let read = |file: &PathBuf| {
+        std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
+    };
+    args.wrist.iter().map(read).collect()
+}
+
+fn state(args: &Camera) -> Result<Option<Vec<f64>>> {
+    let read = |file: &PathBuf| {
+        let name = || format!("cannot read a JSON list of numbers in {}", file.display());
+        serde_json::from_slice(&std::fs::read(file).with_context(name)?).with_context(name)
+    };
+    args.state.as_ref().map(read).transpose()
 }
 
 /// Takes a picture and sends it, in a thread of its own.

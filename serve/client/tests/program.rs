@@ -107,3 +107,38 @@ fn the_client_shows_what_became_of_every_picture() {
         assert!(!String::from_utf8(output.stdout).unwrap().contains("NaN"));
     }
 }
+
+#[test]
+fn wrists_and_state_are_sent_with_every_picture() {
+    let server = Server::oft(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state.json");
+    std::fs::write(&state, "[0.5, 1, -2]").unwrap();
+    let wrist = dir.path().join("wrist.png");
+    std::fs::write(&wrist, common::png(7, 5)).unwrap();
+    let [state, wrist] = [state, wrist].map(|path| path.display().to_string());
+    let args = [
+        "camera",
+        "--url",
+        &server.url(""),
+        "-n",
+        "1",
+        "--wrist",
+        &table(),
+        "--wrist",
+        &wrist,
+        "--state",
+        &state,
+        &table(),
+        "wave",
+    ];
+    let (output, said) = run(&args);
+    assert!(output.status.success(), "{said}");
+    let seen = server.seen();
+    assert_eq!(seen.wrists.len(), 2);
+    assert_eq!((seen.wrists[0].dimensions(), seen.wrists[1].width()), (seen.image.dimensions(), 7));
+    assert_eq!(seen.state, Some(vec![0.5, 1.0, -2.0]));
+    let (output, said) = run(&["camera", "--state", &wrist, &table(), "wave"]);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("a JSON list of numbers"), "{said}");
+}

@@ -90,7 +90,6 @@ struct Pass {
 /// writes a cache, whose device they belong to.
 struct Inputs {
     positions: State,
-    places: State,
     mask: State,
 }
 
@@ -180,11 +179,10 @@ impl Llama {
 impl Pass {
     /// Its rows stand from `position` on.
     fn stand(&self, position: usize) {
-        for Inputs { positions, places, mask } in self.inputs.values() {
+        for Inputs { positions, mask } in self.inputs.values() {
             let [n_kv, n_row, ..] = mask.shape();
             let at = position..position + n_row;
             positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
-            places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
             mask.write(&at.flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
         }
     }
@@ -201,19 +199,15 @@ impl Pass {
 impl Inputs {
     /// For `n_row` rows that look at `n_kv`, of a cache of `n_ctx`, on the layer's device.
     fn new(layer: &Layer, n_row: usize, n_kv: usize, n_ctx: usize) -> Result<Self> {
-        let beside = |dtype, dims: &[usize]| State::beside(layer.keys(), dtype, shape(dims));
         Ok(Self {
-            positions: beside(DType::I32, &[n_row])?,
-            places: State::ids_beside(layer.keys(), DType::I64, n_row, n_ctx)?,
-            mask: beside(DType::F16, &[n_kv, n_row])?,
+            positions: State::ids_beside(layer.keys(), DType::I32, n_row, n_ctx)?,
+            mask: State::beside(layer.keys(), DType::F16, shape(&[n_kv, n_row]))?,
         })
     }
 
     /// As operands of a graph, with the rows `x`.
     fn rows<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Rows<'g> {
-        let [positions, places, mask] =
-            [&self.positions, &self.places, &self.mask].map(|state| g.state(state));
-        Rows { x, positions, places, mask }
+        Rows { x, positions: g.state(&self.positions), mask: g.state(&self.mask) }
     }
 }
 

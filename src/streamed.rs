@@ -209,16 +209,13 @@ impl Sequence {
         let n_row = self.rows.len() / c.dim;
         let at = self.n_past..self.n_past + n_row;
         let state = |dtype, dims: &[usize]| State::zeros(run.backend, dtype, shape(dims));
-        let positions = state(DType::I32, &[n_row])?;
-        let places = State::ids(run.backend, DType::I64, n_row, self.n_ctx)?;
+        let positions = State::ids(run.backend, DType::I32, n_row, self.n_ctx)?;
         let mask = state(DType::F16, &[self.n_ctx, n_row])?;
         positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
-        places.write(&at.clone().map(|row| row as i64).collect::<Vec<_>>());
         mask.write(&at.flat_map(|row| mask_row(row, self.n_ctx)).collect::<Vec<_>>());
         let shape = [c.dim, n_row];
         self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
-            let (positions, places) = (g.state(&positions), g.state(&places));
-            let rows = Rows { x, positions, places, mask: g.state(&mask) };
+            let rows = Rows { x, positions: g.state(&positions), mask: g.state(&mask) };
             layer.build(g, &rows, &self.cache[i], rows.x.shape()[1], c)
         })?;
         Ok(())

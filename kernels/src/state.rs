@@ -32,7 +32,7 @@ impl State {
         Self::on(backend, 0, dtype, shape)
     }
 
-    /// `n` row numbers, which all stay below `below`: of i32 for [`crate::Tensor::get_rows`], of i64
+    /// `n` row numbers, which all stay below `below`: of i32 for [`crate::Tensor::get_rows`], of i32 or i64
     /// for [`crate::Tensor::set_rows`]. They start as zeros, and [`State::write`] checks the rest.
     ///
     /// # Errors

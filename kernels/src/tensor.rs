@@ -240,7 +240,7 @@ impl<'g> Tensor<'g> {
     }
 
     /// Writes `rows [k, n]` into this state `[k, n_row]`, converted to its type, at the places
-    /// `at [n]` of i64, a [`crate::State::ids`] below `n_row`. Runs before anything that is added later.
+    /// `at [n]`, a [`crate::State::ids`] below `n_row`. Runs before anything that is added later.
     pub fn set_rows(self, rows: Tensor<'g>, at: Tensor<'g>) {
         self.same_graph(rows);
         self.same_graph(at);
@@ -248,7 +248,7 @@ impl<'g> Tensor<'g> {
         let matrices = table[2..] == [1, 1] && new[2..] == [1, 1];
         assert!(matrices && table[0] == new[0], "set_rows: {new:?} are not rows of {table:?}");
         assert_eq!(at.shape(), [new[1], 1, 1, 1], "set_rows: one place per row");
-        assert_eq!(at.dtype(), DType::I64, "set_rows: places are not i64");
+        assert!(!at.dtype().is_float(), "set_rows: places are {}", at.dtype());
         rows.rows("set_rows");
         assert!(self.dtype().is_float() && self.is_packed(), "set_rows: the table's rows");
         assert!(!self.is_weight(), "set_rows: weights are only read");

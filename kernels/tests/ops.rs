@@ -311,15 +311,18 @@ fn rows_are_read_and_written_by_number() {
         let got = compute(&[4, 3], |g| g.weight(&table).get_rows(g.state(&ids)));
         assert_eq!(got, [&rounded[16..], &rounded[..4], &rounded[16..]].concat(), "{dtype}");
     }
-    let (cache, new) = (state(&[4, 5], &data), state(&[4, 2], &rows));
-    let at = common::ids(DType::I64, 2, 5);
-    at.write(&[3_i64, 1]);
-    let got = compute(&[4, 5], |g| {
-        g.state(&cache).set_rows(g.state(&new), g.state(&at));
-        g.state(&cache).contiguous()
-    });
-    let want = [&data[..4], &rows[4..], &data[8..12], &rows[..4], &data[16..]].concat();
-    assert_eq!((got, cache.read::<f32>()), (want.clone(), want));
+    let [small, large] = [DType::I32, DType::I64].map(|dtype| common::ids(dtype, 2, 5));
+    small.write(&[3_i32, 1]);
+    large.write(&[3_i64, 1]);
+    for at in [small, large] {
+        let (cache, new) = (state(&[4, 5], &data), state(&[4, 2], &rows));
+        let got = compute(&[4, 5], |g| {
+            g.state(&cache).set_rows(g.state(&new), g.state(&at));
+            g.state(&cache).contiguous()
+        });
+        let want = [&data[..4], &rows[4..], &data[8..12], &rows[..4], &data[16..]].concat();
+        assert_eq!((got, cache.read::<f32>()), (want.clone(), want));
+    }
 }
 
 #[test]

@@ -154,8 +154,8 @@ fn rows_by_number() {
         case("set_rows: one place per row", |g| {
             g.state(&table).set_rows(g.state(&short), g.state(&places));
         }),
-        case("set_rows: places are not i64", |g| {
-            g.state(&table).set_rows(g.state(&rows), g.state(&ids));
+        case("set_rows: places are F32", |g| {
+            g.state(&table).set_rows(g.state(&rows), g.state(&zeros(DType::F32, &[3])));
         }),
         case("set_rows", |g| g.state(&table).set_rows(g.state(&wide), g.state(&places))),
         case("set_rows", |g| g.state(&cube).set_rows(g.state(&rows), g.state(&places))),

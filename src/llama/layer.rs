@@ -37,7 +37,6 @@ pub(crate) struct LayerCache {
 pub(crate) struct Rows<'g> {
     pub x: Tensor<'g>,
     pub positions: Tensor<'g>,
-    pub places: Tensor<'g>,
     pub mask: Tensor<'g>,
 }
 
@@ -164,10 +163,10 @@ impl Layer {
         let (keys, values) = (cache.slice(0, 0, kv), cache.slice(0, kv, kv));
         match v {
             Some(v) => {
-                keys.set_rows(k, rows.places);
-                values.set_rows(v, rows.places);
+                keys.set_rows(k, rows.positions);
+                values.set_rows(v, rows.positions);
             }
-            None => cache.set_rows(k, rows.places),
+            None => cache.set_rows(k, rows.positions),
         }
         let seen = |x: Tensor<'g>| {
             let rows = x.slice(1, 0, n_kv).heads(head_dim); // [head_dim, n_head_kv, n_kv]

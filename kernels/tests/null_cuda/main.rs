@@ -137,7 +137,7 @@ fn assert_whole(run: &Run, cards: &[usize]) {
                 "vision" => (1, 0),
                 "projector" => (0, 0),
                 "prefill" => (1, 1),
-                _ => (1 + 3 * n, 1),
+                _ => (1 + 2 * n, 1),
             };
             let words = [("replay ", n), ("upload ", up), ("download ", down), ("malloc ", 0)];
             for (word, n) in words {

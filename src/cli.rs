@@ -53,7 +53,8 @@ pub struct Place {
     n_gpu_layers: Option<usize>,
     #[command(flatten)]
     threads: Threads,
-    /// Whose functions a CPU computes with: fastest (our own where the CPU suits them), ggml
+    /// Kernels that a CPU computes with: fastest (the first of the others that it has the instructions for),
+    /// avx512-vnni, avx-vnni, avx2, ggml
     #[arg(long, value_name = "NAME", env = Kernels::VARIABLE, default_value = "fastest", hide_env = true)]
     kernels: Kernels,
 }

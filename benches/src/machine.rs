@@ -49,6 +49,9 @@ pub struct Machine {
     pub os: String,
     /// Threads that computed.
     pub threads: usize,
+    /// The kernels that the CPU computed with; older results do not say.
+    #[serde(default)]
+    pub kernels: String,
 }
 
 /// What the machine reaches without a model.
@@ -85,6 +88,7 @@ impl Machine {
             cpu: value_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned()),
             os: words.map(|word| word.to_string_lossy().into_owned()).join(" "),
             threads: options.n_threads,
+            kernels: options.kernels.resolve().to_string(),
         })
     }
 }

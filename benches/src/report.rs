@@ -70,7 +70,7 @@ fn cold_name(r: &Results) -> &'static str {
 /// One measurement as CSV: a line for each stage, with what it was measured on in each.
 pub fn csv(r: &Results) -> String {
     let mut out =
-        "model,type,model_bytes,parameters,device,cpu,os,threads,commit,date,stage,rows,n,\
+        "model,type,model_bytes,parameters,device,cpu,os,threads,kernels,commit,date,stage,rows,n,\
         min_ms,p50_ms,mean_ms,p99_ms,max_ms,hz,bytes,flop,bytes_per_s,flop_per_s,\
         copy_bytes_per_s,product_flop_per_s\n"
             .to_owned();
@@ -92,6 +92,7 @@ pub fn csv(r: &Results) -> String {
             .chain([&m.device, &m.cpu, &m.os].map(|text| quoted(text)))
             .chain([
                 m.threads.to_string(),
+                m.kernels.clone(),
                 quoted(&r.origin.commit),
                 quoted(&r.origin.date),
                 quoted(name),

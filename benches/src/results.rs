@@ -205,12 +205,13 @@ impl Results {
 
     /// The device and what computes on it, for people.
     pub fn machine_label(&self) -> String {
-        let Machine { device, cpu, threads, .. } = &self.origin.machine;
-        match (device.as_str(), threads) {
-            ("CPU", 1) => format!("{cpu}, 1 thread"),
-            ("CPU", n) => format!("{cpu}, {n} threads"),
-            (device, _) => device.to_owned(),
+        let Machine { device, cpu, threads, kernels, .. } = &self.origin.machine;
+        if device != "CPU" {
+            return device.to_owned();
         }
+        let kernels = if kernels.is_empty() { String::new() } else { format!(", {kernels}") };
+        let s = if *threads == 1 { "" } else { "s" };
+        format!("{cpu}, {threads} thread{s}{kernels}")
     }
 
     /// The file's type, for people.

@@ -10,6 +10,7 @@ use std::sync::LazyLock;
 use openvla_bench::project::LAUNCHES;
 use openvla_bench::results::{Results, VERSION};
 use openvla_bench::{plot, report};
+use openvla_kernels::Kernels;
 use process::{assert_fails, stderr, stdout};
 use serde_json::Value;
 
@@ -47,6 +48,7 @@ fn a_result_says_what_was_measured_where() {
     assert_eq!(r.version, VERSION);
     assert_eq!(r.origin.command, "openvla-bench -r 2 -t 1 -o json");
     assert_eq!((r.origin.machine.device.as_str(), r.origin.machine.threads), ("CPU", 1));
+    assert_eq!(r.origin.machine.kernels, Kernels::default().resolve().to_string());
     assert!(r.origin.date.ends_with('Z') && r.origin.date.len() == 20, "{}", r.origin.date);
     assert!(!r.origin.commit.is_empty());
     assert_eq!(r.model.r#type.as_deref(), Some("Q4_K_M"));
@@ -105,13 +107,14 @@ fn results_become_a_table_and_a_picture() {
     let one = file(dir.path(), "a.json", &MEASURED);
     let other = changed(|value| {
         value["machine"]["cpu"] = "A|B & <C>".into();
+        value["machine"]["kernels"] = "ggml".into();
         value["model"]["type"] = "Q8_0".into();
     });
     let other = file(dir.path(), "b.json", &other);
     let output = openvla_bench(&["table", &one, &other]);
     let said = stdout(&output);
     assert_eq!(said.lines().count(), 4, "{said}");
-    assert!(said.contains("| A\\|B & <C>, 1 thread | Q8_0 |"), "{said}");
+    assert!(said.contains("| A\\|B & <C>, 1 thread, ggml | Q8_0 |"), "{said}");
     assert_eq!(said, stdout(&openvla_bench(&["table", &other, &one])), "in whichever order");
     let picture = dir.path().join("hz.svg");
     let output = openvla_bench(&["plot", &one, &other, "-o", &picture.display().to_string()]);

@@ -140,11 +140,6 @@ impl Backend {
         self.isa
     }
 
-    /// The kernels that the CPU computes with: never [`Kernels::Fastest`].
-    pub fn kernels(&self) -> Kernels {
-        self.isa.map_or(Kernels::Ggml, Kernels::of)
-    }
-
     /// Whether our own kernels compute all that there are: on a CPU that has the instructions, and no GPU
     /// besides it, where all but products would be.
     pub fn has_own_kernels(&self) -> bool {

@@ -40,6 +40,11 @@ impl Kernels {
         Self::ALL.into_iter().filter(has_instructions).collect()
     }
 
+    /// What this CPU computes with if it is told to take these: never [`Kernels::Fastest`].
+    pub fn resolve(self) -> Self {
+        self.isa().map_or(Self::Ggml, Self::of)
+    }
+
     /// The instruction set that our own kernels are to use, if any are and the CPU has it.
     pub(crate) fn isa(self) -> Option<Isa> {
         let named = |isa: &Isa| self == Self::Fastest || isa.name() == self.name();
@@ -47,7 +52,7 @@ impl Kernels {
     }
 
     /// Our own for an instruction set.
-    pub(crate) fn of(isa: Isa) -> Self {
+    fn of(isa: Isa) -> Self {
         Self::ALL.into_iter().find(|kernels| kernels.name() == isa.name()).expect("it has kernels")
     }
 

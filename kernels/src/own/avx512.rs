@@ -46,9 +46,12 @@ unsafe impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     const LANES: usize = 16;
-    const TILE: usize = 6;
     const NR: usize = 8;
     const OFFSET_OF_8_BITS: Option<u32> = Some(7);
+
+    fn tile_columns(_: u32) -> usize {
+        6
+    }
 
     fn vectorize<O: Op<Self>>(self, op: O) -> O::Output {
         // SAFETY: `self` proves that the CPU has the instructions.

@@ -25,13 +25,14 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Rows that are multiplied together: those of two vectors.
     const MR: usize = 2 * Self::LANES;
-    /// Columns of a tile of a product of integers, at most six.
-    const TILE: usize;
     /// Columns of a tile of a product of floats, at most [`MAX_NR`].
     const NR: usize;
     /// The bits that weights of 8 bits are shifted by to be unsigned for [`Simd::dot`]: 128 is added, which is
     /// `1 << 7`, or nothing.
     const OFFSET_OF_8_BITS: Option<u32>;
+
+    /// Columns of a tile of a product of weights of so many bits: at most six.
+    fn tile_columns(bits: u32) -> usize;
 
     /// Runs an operation in a function that is compiled for these instructions.
     fn vectorize<O: Op<Self>>(self, op: O) -> O::Output;

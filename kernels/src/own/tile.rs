@@ -89,7 +89,8 @@ fn multiply_slab<S: Simd, F: Format>(
     sums: &mut [[S::F; 2]],
 ) {
     assert!(n_block <= DEPTH / F::BLOCK, "a slab");
-    for (columns, sums) in columns.chunks(S::TILE).zip(sums.chunks_mut(S::TILE)) {
+    let n = S::tile_columns(F::BITS);
+    for (columns, sums) in columns.chunks(n).zip(sums.chunks_mut(n)) {
         match columns.len() {
             1 => tile::<S, F, 1>(s, slab, n_block, columns, sums),
             2 => tile::<S, F, 2>(s, slab, n_block, columns, sums),

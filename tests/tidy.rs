@@ -8,11 +8,12 @@ fn root() -> &'static Path {
 
 /// Every Rust file of the workspace, with its text.
 fn sources() -> Vec<(PathBuf, String)> {
-    let mut folders: Vec<_> =
-        ["src", "convert", "kernels", "example", "tabletop", "serve", "tests", "benches"]
-            .iter()
-            .map(|name| root().join(name))
-            .collect();
+    let mut folders: Vec<_> = [
+        "src", "examples", "convert", "kernels", "example", "tabletop", "serve", "tests", "benches",
+    ]
+    .iter()
+    .map(|name| root().join(name))
+    .collect();
     let mut sources = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {

@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options, Policy, Profile};
 
 /// The trained example at 4 bits. Swap the file to change the default model.
-static EXAMPLE: &[u8] = include_bytes!("../example/tabletop.gguf");
+static EXAMPLE: &[u8] = include_bytes!("cli/tabletop.gguf");
 
 /// What to tell people who get it.
 pub const BUILT_IN: &str = "no model named: using the built-in example, which knows the simulated \

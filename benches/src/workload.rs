@@ -12,7 +12,7 @@ use tempfile::TempDir;
 pub const INSTRUCTION: &str = "put eggplant into pot";
 
 /// The random example, whose matrices fit every type.
-static EXAMPLE: &[u8] = include_bytes!("../../example/example.gguf");
+static EXAMPLE: &[u8] = include_bytes!("example.gguf");
 
 /// A table with an eggplant and a pot, 320 × 240.
 static TABLE: &[u8] = include_bytes!("../../example/table.png");

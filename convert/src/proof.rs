@@ -18,7 +18,7 @@ const CASES: [(&str, &str); 2] =
     [("table", "put eggplant into pot"), ("table mirrored", "move the pot to the left")];
 
 /// The example's table. Any image would do; one of a table is closer to what robots see.
-const TABLE: &[u8] = include_bytes!("../../example/table.png");
+const TABLE: &[u8] = include_bytes!("table.png");
 
 /// A built-in image by name.
 ///

@@ -8,7 +8,7 @@ macro_rules! files {
     ($($name:literal)*) => {
         [$((
             $name,
-            include_bytes!(concat!("../../../example/openvla-tabletop/", $name)).as_slice(),
+            include_bytes!(concat!("openvla-tabletop/", $name)).as_slice(),
         )),*]
     };
 }

@@ -12,8 +12,11 @@ fn main() {
     exceptions.cpp(true).std("c++17").include(libraries.with_file_name("include"));
     exceptions.file("src/exceptions.cpp").compile("openvla-exceptions");
     check_only_ggml(libraries);
-    // So that a module of ggml's finds ggml in a test: see tests/null_cuda.
-    println!("cargo:rustc-link-arg-tests=-rdynamic");
+    // So that a module of ggml's finds ggml in a test: see tests/null_cuda. Packages hold no tests, without
+    // which cargo refuses it.
+    if Path::new("tests").is_dir() {
+        println!("cargo:rustc-link-arg-tests=-rdynamic");
+    }
     // Set by llama-cpp-sys-2 if it was built with `dynamic-backends`.
     let Ok(modules) = std::env::var("DEP_LLAMA_BACKENDS_DIR") else { return };
     println!("cargo:rustc-env=OPENVLA_GGML_MODULES={modules}");

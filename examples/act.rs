@@ -18,7 +18,7 @@ fn main() -> anyhow::Result<()> {
 
     let (name, dataset) = policy.config().statistics.select(Some(&action.unnorm_key))?;
     let mut out = std::io::stdout().lock();
-    for (value, [low, high]) in action.action.iter().zip(dataset.ranges()) {
+    for (value, [low, high]) in action.action.iter().zip(dataset.action.ranges()) {
         writeln!(out, "{value:10.6} of {low:.6} … {high:.6}")?;
     }
     writeln!(out, "in units of {name}, {:.0} ms", action.timing_ms.total)?;

@@ -15,7 +15,7 @@ pub const INSTRUCTION: &str = "put eggplant into pot";
 static EXAMPLE: &[u8] = include_bytes!("example.gguf");
 
 /// A table with an eggplant and a pot, 320 × 240.
-static TABLE: &[u8] = include_bytes!("../../example/table.png");
+static TABLE: &[u8] = include_bytes!("table.png");
 
 /// A model file; the example's goes with this value.
 pub struct ModelFile {

@@ -2,7 +2,6 @@
 
 use std::process::Command;
 
-#[path = "../build.rs"]
 mod programs;
 
 fn main() {

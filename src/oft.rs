@@ -188,8 +188,8 @@ impl OpenVlaOft {
         Err(Error::Observation { why })
     }
 
-    /// Actions as the head gives them, and the ids that they stand for.
-    fn decode(&self, output: &[f32]) -> Result<(Vec<Normalized>, Option<Vec<Vec<u32>>>)> {
+    /// Actions as the head gives them, and the ids that they stand for if it gives tokens.
+    fn decode(&self, output: &[f32]) -> Result<(Vec<Normalized>, Option<Tokens>)> {
         let (oft, actions) = (self.oft(), self.config.actions);
         if oft.head == OftHead::L1 {
             if let Some(i) = output.iter().position(|x| !x.is_finite()) {
@@ -207,11 +207,14 @@ impl OpenVlaOft {
         let rows = output.chunks(n_vocab).enumerate();
         let tokens: Vec<u32> =
             rows.map(|(step, logits)| argmax(logits, ids.clone(), step)).collect::<Result<_>>()?;
-        let tokens: Vec<Vec<u32>> = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
+        let tokens: Tokens = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
         let chunk = tokens.iter().map(|ids| Normalized::Bins(actions.normalized(ids)));
         Ok((chunk.collect(), Some(tokens)))
     }
 }
+
+/// The ids of each action.
+type Tokens = Vec<Vec<u32>>;
 
 /// One action in about -1..1, in the precision that the reference has it in.
 enum Normalized {

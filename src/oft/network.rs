@@ -11,6 +11,7 @@
 //! ref: openvla-oft `OpenVLAForActionPrediction.predict_action`
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use openvla_kernels::{
@@ -241,11 +242,10 @@ impl Model {
         let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
         let mut positions = BTreeMap::new();
         for layer in &self.layers {
-            let device = layer.keys().device();
-            if !positions.contains_key(&device) {
+            if let Entry::Vacant(place) = positions.entry(layer.keys().device()) {
                 let state = State::beside(layer.keys(), DType::I32, shape(&[n_row]))?;
                 state.write(&(0..n_row as i32).collect::<Vec<_>>());
-                positions.insert(device, state);
+                place.insert(state);
             }
         }
         // The first row that is taken is the prompt's last, as with any next-token prediction.

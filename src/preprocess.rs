@@ -58,7 +58,7 @@ impl Preprocess {
     ///
     /// # Errors
     ///
-    /// [`Error::Image`] if a side is not in 1 to 16384 pixels, or `size` not in 14 to 1024.
+    /// [`crate::Error::Image`] if a side is not in 1 to 16384 pixels, or `size` not in 14 to 1024.
     pub fn square(&self, image: &RgbImage) -> Result<RgbImage> {
         check_sides(image.width(), image.height())?;
         check_size(self.size)?;

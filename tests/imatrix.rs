@@ -293,10 +293,11 @@ fn sums_are_of_what_went_in() {
     assert_eq!(DType::F32.decode(&file.bytes()[sums.range.clone()]), want);
 }
 
+/// But for rounding: LayerNorm's bias is joined with the next matrix's only where nobody observes.
 #[test]
 fn an_observed_policy_computes_the_same() {
     let subject = Subject::example(&COMMITTED);
-    let model = subject.convert("Q4_K_M", None);
+    let model = subject.convert("F32", None);
     let mut observing = options();
     observing.observe = true;
     let [plain, observed] = [options(), observing].map(|options| {
@@ -311,7 +312,12 @@ fn an_observed_policy_computes_the_same() {
         let second = sequence.step(prompt[1]).unwrap().to_vec();
         ([network.features(), network.soft_tokens(), first, second], network.squares().len())
     });
-    assert!(plain.0 == observed.0, "bit for bit");
+    for (plain, observed) in plain.0.iter().zip(&observed.0) {
+        let sum = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
+        let wrong = sum(&mut plain.iter().zip(observed).map(|(a, b)| a - b));
+        let error = (wrong / sum(&mut plain.iter().copied())).sqrt();
+        assert!(error < 1e-4, "off by {error:.1e}");
+    }
     assert!(plain.1 == 0 && observed.1 > 0);
 }
 

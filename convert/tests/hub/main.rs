@@ -321,10 +321,11 @@ fn what_cannot_be_converted_is_refused_before_its_weights_are_fetched() {
         files.remove(WEIGHTS).unwrap();
         files
     };
+    const DIFFUSION: &str = "noisy_action_projector--1_checkpoint.pt";
     let mut pickled = without(WEIGHTS);
     pickled.insert("pytorch_model.bin".into(), vec![0; 8]);
     for (files, words) in [
-        (with("action_head--1.pt", String::new()), ["OpenVLA-OFT", "action_head--1.pt"]),
+        (with(DIFFUSION, String::new()), ["diffusion", DIFFUSION]),
         (without(WEIGHTS), [WEIGHTS, "model.safetensors.index.json"]),
         (pickled, ["pytorch_model.bin", "safe_serialization=True"]),
         (without("preprocessor_config.json"), ["preprocessor_config.json", ID]),

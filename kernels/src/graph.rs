@@ -17,7 +17,7 @@ use crate::repack::Layout;
 use crate::usage::{Counts, Use};
 use crate::{Backend, Builder, Error, Result};
 
-/// A computation that is ready to run. What it reads and writes are [`State`]s.
+/// A computation that is ready to run. What it reads and writes are [states](crate::State).
 ///
 /// Each operation runs where its weights are, else where its operands are; ggml's scheduler copies
 /// what goes from one device to the next. It plans once, when the graph is built, so that a device

@@ -35,6 +35,17 @@ fn people_read_a_line_for_each_dimension() {
 }
 
 #[test]
+fn the_instruction_may_come_after_options() {
+    let output = openvla_run(&[&table(), "--json", "put eggplant into pot"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = openvla_run(&[&table(), "--wrist", &table(), "--state", "[-1]", "put it down"]);
+    assert_fails(&output, &["--wrist and --state are for OpenVLA-OFT"]);
+    let output = openvla_run(&[&table(), "--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("an image and an instruction are needed"));
+}
+
+#[test]
 fn programs_read_one_object() {
     let output = openvla_run(&[&table(), "put eggplant into pot", "--json"]);
     let said = stdout(&output);

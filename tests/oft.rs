@@ -4,7 +4,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use common::process::assert_fails;
 use common::{floats, json, of, picture, shared as golden};
 use openvla::oft::{Observation, OpenVlaOft};
 use openvla::{Bounds, Decoding, Devices, Options, Profile, libero};
@@ -251,6 +253,38 @@ mod shared {
                 let error = acts_as_the_reference(&goldens, &variant, case);
                 eprintln!("{} actions {error:.1e}", case["id"]);
             }
+        }
+    }
+
+    /// As the README has it.
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn the_program_prints_the_chunk() {
+        let goldens = Goldens::open();
+        let variant = goldens.variant("A", "F32");
+        let case = goldens.cases("A")[0];
+        let image = |name: &str| goldens.dir.join("images").join(name);
+        let run = |more: &[&str]| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));
+            command.arg("-m").arg(&variant.path).args(["--profile", "libero", "--json"]);
+            command.arg(image("env0.png")).args(more).arg(case["instruction"].as_str().unwrap());
+            command.args(["--unnorm-key", case["unnorm_key"].as_str().unwrap()]).output().unwrap()
+        };
+        let (wrist, state) = (image("env1.png"), case["state"].to_string());
+        let wrist = wrist.to_str().unwrap();
+        let output = run(&["--wrist", wrist, "--state", &state]);
+        let chunk: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let actions = chunk["actions"].as_array().unwrap();
+        assert_eq!(actions.len(), 8);
+        let first = floats(&case["first_action"]);
+        assert_close("the program", "F32", 3, &floats(&actions[0]), &first);
+        for (more, words) in [
+            (&["--wrist", wrist][..], "the arm's state of 8 numbers is missing"),
+            (&["--state", &state], "there are 1 pictures; the model has 2 cameras"),
+            (&["--wrist", wrist, "--state", "[1, 2]"], "has 2 numbers, not 8"),
+            (&["--wrist", wrist, "--state", "[true]"], "a JSON list of numbers"),
+        ] {
+            assert_fails(&run(more), &[words]);
         }
     }
 

@@ -1,5 +1,6 @@
 //! `openvla-run`: images and one instruction to one motion each, or to a chunk of actions.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,10 +18,14 @@ use openvla::{Action, OpenVla, Policy, Scale, Session, Usage};
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// PNG, JPEG, WebP or BMP of any size; "-" reads one from stdin
-    #[arg(required = true, value_name = "IMAGE")]
+    /// Images: PNG, JPEG, WebP or BMP of any size; "-" reads one from stdin. Then what the robot is asked to do: "put
+    /// eggplant into pot"
+    // One list, since clap does not take the instruction of two after an option.
+    #[arg(required = true, value_name = "IMAGE... INSTRUCTION")]
+    inputs: Vec<OsString>,
+    #[arg(skip)]
     images: Vec<PathBuf>,
-    /// What the robot is asked to do: "put eggplant into pot"
+    #[arg(skip)]
     instruction: String,
     #[command(flatten)]
     model: Model,
@@ -39,11 +44,23 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args: Args = cli::start();
+    let mut args: Args = cli::start();
+    let usage = |kind, why: &str| -> ! { Args::command().error(kind, why).exit() };
+    let Some((instruction, images)) = args.inputs.split_last().filter(|(_, rest)| !rest.is_empty())
+    else {
+        usage(
+            ErrorKind::MissingRequiredArgument,
+            "an image and an instruction are needed: IMAGE INSTRUCTION",
+        );
+    };
+    let Some(instruction) = instruction.to_str() else {
+        usage(ErrorKind::InvalidUtf8, "the instruction is not UTF-8");
+    };
+    args.instruction = instruction.to_owned();
+    args.images = images.iter().map(PathBuf::from).collect();
     let pictures = args.images.iter().chain(&args.wrist);
     if pictures.filter(|path| path.as_os_str() == STDIN).count() > 1 {
-        let why = "\"-\" can be given once: stdin holds one image";
-        Args::command().error(ErrorKind::ArgumentConflict, why).exit();
+        usage(ErrorKind::ArgumentConflict, "\"-\" can be given once: stdin holds one image");
     }
     cli::end(run(&args))
 }

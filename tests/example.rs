@@ -8,8 +8,10 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use common::{convert, floats, ids, json, open, picture};
-use openvla::{Decoding, OpenVla};
+use common::{floats, ids, json, of, open, picture};
+use indicatif::ProgressBar;
+use openvla::{Config, Decoding, OpenVla};
+use openvla_convert::Conversion;
 use openvla_example::{COMMITTED, Size, Spec, Variant};
 use openvla_kernels::Gguf;
 use serde_json::Value;
@@ -196,10 +198,24 @@ fn the_random_model_is_the_random_example() {
     is_converted("openvla-example", "example.gguf");
 }
 
+/// Its files tell that it is an OpenVLA-OFT run, and of which platform's sizes.
+#[test]
+fn the_oft_model_is_the_trained_oft_example() {
+    is_converted("openvla-tabletop-oft", "tabletop-oft.gguf");
+    let file = Gguf::open(&example().join("tabletop-oft.gguf")).unwrap();
+    let oft = Config::read(&file).unwrap().oft.unwrap();
+    assert_eq!((oft.chunk, oft.n_action, oft.n_state, oft.film), (8, 7, 8, false));
+    assert_eq!(oft.cameras, ["full_image", "wrist_image"]);
+}
+
+/// With the default type; runs of the tabletop see whole pictures.
 fn is_converted(checkpoint: &str, file: &str) {
     let dir = tempfile::tempdir().unwrap();
     let fresh = dir.path().join("fresh.gguf");
-    convert(&example().join(checkpoint), "Q4_K_M", &fresh);
+    let mut options = of("Q4_K_M");
+    options.center_crop = Some(false);
+    let conversion = Conversion::new(&example().join(checkpoint), &options).unwrap();
+    conversion.write(&fresh, &ProgressBar::hidden()).unwrap();
     let (fresh, built_in) =
         (Gguf::open(&fresh).unwrap(), Gguf::open(&example().join(file)).unwrap());
     let again = &*format!("openvla-convert --q4 example/{checkpoint} -o example/{file} writes it");

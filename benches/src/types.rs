@@ -101,7 +101,7 @@ impl Comparison {
         let mut running = Vec::new();
         for name in std::iter::once("expert").chain(RUNNING) {
             let policy: Box<dyn Policy + Send> = match name {
-                "expert" => Box::new(Expert),
+                "expert" => Box::new(Expert { ahead: 1 }),
                 name => Box::new(open(&dir.path().join(name))?),
             };
             let mut policies = vec![policy];

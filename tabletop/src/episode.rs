@@ -3,12 +3,11 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use openvla::image::RgbImage;
-use openvla::{OpenVla, Session, Totals};
+use openvla::Totals;
 
 use crate::expert;
+use crate::expert::plan;
 use crate::geometry::half_turn;
-use crate::render::picture;
 use crate::world::{Action, TICKS, World};
 
 /// Steps after which an episode has failed. The expert needs about 11.
@@ -16,11 +15,11 @@ pub const STEPS: usize = 40;
 
 /// What acts in a world.
 pub trait Policy {
-    /// The next step.
+    /// The next steps, at least one. All of them are made before it is called again.
     ///
     /// # Errors
     /// If it cannot say.
-    fn act(&mut self, world: &World) -> Result<Action>;
+    fn act(&mut self, world: &World) -> Result<Vec<Action>>;
 
     /// An episode begins.
     fn begin(&mut self) {}
@@ -29,71 +28,22 @@ pub trait Policy {
     fn drafted(&self) -> Totals {
         Totals::default()
     }
+
+    /// Whether it sees the wrist camera's picture beside the front camera's.
+    fn sees_wrist(&self) -> bool {
+        false
+    }
 }
 
 /// Knows where everything is.
-pub struct Expert;
+pub struct Expert {
+    /// Steps that it plans ahead.
+    pub ahead: usize,
+}
 
 impl Policy for Expert {
-    fn act(&mut self, world: &World) -> Result<Action> {
-        Ok(expert(world))
-    }
-}
-
-/// Sees what the camera sees, in the size that the model wants, and reads the instruction.
-pub struct Model {
-    vla: OpenVla,
-    unnorm_key: Option<String>,
-    session: Session,
-    drafted: Totals,
-}
-
-impl Model {
-    /// `unnorm_key` names the model's data set whose units are meters and radians per step; it may
-    /// be left out where there is one.
-    ///
-    /// # Errors
-    /// If the model's motions are not of seven numbers, or the data set is unknown.
-    pub fn new(vla: OpenVla, unnorm_key: Option<String>) -> Result<Self> {
-        let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
-        let n = dataset.action.n();
-        anyhow::ensure!(n == 7, "motions of `{name}` have {n} numbers; seven move this gripper");
-        Ok(Self { vla, unnorm_key, session: Session::default(), drafted: Totals::default() })
-    }
-
-    /// What it sees.
-    pub fn render_view(&self, world: &World) -> RgbImage {
-        picture(world, self.vla.config().preprocess.size)
-    }
-
-    /// All that it says to a picture.
-    ///
-    /// # Errors
-    /// If it cannot say.
-    pub fn answer(&mut self, picture: &RgbImage, instruction: &str) -> Result<openvla::Action> {
-        let key = self.unnorm_key.as_deref();
-        Ok(self.vla.act_in(&mut self.session, picture, instruction, key)?)
-    }
-
-    /// The network that it is.
-    pub fn vla(&self) -> &OpenVla {
-        &self.vla
-    }
-}
-
-impl Policy for Model {
-    fn act(&mut self, world: &World) -> Result<Action> {
-        let action = self.answer(&self.render_view(world), &world.scene.instruction)?;
-        self.drafted = action.draft.session;
-        Ok(std::array::from_fn(|i| action.action[i]))
-    }
-
-    fn begin(&mut self) {
-        (self.session, self.drafted) = Default::default();
-    }
-
-    fn drafted(&self) -> Totals {
-        self.drafted.clone()
+    fn act(&mut self, world: &World) -> Result<Vec<Action>> {
+        Ok(plan(world, self.ahead))
     }
 }
 
@@ -104,7 +54,8 @@ pub enum Pace {
     Blocking,
     /// The camera takes a picture `hz` times a second and a step lasts one such period. While the
     /// policy thinks, the step before goes on to its end; then the gripper stands still. A period
-    /// that begins while the policy still thinks brings no picture.
+    /// that begins while the policy still thinks brings no picture, nor does one that begins before
+    /// the last step of a chunk.
     Running {
         /// Periods a second.
         hz: f64,
@@ -113,14 +64,25 @@ pub enum Pace {
     },
 }
 
+impl Pace {
+    /// Whether the outcome depends on how long the policy takes on this machine.
+    pub fn is_timed(self) -> bool {
+        matches!(self, Self::Running { latency_ms: None, .. })
+    }
+}
+
 /// How an episode went.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// Whether the thing lies where it should.
     pub done: bool,
-    /// Steps that were asked of the policy.
+    /// Steps that were made.
     pub steps: usize,
-    /// Means over all steps of how far the policy was from the expert.
+    /// Calls of the policy, each of which saw what the cameras see.
+    pub calls: usize,
+    /// Milliseconds that they took, all together.
+    pub thinking_ms: f64,
+    /// Mean over all calls of how far the policy's next step was from the expert's.
     pub error: Difference,
     /// What drafts did.
     pub drafted: Totals,
@@ -156,7 +118,8 @@ impl Difference {
     }
 }
 
-/// Runs an episode to its end. `seen` is called with each world that the policy sees, and the last.
+/// Runs an episode to its end. `seen` is called with each world in which a step was chosen or begins,
+/// and the last.
 ///
 /// # Errors
 /// Those of the policy.
@@ -168,33 +131,47 @@ pub fn run(
     seen: &mut dyn FnMut(&World),
 ) -> Result<Outcome> {
     policy.begin();
-    let mut errors = Vec::new();
+    let (mut errors, mut steps, mut thinking_ms) = (Vec::new(), 0, 0.0);
     let mut pending = PendingStep { action: [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], left: 0 };
     let mut time = 0; // in ticks
     while !world.is_done() && time < most * TICKS {
         seen(&world);
         let start = Instant::now();
-        let action = policy.act(&world)?;
-        errors.push(Difference::between(&action, &expert(&world)));
+        let actions = policy.act(&world)?;
+        let thinking = start.elapsed().as_secs_f64() * 1e3;
+        thinking_ms += thinking;
+        errors.push(Difference::between(&actions[0], &expert(&world)));
         let delay = match pace {
             Pace::Blocking => 0,
             Pace::Running { hz, latency_ms } => {
-                let thinking = latency_ms.unwrap_or_else(|| start.elapsed().as_secs_f64() * 1e3);
+                let thinking = latency_ms.unwrap_or(thinking);
                 (thinking / 1e3 * hz * TICKS as f64).round() as usize
             }
         };
-        let period = delay.div_ceil(TICKS).max(1) * TICKS;
         pending.advance(&mut world, delay);
-        pending = PendingStep { action, left: TICKS };
-        pending.advance(&mut world, period - delay);
+        let period = delay.div_ceil(TICKS).max(1) * TICKS;
         time += period;
+        for (i, action) in actions.into_iter().enumerate() {
+            if i > 0 {
+                // The step before has some ticks to go if the policy took part of a period.
+                pending.advance(&mut world, pending.left);
+                if world.is_done() || time >= most * TICKS {
+                    break;
+                }
+                seen(&world);
+                time += TICKS;
+            }
+            pending = PendingStep { action, left: TICKS };
+            steps += 1;
+        }
+        pending.advance(&mut world, period - delay);
     }
     if !world.is_done() {
         pending.advance(&mut world, pending.left);
     }
     seen(&world);
-    let error = Difference::mean(&errors);
-    Ok(Outcome { done: world.is_done(), steps: errors.len(), error, drafted: policy.drafted() })
+    let (done, calls, error) = (world.is_done(), errors.len(), Difference::mean(&errors));
+    Ok(Outcome { done, steps, calls, thinking_ms, error, drafted: policy.drafted() })
 }
 
 /// A step, and how many ticks of it are still to come.

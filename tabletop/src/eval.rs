@@ -39,6 +39,11 @@ pub struct Report {
     pub interval: [f64; 2],
     /// Mean steps of the episodes that succeeded.
     pub steps: Option<f64>,
+    /// Mean calls of the policy in those.
+    pub calls: Option<f64>,
+    /// Mean milliseconds of a call, where the policy had the machine for itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency_ms: Option<f64>,
     /// Mean over episodes of how far the policy was from the expert.
     pub error: Difference,
     /// Passes of the Llama for one motion.
@@ -80,14 +85,19 @@ pub fn evaluate(
     let mut outcomes = all.into_iter().collect::<Result<Vec<_>>>()?.concat();
     outcomes.sort_by_key(|(i, _)| *i); // sums of floats depend on their order
     let outcomes: Vec<Outcome> = outcomes.into_iter().map(|(_, outcome)| outcome).collect();
-    Ok(report(suite, &outcomes))
+    Ok(report(suite, plan, &outcomes))
 }
 
-fn report(suite: Suite, outcomes: &[Outcome]) -> Report {
-    let steps: Vec<usize> = outcomes.iter().filter(|o| o.done).map(|o| o.steps).collect();
-    let (episodes, successes) = (outcomes.len(), steps.len());
+fn report(suite: Suite, plan: &Plan, outcomes: &[Outcome]) -> Report {
+    let done: Vec<&Outcome> = outcomes.iter().filter(|o| o.done).collect();
+    let (episodes, successes) = (outcomes.len(), done.len());
+    let mean = |f: fn(&Outcome) -> usize| {
+        let sum: usize = done.iter().map(|outcome| f(outcome)).sum();
+        (successes > 0).then(|| sum as f64 / successes as f64)
+    };
     let errors: Vec<Difference> = outcomes.iter().map(|outcome| outcome.error).collect();
     let sum = |f: fn(&Outcome) -> usize| outcomes.iter().map(f).sum::<usize>() as f64;
+    let thinking: f64 = outcomes.iter().map(|o| o.thinking_ms).sum();
     let (actions, passes) = (sum(|o| o.drafted.actions), sum(|o| o.drafted.passes));
     let accepted = sum(|o| o.drafted.accepted.iter().sum());
     Report {
@@ -96,7 +106,9 @@ fn report(suite: Suite, outcomes: &[Outcome]) -> Report {
         successes,
         rate: successes as f64 / episodes as f64,
         interval: wilson(successes, episodes),
-        steps: (successes > 0).then(|| steps.iter().sum::<usize>() as f64 / successes as f64),
+        steps: mean(|o| o.steps),
+        calls: mean(|o| o.calls),
+        latency_ms: plan.pace.is_timed().then(|| thinking / sum(|o| o.calls)),
         error: Difference::mean(&errors),
         passes: (actions > 0.0).then(|| passes / actions),
         accepted: (actions > 0.0).then(|| accepted / actions),

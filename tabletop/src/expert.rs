@@ -39,6 +39,17 @@ pub fn act(world: &World) -> Action {
     }
 }
 
+/// The next `n` steps, if nothing comes between.
+pub fn plan(world: &World, n: usize) -> Vec<Action> {
+    let mut world = world.clone();
+    let next = |_| {
+        let action = act(&world);
+        world.step(&action);
+        action
+    };
+    (0..n).map(next).collect()
+}
+
 fn motion(way: [f64; 3], open: bool) -> Action {
     let [x, y, z] = [0, 1, 2].map(|i| way[i].clamp(-LIMITS[i], LIMITS[i]));
     [x, y, z, 0.0, 0.0, 0.0, f64::from(u8::from(open))]

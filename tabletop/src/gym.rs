@@ -1,15 +1,14 @@
 //! Worlds for a policy in another program: worlds out, actions in, in lockstep.
 //!
-//! out  for each world: a byte, 1 if its task is done, and the step as [`bytes`] has it
+//! out  for each world: a byte, 1 if its task is done, and the step as [`Learner::bytes`] has it
 //! in   for each world: seven f32, little-endian
 
 use std::io::{ErrorKind, Read, Write};
 
 use anyhow::Result;
 
-use crate::expert;
 use crate::scene::{Scene, Suite};
-use crate::steps::bytes;
+use crate::steps::Learner;
 use crate::world::World;
 
 /// Bytes of an action.
@@ -20,6 +19,7 @@ const ACTION: usize = 4 * 7;
 /// # Errors
 /// If the output is closed, or the input ends within an action.
 pub fn gym(
+    learner: Learner,
     suite: Suite,
     seed: u64,
     n: usize,
@@ -33,7 +33,7 @@ pub fn gym(
     loop {
         for world in &worlds {
             out.write_all(&[u8::from(world.is_done())])?;
-            out.write_all(&bytes(world, &expert(world), size))?;
+            out.write_all(&learner.bytes(world, size))?;
         }
         out.flush()?;
         match input.read_exact(&mut actions) {

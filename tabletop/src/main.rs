@@ -4,16 +4,16 @@ use std::io::{BufWriter, Cursor, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use openvla::cli::{self, Threads, write};
-use openvla::image::ImageFormat;
-use openvla::{Draft, OpenVla, Options};
+use openvla::image::{ImageFormat, RgbImage};
+use openvla::{Draft, Options};
 #[cfg(feature = "remote")]
 use openvla_tabletop::Remote;
 use openvla_tabletop::{
-    Expert, Model, Pace, Plan, Policy, Report, STEPS, Scene, Steps, Suite, World, bytes, evaluate,
-    film, gym, picture, progress, record,
+    DataSet, Expert, Learner, Model, OftModel, Pace, Plan, Policy, Report, STEPS, Scene, Steps,
+    Suite, World, evaluate, film, gym, picture, progress, record, wrist_picture,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -45,7 +45,7 @@ struct Who {
     model: Option<PathBuf>,
     /// The model of this openvla-serve instead, such as http://127.0.0.1:8000
     #[cfg(feature = "remote")]
-    #[arg(long, group = "policy")]
+    #[arg(long, group = "policy", conflicts_with = "execute")]
     url: Option<String>,
     /// File with the server's token
     #[cfg(feature = "remote")]
@@ -58,6 +58,9 @@ struct Who {
     #[arg(long, default_value = "off", value_name = "off|auto")]
     #[arg(requires = "model")]
     draft: Draft,
+    /// Actions of a chunk that are made before it looks again [default: all; the expert: 1]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    execute: Option<u16>,
 }
 
 #[derive(Args)]
@@ -106,9 +109,15 @@ struct Play {
     /// Pixels of the film's sides
     #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u32).range(16..=1024))]
     size: u32,
-    /// Also writes what the camera sees first
+    /// Also writes what the front camera sees first
     #[arg(long, value_name = "FILE.png", value_parser = cli::output_file())]
     picture: Option<PathBuf>,
+    /// Also writes what the wrist camera sees first
+    #[arg(long, value_name = "FILE.png", value_parser = cli::output_file())]
+    wrist_picture: Option<PathBuf>,
+    /// Also writes the arm's first state, a JSON list
+    #[arg(long, value_name = "FILE.json", value_parser = cli::output_file())]
+    state: Option<PathBuf>,
     /// Where the film goes
     #[arg(short, long, default_value = "episode.gif", value_name = "FILE.gif")]
     #[arg(value_parser = cli::output_file())]
@@ -116,7 +125,22 @@ struct Play {
 }
 
 #[derive(Args)]
+struct Trainee {
+    /// For an OpenVLA-OFT: the wrist camera's picture, the arm's state and chunks of actions, too
+    #[arg(long)]
+    oft: bool,
+}
+
+impl Trainee {
+    fn learner(&self) -> Learner {
+        if self.oft { Learner::Oft } else { Learner::OpenVla }
+    }
+}
+
+#[derive(Args)]
 struct Record {
+    #[command(flatten)]
+    trainee: Trainee,
     /// A folder that is new or empty
     #[arg(short, long, value_name = "FOLDER", value_parser = cli::output_file())]
     out: PathBuf,
@@ -136,6 +160,8 @@ struct Record {
 
 #[derive(Args)]
 struct Stream {
+    #[command(flatten)]
+    trainee: Trainee,
     /// Chooses the steps
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -149,6 +175,8 @@ struct Stream {
 
 #[derive(Args)]
 struct Gym {
+    #[command(flatten)]
+    trainee: Trainee,
     /// Which scenes
     #[arg(long, default_value = "base")]
     suite: Suite,
@@ -172,7 +200,15 @@ fn main() -> ExitCode {
         Command::Stream(args) => stream(&args),
         Command::Gym(args) => {
             let (input, out) = (std::io::stdin().lock(), BufWriter::new(std::io::stdout().lock()));
-            gym(args.suite, args.seed, args.worlds as usize, args.size, input, out)
+            gym(
+                args.trainee.learner(),
+                args.suite,
+                args.seed,
+                args.worlds as usize,
+                args.size,
+                input,
+                out,
+            )
         }
     };
     // Whoever reads a stream ends it by not reading on.
@@ -194,11 +230,31 @@ fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
         let (token_file, unnorm_key) = (who.token_file.clone(), who.unnorm_key.clone());
         return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key)?));
     }
-    let Some(path) = &who.model else { return Ok(Box::new(Expert)) };
+    let execute = who.execute.map(usize::from);
+    let Some(path) = &who.model else {
+        return Ok(Box::new(Expert { ahead: execute.unwrap_or(1) }));
+    };
     let mut options = Options::default();
     options.n_threads = n_threads;
     options.draft = who.draft;
-    Ok(Box::new(Model::new(OpenVla::open(path, &options)?, who.unnorm_key.clone())?))
+    let unnorm_key = who.unnorm_key.clone();
+    Ok(match openvla::Policy::open(path, &options)? {
+        openvla::Policy::OpenVla(vla) => {
+            let one = matches!(execute, None | Some(1));
+            ensure!(
+                one,
+                "--execute is for OpenVLA-OFT models; an OpenVLA makes one motion at a time"
+            );
+            Box::new(Model::new(vla, unnorm_key)?)
+        }
+        openvla::Policy::Oft(vla) => {
+            ensure!(
+                who.draft == Draft::Off,
+                "--draft is for OpenVLAs; an OpenVLA-OFT writes no tokens"
+            );
+            Box::new(OftModel::new(vla, unnorm_key, execute)?)
+        }
+    })
 }
 
 fn eval(args: &Eval) -> Result<()> {
@@ -208,8 +264,7 @@ fn eval(args: &Eval) -> Result<()> {
         None => Pace::Blocking,
     };
     // A policy that is timed has the machine for itself.
-    let timed = pace != Pace::Blocking && args.latency_ms.is_none();
-    let (n_policy, n_thread) = if timed { (1, n_thread) } else { (n_thread, 1) };
+    let (n_policy, n_thread) = if pace.is_timed() { (1, n_thread) } else { (n_thread, 1) };
     let mut policies =
         (0..n_policy).map(|_| open(&args.who, n_thread)).collect::<Result<Vec<_>>>()?;
     let plan = Plan {
@@ -236,13 +291,16 @@ fn print(report: &Report, json: bool) -> Result<()> {
     let name = report.suite.to_possible_value().expect("no suite is hidden");
     let [low, high] = report.interval.map(|x| 100.0 * x);
     let steps = report.steps.map_or("      ".into(), |steps| format!("{steps:6.1}"));
+    let calls = report.calls.filter(|calls| Some(*calls) != report.steps);
+    let calls = calls.map_or(String::new(), |calls| format!(" in {calls:.1} calls"));
+    let latency = report.latency_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms a call"));
     let error = &report.error;
     let drafts = report.accepted.filter(|accepted| *accepted > 0.0);
     let drafts = drafts.map_or(String::new(), |n| format!(", {n:.2} tokens of a motion drafted"));
     writeln!(
         out,
-        "{:<9} {:5.1} %  ({low:.1} … {high:.1}), {} of {}  steps {steps}  off by {:.1} mm, {:.1}°, \
-         gripper {:.1} %{drafts}",
+        "{:<9} {:5.1} %  ({low:.1} … {high:.1}), {} of {}  steps {steps}{calls}  off by {:.1} mm, {:.1}°, \
+         gripper {:.1} %{drafts}{latency}",
         name.get_name(),
         100.0 * report.rate,
         report.successes,
@@ -258,9 +316,13 @@ fn play(args: &Play) -> Result<()> {
     let mut policy = open(&args.who, cores())?;
     let world = World::new(Scene::new(args.suite, args.seed));
     if let Some(path) = &args.picture {
-        let mut png = Cursor::new(Vec::new());
-        picture(&world, args.size).write_to(&mut png, ImageFormat::Png)?;
-        write(path, png.into_inner())?;
+        write_png(path, &picture(&world, args.size))?;
+    }
+    if let Some(path) = &args.wrist_picture {
+        write_png(path, &wrist_picture(&world, args.size))?;
+    }
+    if let Some(path) = &args.state {
+        write(path, serde_json::to_string(&world.gripper.state())? + "\n")?;
     }
     let instruction = world.scene.instruction.clone();
     let outcome = film(&args.out, world, policy.as_mut(), STEPS, args.size)?;
@@ -270,18 +332,27 @@ fn play(args: &Play) -> Result<()> {
     Ok(())
 }
 
+fn write_png(path: &Path, picture: &RgbImage) -> Result<()> {
+    let mut png = Cursor::new(Vec::new());
+    picture.write_to(&mut png, ImageFormat::Png)?;
+    write(path, png.into_inner())
+}
+
 fn write_data(args: &Record) -> Result<()> {
     let bar = progress(args.episodes.into());
     let size = (!args.no_images).then_some(args.size);
-    record(Path::new(&args.out), args.seed, args.episodes as usize, size, &bar)?;
+    let learner = args.trainee.learner();
+    let data = DataSet { seed: args.seed, episodes: args.episodes as usize, size, learner };
+    record(&args.out, &data, &bar)?;
     bar.finish_and_clear();
     Ok(())
 }
 
 fn stream(args: &Stream) -> Result<()> {
+    let learner = args.trainee.learner();
     let mut steps = Steps::new(args.seed, args.worlds as usize);
     let mut out = BufWriter::with_capacity(1 << 20, std::io::stdout().lock());
     loop {
-        out.write_all(&steps.next(|step| bytes(step.world, &step.action, args.size)))?;
+        out.write_all(&steps.next(|step| learner.bytes(step.world, args.size)))?;
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `images/00012_03.png` | what the camera saw in step 3 of episode 12 |
-//! | `steps.jsonl` | a line for each: episode, step, image, instruction, action |
-//! | `dataset_statistics.json` | OpenVLA's statistics of the actions |
+//! | `images/00012_03.png` | what the front camera saw in step 3 of episode 12 |
+//! | `images/00012_03_wrist.png` | what the wrist camera saw, for an OpenVLA-OFT |
+//! | `steps.jsonl` | a line for each: episode, step, image, instruction, action; wrist image and state |
+//! | `dataset_statistics.json` | OpenVLA's statistics of the actions, and of the arm's states |
 //! | `tokenizer.model`, `tokenizer.json`, … | pieces for all that can be asked, and 256 actions |
 
 use std::fs;
@@ -13,13 +14,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
+use openvla::image::RgbImage;
 use openvla_vocabulary::{learn, write_fast_tokenizer};
 use serde_json::{Value, json};
 
-use crate::render::picture;
+use crate::render::{picture, wrist_picture};
 use crate::scene::instructions;
-use crate::steps::Steps;
-use crate::world::Action;
+use crate::steps::{Learner, Step, Steps};
+use crate::world::{Action, ArmState, World};
 
 /// What the data set is called in the statistics.
 pub const NAME: &str = "tabletop";
@@ -27,18 +29,24 @@ pub const NAME: &str = "tabletop";
 const SPACE: usize = 448;
 const N_PIECE: usize = 800;
 
-/// Writes a data set into a folder, which is made if need be and must be empty. Without a `size`,
-/// it has no pictures.
+/// Which episodes, and what is written of them.
+#[derive(Debug, Clone, Copy)]
+pub struct DataSet {
+    /// Chooses them.
+    pub seed: u64,
+    /// How many.
+    pub episodes: usize,
+    /// Pixels of the pictures' sides; without, there are none.
+    pub size: Option<u32>,
+    /// Who is to learn from it.
+    pub learner: Learner,
+}
+
+/// Writes a data set into a folder, which is made if need be and must be empty.
 ///
 /// # Errors
 /// If the folder is not empty, or a file cannot be written.
-pub fn record(
-    dir: &Path,
-    seed: u64,
-    episodes: usize,
-    size: Option<u32>,
-    progress: &ProgressBar,
-) -> Result<()> {
+pub fn record(dir: &Path, data: &DataSet, progress: &ProgressBar) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let mut entries =
         fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
@@ -50,40 +58,53 @@ pub fn record(
         .tempdir_in(place.parent().context("the root is no place for a data set")?)
         .with_context(|| format!("cannot make a folder beside {}", dir.display()))?;
     let dir = whole.path();
-    if size.is_some() {
+    if data.size.is_some() {
         fs::create_dir(dir.join("images"))?;
     }
     let mut lines = BufWriter::new(fs::File::create(dir.join("steps.jsonl"))?);
-    let (mut steps, mut actions) = (Steps::new(seed, 1), Vec::new());
-    while let Some((line, action)) = steps
+    let (mut steps, mut actions, mut states) = (Steps::new(data.seed, 1), Vec::new(), Vec::new());
+    while let Some((line, action, state)) = steps
         .next(|step| {
-            (step.episode < episodes).then(|| -> Result<_> {
+            (step.episode < data.episodes).then(|| -> Result<_> {
                 progress.set_position(step.episode as u64);
-                let name = size
-                    .map(|size| (format!("images/{:05}_{:02}.png", step.episode, step.n), size));
-                if let Some((name, size)) = &name {
-                    picture(step.world, *size).save(dir.join(name))?;
-                }
-                let line = json!({
-                    "episode": step.episode,
-                    "step": step.n,
-                    "image": name.map(|(name, _)| name),
-                    "instruction": step.world.scene.instruction,
-                    "action": step.action,
-                });
-                Ok((line, step.action))
+                let line = write_step(dir, step, data)?;
+                Ok((line, step.action, step.world.gripper.state()))
             })
         })
         .transpose()?
     {
         writeln!(lines, "{line}")?;
         actions.push(action);
+        states.push(state);
     }
     lines.into_inner().map_err(|e| e.into_error())?.sync_all()?;
-    let text = serde_json::to_string_pretty(&statistics(&actions, episodes))?;
+    let states = (data.learner == Learner::Oft).then_some(&states[..]);
+    let text = serde_json::to_string_pretty(&statistics(&actions, states, data.episodes))?;
     fs::write(dir.join("dataset_statistics.json"), text + "\n")?;
     write_tokenizer(dir)?;
     fs::rename(dir, &place).with_context(|| format!("cannot replace {}", place.display()))
+}
+
+/// Writes a step's pictures, if there are any; returns its line.
+fn write_step(dir: &Path, step: &Step, data: &DataSet) -> Result<Value> {
+    let save = |camera: &str, draw: fn(&World, u32) -> RgbImage| -> Result<Option<String>> {
+        let Some(size) = data.size else { return Ok(None) };
+        let name = format!("images/{:05}_{:02}{camera}.png", step.episode, step.n);
+        draw(step.world, size).save(dir.join(&name))?;
+        Ok(Some(name))
+    };
+    let mut line = json!({
+        "episode": step.episode,
+        "step": step.n,
+        "image": save("", picture)?,
+        "instruction": step.world.scene.instruction,
+        "action": step.action,
+    });
+    if data.learner == Learner::Oft {
+        line["wrist_image"] = save("_wrist", wrist_picture)?.into();
+        line["state"] = json!(step.world.gripper.state());
+    }
+    Ok(line)
 }
 
 fn write_tokenizer(dir: &Path) -> Result<()> {
@@ -94,11 +115,36 @@ fn write_tokenizer(dir: &Path) -> Result<()> {
     write_fast_tokenizer(dir, &pieces)
 }
 
-/// `dataset_statistics.json`. The gripper is not scaled.
-pub fn statistics(actions: &[Action], episodes: usize) -> Value {
-    let axes: Vec<Vec<f64>> = (0..7)
+/// `dataset_statistics.json`. The gripper is not scaled; nor is how the arm is turned, as it never is
+/// in the data: the least turn would be out of all bounds.
+pub fn statistics(actions: &[Action], states: Option<&[ArmState]>, episodes: usize) -> Value {
+    let zeros = [0.0; 7];
+    let proprio = match states {
+        Some(states) => {
+            let mut proprio = summary(states);
+            proprio["mask"] = json!([true, true, true, false, false, false, true, true]);
+            proprio
+        }
+        // The data that OpenVLA was trained on have it, and say nothing.
+        None => json!({
+            "max": zeros, "mean": zeros, "min": zeros, "q01": zeros, "q99": zeros, "std": zeros,
+        }),
+    };
+    let mut action = summary(actions);
+    action["mask"] = json!([true, true, true, true, true, true, false]);
+    json!({ NAME: {
+        "action": action,
+        "num_trajectories": episodes,
+        "num_transitions": actions.len(),
+        "proprio": proprio,
+    }})
+}
+
+/// Bounds, mean and deviation of each number.
+fn summary<const N: usize>(rows: &[[f64; N]]) -> Value {
+    let axes: Vec<Vec<f64>> = (0..N)
         .map(|axis| {
-            let mut values: Vec<f64> = actions.iter().map(|action| action[axis]).collect();
+            let mut values: Vec<f64> = rows.iter().map(|row| row[axis]).collect();
             values.sort_by(f64::total_cmp);
             values
         })
@@ -109,23 +155,14 @@ pub fn statistics(actions: &[Action], episodes: usize) -> Value {
         let center = mean(values);
         mean(&values.iter().map(|x| (x - center) * (x - center)).collect::<Vec<_>>()).sqrt()
     };
-    let zeros = [0.0; 7];
-    json!({ NAME: {
-        "action": {
-            "mask": [true, true, true, true, true, true, false],
-            "max": each(&|values| quantile(values, 1.0)),
-            "mean": each(&mean),
-            "min": each(&|values| quantile(values, 0.0)),
-            "q01": each(&|values| quantile(values, 0.01)),
-            "q99": each(&|values| quantile(values, 0.99)),
-            "std": each(&deviation),
-        },
-        "num_trajectories": episodes,
-        "num_transitions": actions.len(),
-        "proprio": {
-            "max": zeros, "mean": zeros, "min": zeros, "q01": zeros, "q99": zeros, "std": zeros,
-        },
-    }})
+    json!({
+        "max": each(&|values| quantile(values, 1.0)),
+        "mean": each(&mean),
+        "min": each(&|values| quantile(values, 0.0)),
+        "q01": each(&|values| quantile(values, 0.01)),
+        "q99": each(&|values| quantile(values, 0.99)),
+        "std": each(&deviation),
+    })
 }
 
 /// A quantile of sorted values, between two of them in proportion: numpy's default.

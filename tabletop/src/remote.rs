@@ -44,7 +44,7 @@ impl Remote {
 }
 
 impl Policy for Remote {
-    fn act(&mut self, world: &World) -> Result<Action> {
+    fn act(&mut self, world: &World) -> Result<Vec<Action>> {
         let mut file = Cursor::new(Vec::new());
         picture(world, SIZE).write_to(&mut file, ImageFormat::Png)?;
         let (picture, instruction) = (file.into_inner(), &world.scene.instruction);
@@ -56,6 +56,7 @@ impl Policy for Remote {
         };
         let action: Vec<f64> = serde_json::from_value(answer["action"].clone())?;
         let n = action.len();
-        action.try_into().map_err(|_| anyhow!("a motion of {n} numbers; seven move this gripper"))
+        let action = action.try_into();
+        Ok(vec![action.map_err(|_| anyhow!("a motion of {n} numbers; seven move this gripper"))?])
     }
 }

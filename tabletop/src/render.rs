@@ -1,4 +1,4 @@
-//! The camera: a world to an RGB picture of any size, in perspective, with shadows.
+//! Pictures: a world to what a camera sees, RGB of any size, in perspective, with shadows.
 //!
 //! Everything is an upright prism. Its silhouette is the convex hull of its two ends as the camera
 //! sees them, its shadow the hull of both ends' shadows on the table. Far things are drawn first.
@@ -6,16 +6,11 @@
 use openvla::image::RgbImage;
 use tiny_skia::{Color, FillRule, Paint, PathBuilder, Pixmap, Transform};
 
+use crate::camera::Camera;
 use crate::geometry::{Point, Rod, add, direction, hull, scale};
 use crate::scene::{Item, Look};
 use crate::world::{FINGER, Gripper, TABLE, World};
 
-/// Where the camera is, in metres: in front of the table and above it.
-const EYE: [f64; 3] = [0.0, -0.30, 0.75];
-/// The point of the table's middle axis that it looks at.
-const AIM: [f64; 3] = [0.0, 0.025, 0.03];
-/// Tangent of half its angle of view.
-const VIEW: f64 = 0.28;
 /// Points of a round outline.
 const ROUND: usize = 20;
 
@@ -28,9 +23,18 @@ const STEEL: [u8; 3] = [215, 217, 222];
 const BLUE: [u8; 3] = [20, 70, 230];
 const FLOOR: [u8; 3] = [58, 62, 68];
 
-/// What the camera sees, `size` pixels square.
+/// What the front camera sees, `size` pixels square.
 pub fn picture(world: &World, size: u32) -> RgbImage {
-    let mut canvas = Canvas::new(&world.scene.look, size);
+    draw(world, Camera::Front, size)
+}
+
+/// What the wrist camera sees, `size` pixels square.
+pub fn wrist_picture(world: &World, size: u32) -> RgbImage {
+    draw(world, Camera::Wrist(world.gripper), size)
+}
+
+fn draw(world: &World, camera: Camera, size: u32) -> RgbImage {
+    let mut canvas = Canvas::new(&world.scene.look, camera, size);
     let scene = &world.scene;
     let corner = |x: f64, y: f64| [x * TABLE, y * TABLE];
     let table = [corner(-1.0, -1.0), corner(1.0, -1.0), corner(1.0, 1.0), corner(-1.0, 1.0)];
@@ -45,10 +49,10 @@ pub fn picture(world: &World, size: u32) -> RgbImage {
 
     let held = world.held.map(|held| held.item);
     // What lies in the receptacle is drawn after it.
-    let far_side = scene.receptacle_at[1] + scene.receptacle.inner;
+    let far_side = camera.distance(scene.receptacle_at) + scene.receptacle.inner;
     let mut order: Vec<(f64, Option<&Item>)> = vec![(far_side, None)];
     let lying = scene.items.iter().enumerate().filter(|(i, _)| Some(*i) != held);
-    order.extend(lying.map(|(_, item)| (item.at[1], Some(item))));
+    order.extend(lying.map(|(_, item)| (camera.distance(item.at), Some(item))));
     order.sort_by(|a, b| b.0.total_cmp(&a.0));
     for (_, item) in order {
         match item {
@@ -63,18 +67,9 @@ pub fn picture(world: &World, size: u32) -> RgbImage {
     canvas.into_image()
 }
 
-/// Where the camera sees a point: -1 … 1 from left to right and from top to bottom.
-pub fn seen([x, y]: Point, z: f64) -> Point {
-    let (dy, dz) = (AIM[1] - EYE[1], AIM[2] - EYE[2]);
-    let long = dy.hypot(dz);
-    let (forward_y, forward_z) = (dy / long, dz / long);
-    let (y, z) = (y - EYE[1], z - EYE[2]);
-    let depth = VIEW * (y * forward_y + z * forward_z);
-    [(x - EYE[0]) / depth, (y * forward_z - z * forward_y) / depth]
-}
-
 struct Canvas {
     pixmap: Pixmap,
+    camera: Camera,
     brightness: f64,
     light: Point,
 }
@@ -85,17 +80,17 @@ fn shade(color: [u8; 3], factor: f64) -> [u8; 3] {
 }
 
 impl Canvas {
-    fn new(look: &Look, size: u32) -> Self {
+    fn new(look: &Look, camera: Camera, size: u32) -> Self {
         let mut pixmap = Pixmap::new(size, size).expect("a size that is not zero");
         let [r, g, b] = shade(FLOOR, look.brightness);
         pixmap.fill(Color::from_rgba8(r, g, b, 255));
-        Self { pixmap, brightness: look.brightness, light: look.light }
+        Self { pixmap, camera, brightness: look.brightness, light: look.light }
     }
 
     /// Where the camera sees a point, in pixels.
     fn project(&self, at: Point, z: f64) -> Point {
         let half = f64::from(self.pixmap.width()) / 2.0;
-        seen(at, z).map(|x| half + half * x)
+        self.camera.seen(at, z).map(|x| half + half * x)
     }
 
     fn seen(&self, outline: &[Point], z: f64) -> Vec<Point> {
@@ -174,7 +169,8 @@ impl Canvas {
 
     fn gripper(&mut self, gripper: &Gripper) {
         let mut parts = Self::gripper_parts(gripper);
-        parts[..2].sort_by(|a, b| b.0.at[1].total_cmp(&a.0.at[1])); // the far finger first
+        let distance = |part: &(Rod, _, _)| self.camera.distance(part.0.at);
+        parts[..2].sort_by(|a, b| distance(b).total_cmp(&distance(a))); // the far finger first
         for (rod, heights, color) in parts {
             self.prism(&rod.outline(12), heights, color);
         }
@@ -191,19 +187,6 @@ impl Canvas {
 mod tests {
     use super::*;
     use crate::scene::{Scene, Suite};
-    use crate::world::{CEILING, REACH};
-
-    /// A policy has nothing else to know it by.
-    #[test]
-    fn fingertips_are_in_the_picture_wherever_the_gripper_goes() {
-        let canvas = Canvas::new(&Scene::new(Suite::Base, 0).look, 100);
-        for (x, y) in [(-REACH, -REACH), (REACH, -REACH), (-REACH, REACH), (REACH, REACH)] {
-            for z in [0.0, CEILING] {
-                let seen = canvas.project([x, y], z);
-                assert!(seen.iter().all(|p| (0.0..100.0).contains(p)), "{x} {y} {z}: {seen:?}");
-            }
-        }
-    }
 
     #[test]
     fn what_is_asked_for_can_be_told_from_the_table() {

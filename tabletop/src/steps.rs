@@ -3,11 +3,13 @@
 //! Half of the worlds begin anywhere, with the gripper low or closed; and noise is added to
 //! what is done, never to what is recorded: the policy sees states off the path, and the way back.
 
+use crate::camera::Camera;
 use crate::expert;
+use crate::expert::plan;
 use crate::geometry::add;
-use crate::render::{picture, seen};
+use crate::render::{picture, wrist_picture};
 use crate::scene::{OBJECTS, Scene, SceneRng, Suite};
-use crate::world::{Action, CEILING, LIMITS, OPEN, REACH, World};
+use crate::world::{Action, ArmState, CEILING, LIMITS, OPEN, REACH, World};
 
 /// An episode ends here at the latest.
 const LONGEST: usize = 30;
@@ -15,9 +17,14 @@ const LONGEST: usize = 30;
 /// Numbers that may be learned beside the action, about 0 to 1: height and opening of the gripper; and
 /// where, from -1 to 1 in the picture, the table is under the gripper, the target, the receptacle, and
 /// each kind of object, which follows on whether it is there.
-const N_STATE: usize = 8 + 3 * OBJECTS.len();
+const N_LANDMARK: usize = 8 + 3 * OBJECTS.len();
+/// Numbers of the arm's state.
+const N_ARM: usize = size_of::<ArmState>() / size_of::<f64>();
+/// Actions of an OpenVLA-OFT's pass, LIBERO's.
+pub const CHUNK: usize = 8;
 /// Bytes of the instruction, filled up with zeros.
 const TEXT: usize = 96;
+
 /// An endless stream of steps.
 pub struct Steps {
     rng: SceneRng,
@@ -107,32 +114,59 @@ fn noisy(action: &Action, rng: &mut SceneRng) -> Action {
     noisy
 }
 
-/// The numbers beside the action.
-fn state(world: &World) -> Vec<f64> {
+/// Whose steps they are: what it sees and what it learns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learner {
+    /// An OpenVLA: the front picture; the next action.
+    OpenVla,
+    /// An OpenVLA-OFT: both pictures and the arm's state; the next [`CHUNK`] actions.
+    Oft,
+}
+
+impl Learner {
+    /// A step as bytes: pictures, actions, the arm's state and what else may be learned in f32, instruction.
+    pub fn bytes(self, world: &World, size: u32) -> Vec<u8> {
+        let mut bytes = picture(world, size).into_raw();
+        let mut numbers: Vec<f64> = Vec::new();
+        match self {
+            Self::OpenVla => numbers.extend(expert(world)),
+            Self::Oft => {
+                bytes.extend(wrist_picture(world, size).into_raw());
+                numbers.extend(plan(world, CHUNK).into_flattened());
+                numbers.extend(world.gripper.state());
+            }
+        }
+        numbers.extend(landmarks(world, Camera::Front));
+        if self == Self::Oft {
+            numbers.extend(landmarks(world, Camera::Wrist(world.gripper)));
+        }
+        bytes.extend(numbers.iter().flat_map(|x| (*x as f32).to_le_bytes()));
+        bytes.extend(world.scene.instruction.bytes());
+        bytes.resize(self.step_bytes(size), 0);
+        bytes
+    }
+
+    /// How many those are.
+    pub fn step_bytes(self, size: u32) -> usize {
+        let (n_picture, n_number) = match self {
+            Self::OpenVla => (1, 7),
+            Self::Oft => (2, 7 * CHUNK + N_ARM),
+        };
+        n_picture * (3 * (size * size) as usize + 4 * N_LANDMARK) + 4 * n_number + TEXT
+    }
+}
+
+/// What may be learned beside the action, as a camera sees it.
+fn landmarks(world: &World, camera: Camera) -> Vec<f64> {
     let (gripper, scene) = (&world.gripper, &world.scene);
-    let mut state = vec![gripper.z / CEILING, gripper.opening / OPEN];
+    let mut numbers = vec![gripper.z / CEILING, gripper.opening / OPEN];
     for at in [gripper.at, world.target().at, scene.receptacle_at] {
-        state.extend(seen(at, 0.0));
+        numbers.extend(camera.seen(at, 0.0));
     }
     for object in &OBJECTS {
         let item = scene.items.iter().find(|item| item.object == object);
-        let [x, y] = item.map_or([0.0; 2], |item| seen(item.at, 0.0));
-        state.extend([f64::from(u8::from(item.is_some())), x, y]);
+        let [x, y] = item.map_or([0.0; 2], |item| camera.seen(item.at, 0.0));
+        numbers.extend([f64::from(u8::from(item.is_some())), x, y]);
     }
-    state
-}
-
-/// A step as bytes: picture, action and state in f32, instruction; see [`step_bytes`].
-pub fn bytes(world: &World, action: &Action, size: u32) -> Vec<u8> {
-    let mut bytes = picture(world, size).into_raw();
-    let numbers = action.iter().copied().chain(state(world));
-    bytes.extend(numbers.flat_map(|x| (x as f32).to_le_bytes()));
-    bytes.extend(world.scene.instruction.bytes());
-    bytes.resize(step_bytes(size), 0);
-    bytes
-}
-
-/// How many those are.
-pub fn step_bytes(size: u32) -> usize {
-    3 * (size * size) as usize + 4 * (7 + N_STATE) + TEXT
+    numbers
 }

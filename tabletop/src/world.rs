@@ -49,7 +49,18 @@ pub struct Gripper {
     pub opening: f64,
 }
 
+/// An arm's state: position, then roll, pitch and yaw, then where each finger is, as LIBERO's robots
+/// report theirs. Meters and radians.
+pub type ArmState = [f64; 8];
+
 impl Gripper {
+    /// What the arm reports of itself.
+    pub fn state(&self) -> ArmState {
+        let [x, y] = self.at;
+        let finger = self.opening / 2.0;
+        [x, y, self.z, 0.0, 0.0, self.yaw, finger, -finger]
+    }
+
     /// Where its fingers are.
     pub fn fingers(&self) -> [Point; 2] {
         let half = scale(direction(self.yaw), self.opening / 2.0);

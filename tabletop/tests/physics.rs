@@ -3,9 +3,10 @@
 use std::hash::Hasher;
 
 use clap::ValueEnum;
+use openvla::image::RgbImage;
 use openvla_tabletop::{
     Action, CEILING, DISTRACTORS, FINGER, Gripper, LIMITS, OBJECTS, OPEN, Object, REACH, Rod,
-    Scene, SceneRng, Suite, TABLE, World, expert, picture,
+    Scene, SceneRng, Suite, TABLE, World, expert, picture, wrist_picture,
 };
 use twox_hash::XxHash64;
 
@@ -45,6 +46,7 @@ fn assert_sound(world: &World, at: &str) {
     }
     for (i, item) in world.scene.items.iter().enumerate() {
         let name = item.object.name;
+        assert!(item.top() < z + 0.13, "{at}: {name} is not below the wrist camera");
         let rod = item.rod();
         let most = (0..2).map(|i| rod.at[i].abs() + rod.half[i].abs() + rod.radius);
         assert!(most.fold(0.0, f64::max) <= TABLE + 1e-9, "{at}: {name} is off the table");
@@ -171,12 +173,39 @@ fn numbers_that_are_none_do_not_move_the_world() {
     assert!(world.gripper.z <= CEILING && world.gripper.at[0].is_finite());
 }
 
+#[test]
+fn a_state_says_where_the_gripper_and_its_fingers_are() {
+    let mut world = alone(&OBJECTS[0], 0.0, [0.01, 0.0], 0.01);
+    assert_eq!(world.gripper.state(), [0.01, 0.0, 0.01, 0.0, 0.0, 0.0, OPEN / 2.0, -OPEN / 2.0]);
+    world.step(&CLOSE);
+    let [.., left, right] = world.gripper.state();
+    assert!((left - OBJECTS[0].radius - FINGER).abs() < 1e-12 && right == -left, "around it");
+    world.step(&[0.02, -0.03, 0.04, 0.0, 0.0, 0.1, 0.0]);
+    let wanted = [0.03, -0.03, 0.05, 0.0, 0.0, 0.1];
+    let near = world.gripper.state().iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-12);
+    assert!(near, "{:?}", world.gripper.state());
+}
+
+/// It goes where the gripper goes.
+#[test]
+fn the_wrist_camera_sees_what_is_held_in_the_same_place() {
+    let mut world = alone(&OBJECTS[0], 0.0, [0.0, 0.0], 0.01);
+    world.step(&CLOSE);
+    let between_fingers = |world: &World| *wrist_picture(world, 100).get_pixel(50, 40);
+    let (held, front) = (between_fingers(&world), picture(&world, 100));
+    let [r, g, b] = held.0;
+    assert!(g < r && r < b, "purple: {held:?}");
+    world.step(&[-0.05, -0.06, 0.05, 0.0, 0.0, 0.2, 0.0]);
+    assert_eq!(between_fingers(&world), held);
+    assert!(picture(&world, 100) != front, "the other camera sees it go");
+}
+
 /// Everything that a seed decides: places and pictures of an episode.
-fn hash(seed: u64) -> u64 {
+fn hash(seed: u64, draw: fn(&World, u32) -> RgbImage) -> u64 {
     let mut world = World::new(Scene::new(Suite::Base, seed));
     let mut hasher = XxHash64::with_seed(0);
     for _ in 0..20 {
-        hasher.write(picture(&world, 48).as_raw());
+        hasher.write(draw(&world, 48).as_raw());
         for item in &world.scene.items {
             let numbers = [item.at[0], item.at[1], item.z, item.yaw];
             numbers.iter().for_each(|x| hasher.write_u64(x.to_bits()));
@@ -188,9 +217,10 @@ fn hash(seed: u64) -> u64 {
 
 #[test]
 fn a_seed_gives_the_same_world_and_pictures_again() {
-    let hashes: Vec<u64> = (0..4).map(hash).collect();
-    assert_eq!(hashes, (0..4).map(hash).collect::<Vec<_>>());
-    assert_eq!(hashes, HASHES, "changed scenes need new training data");
+    let hashes = |draw| (0..4).map(|seed| hash(seed, draw)).collect::<Vec<u64>>();
+    assert_eq!(hashes(picture), hashes(picture));
+    assert_eq!(hashes(picture), HASHES, "changed scenes need new training data");
+    assert_eq!(hashes(wrist_picture), WRIST_HASHES, "changed scenes need new training data");
 }
 
 /// Of seeds 0 to 3.
@@ -199,4 +229,10 @@ const HASHES: [u64; 4] = [
     15_199_164_510_745_494_931,
     7_970_582_679_897_338_663,
     4_844_472_453_212_967_866,
+];
+const WRIST_HASHES: [u64; 4] = [
+    12_541_800_005_847_215_612,
+    2_532_207_921_936_206_455,
+    3_912_740_518_792_372_843,
+    1_887_816_931_838_157_977,
 ];

@@ -28,6 +28,7 @@ class Sizes:
     llama_heads: int = 3
     n_piece: int = 800
     padding: int = 64
+    causal: bool = True  # an OpenVLA-OFT's rows attend to all others
 
     @property
     def n_row(self):
@@ -199,9 +200,9 @@ def rope(x, cos, sin):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         for name in "qkvo":
             setattr(self, f"{name}_proj", nn.Linear(dim, dim, bias=False))
 
@@ -215,8 +216,8 @@ class SelfAttention(nn.Module):
         else:
             q = split(self.q_proj(x[torch.arange(len(x))[:, None], at]))
             q = rope(q, cos[at][:, None], sin[at][:, None])
-            mask = (torch.arange(x.shape[1]) <= at[..., None])[:, None]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            mask = (torch.arange(x.shape[1]) <= at[..., None])[:, None] if self.causal else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and at is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -235,7 +236,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.input_layernorm = RmsNorm(s.llama)
-        self.self_attn = SelfAttention(s.llama, s.llama_heads)
+        self.self_attn = SelfAttention(s.llama, s.llama_heads, s.causal)
         self.post_attention_layernorm = RmsNorm(s.llama)
         self.mlp = GatedMlp(s.llama, s.llama_ff)
 

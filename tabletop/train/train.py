@@ -28,6 +28,8 @@ N_KIND = N_OBJECT + 2  # with the gripper and the receptacle
 class Data:
     """What `tabletop record` wrote beside the pictures: tokenizer and ranges of the actions."""
 
+    flags = []  # of `tabletop stream` and `gym`
+
     def __init__(self, folder, sizes):
         self.sizes, self.known = sizes, {}
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -87,12 +89,11 @@ class Data:
 
 
 def stream(program, data, size, seed):
-    """Batches without end."""
-    command = [program, "stream", "--seed", str(seed), "--size", str(data.sizes.image)]
+    """Steps without end, `size` at a time."""
+    command = [program, "stream", *data.flags, "--seed", str(seed), "--size", str(data.sizes.image)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=1 << 20)
     while True:
-        raw = process.stdout.read(size * data.step.itemsize)
-        yield data.batch(np.frombuffer(raw, data.step))
+        yield np.frombuffer(process.stdout.read(size * data.step.itemsize), data.step)
 
 
 def huber(x, y):
@@ -103,9 +104,9 @@ class Training(nn.Module):
     """The model, and readouts that only help it learn where things are: from each soft token, from
     the object's word after the first layer, and from the end of the prompt."""
 
-    def __init__(self, sizes):
+    def __init__(self, vla, sizes):
         super().__init__()
-        self.vla = OpenVla(sizes)
+        self.vla = vla
         self.from_soft = nn.Linear(sizes.llama, 3 * N_KIND + 2)
         self.from_word = nn.Linear(sizes.llama, 2)
         self.from_hidden = nn.Linear(sizes.llama, N_ACTION + N_POSE)
@@ -116,11 +117,11 @@ class Training(nn.Module):
         places = torch.stack([middle.expand(side, -1), middle[:, None].expand(-1, side)], -1)
         self.register_buffer("places", places.reshape(-1, 1, 2), persistent=False)
 
-    def seeing(self, batch):
+    def seeing(self, image, state):
         """How wrong each soft token is about what is near it and where; how many millimetres the
-        most confident of each kind is off; and the soft tokens."""
-        soft = self.vla.see(batch["image"])
-        pose, objects = batch["state"].split([N_POSE, 3 * N_OBJECT], 1)
+        most confident of each kind is off, in each picture; and the soft tokens."""
+        soft = self.vla.see(image)
+        pose, objects = state.split([N_POSE, 3 * N_OBJECT], 1)
         objects = objects.view(-1, 1, N_OBJECT, 3)
         grippers = torch.stack([pose[:, 2:4], pose[:, 6:8]], 1)[:, None]
         # From the middle of each patch, in patches.
@@ -139,7 +140,7 @@ class Training(nn.Module):
         with torch.no_grad():
             best = heat.argmax(1)[:, None, :, None].expand(-1, -1, -1, 2)
             error = (place - off).gather(1, best)[:, 0].norm(dim=-1) * self.patch
-            error = torch.where(there[:, 0] > 0, error, torch.nan).nanmean(0)
+            error = torch.where(there[:, 0] > 0, error, torch.nan)
         return loss, METRES * 1e3 * error, soft
 
     def acting(self, batch, soft, width):
@@ -165,8 +166,9 @@ class Training(nn.Module):
 
 
 @torch.no_grad()
-def act(vla, batch):
-    """Greedy decoding among the action ids; gives motions in -1..1."""
+def act(vla, data, steps):
+    """Greedy decoding among the action ids; gives motions in -1..1, [B, 1, 7]."""
+    batch = data.batch(steps)
     end, ids = vla.n_piece, batch["ids"].clone()
     soft, rows, motions = vla.see(batch["image"]), torch.arange(len(ids)), []
     for i in range(N_ACTION):
@@ -176,24 +178,29 @@ def act(vla, batch):
             ids[rows, batch["length"] + i] = token
         bins = (end - 1 - token).clamp(max=N_BIN - 2)
         motions.append((bins + 0.5) * 2.0 / (N_BIN - 1) - 1.0)
-    return torch.stack(motions, 1).numpy()
+    return torch.stack(motions, 1)[:, None].numpy()
 
 
-def success(vla, program, data, suite, n, steps=40):
-    """The share of `n` scenes, none of them a training scene, in which the task gets done."""
-    side = str(data.sizes.image)
-    command = [program, "gym", "--suite", suite, "-n", str(n), "--seed", "1000000", "--size", side]
+def success(act, program, data, suite, n, steps=40):
+    """The share of `n` scenes, none of them a training scene, in which the task gets done. All
+    motions that `act` makes of what is seen are made before anything is seen again."""
+    command = [program, "gym", *data.flags, "--suite", suite, "-n", str(n), "--seed", "1000000"]
+    command += ["--size", str(data.sizes.image)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1 << 20)
     kind = np.dtype([("done", np.uint8), ("step", data.step)])
     with subprocess.Popen(command, **pipes) as process:
+        coming = []
         for left in reversed(range(steps + 1)):
             worlds = np.frombuffer(process.stdout.read(n * kind.itemsize), kind)
             live = worlds["done"] == 0
             if left == 0 or not live.any():
                 break
-            actions = np.zeros((n, N_ACTION), "<f4")
-            actions[live] = data.unnormalise(act(vla, data.batch(worlds["step"][live])))
-            process.stdin.write(actions.tobytes())
+            if not coming:
+                motions = data.unnormalise(act(worlds["step"][live]))
+                coming = np.zeros((motions.shape[1], n, N_ACTION), "<f4")
+                coming[:, live] = motions.swapaxes(0, 1)
+                coming = list(coming)
+            process.stdin.write(coming.pop(0).tobytes())
             process.stdin.flush()
     return float(worlds["done"].mean())
 
@@ -217,7 +224,7 @@ def main():
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = Sizes()
-    data, training = Data(args.data, sizes), Training(sizes)
+    data, training = Data(args.data, sizes), Training(OpenVla(sizes), sizes)
     average = copy.deepcopy(training)
     # Filters are as small as they are long: a step of the others' size would undo them.
     filters = [p for name, p in training.named_parameters() if "patch_embed" in name]
@@ -243,8 +250,8 @@ def main():
         rate = args.rate * min((acting or step) / 200 + 0.01, 1.0, 2.0 * left)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["scale"]
-        batch = next(batches)
-        seen, far, soft = training.seeing(batch)
+        batch = data.batch(next(batches))
+        seen, far, soft = training.seeing(batch["image"], batch["state"])
         tokens, after, off = torch.zeros(N_ACTION), torch.zeros(()), torch.zeros(4)
         if acting:
             tokens, after, off = training.acting(batch, soft, 1.5 + 6.5 * left)
@@ -256,7 +263,7 @@ def main():
         with torch.no_grad():
             share = max(0.001, 10 / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), list(training.parameters()), share)
-        now = [tokens.detach()[[0, 1, 2, 6]], torch.stack([after, seen]).detach(), off, far]
+        now = [tokens.detach()[[0, 1, 2, 6]], torch.stack([after, seen]).detach(), off, far.nanmean(0)]
         smooth = now if smooth is None else [a.lerp(b, 0.02) for a, b in zip(smooth, now)]
         minutes = (time.time() - begin) / 60
         if step % 100 == 0:
@@ -267,7 +274,8 @@ def main():
         if step % args.every == 0 or step == args.steps:
             torch.save(dict(step=step, **{n: part.state_dict() for n, part in kept.items()}), path)
             for suite in ("base", "language") if acting else ():
-                rate = success(average.vla, args.program, data, suite, args.scenes)
+                own = lambda steps: act(average.vla, data, steps)
+                rate = success(own, args.program, data, suite, args.scenes)
                 print(f"{minutes:.1f} {step} {suite} {100 * rate:.0f} %", flush=True)
 
 

@@ -1,0 +1,134 @@
+//! Policies of model files: what they see of a world, and what they say to it.
+
+use anyhow::{Result, ensure};
+use openvla::image::RgbImage;
+use openvla::oft::{Observation, OpenVlaOft};
+use openvla::{OpenVla, Session, Totals};
+
+use crate::episode::Policy;
+use crate::render::{picture, wrist_picture};
+use crate::world::{Action, ArmState, World};
+
+/// An OpenVLA: sees what the front camera sees, in the size that the model wants, and reads the
+/// instruction.
+pub struct Model {
+    vla: OpenVla,
+    unnorm_key: Option<String>,
+    session: Session,
+    drafted: Totals,
+}
+
+impl Model {
+    /// `unnorm_key` names the model's data set whose units are meters and radians per step; it may
+    /// be left out where there is one.
+    ///
+    /// # Errors
+    /// If the model's motions are not of seven numbers, or the data set is unknown.
+    pub fn new(vla: OpenVla, unnorm_key: Option<String>) -> Result<Self> {
+        let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
+        check_actions(name, dataset.action.n())?;
+        Ok(Self { vla, unnorm_key, session: Session::default(), drafted: Totals::default() })
+    }
+
+    /// What it sees.
+    pub fn render_view(&self, world: &World) -> RgbImage {
+        picture(world, self.vla.config().preprocess.size)
+    }
+
+    /// All that it says to a picture.
+    ///
+    /// # Errors
+    /// If it cannot say.
+    pub fn answer(&mut self, picture: &RgbImage, instruction: &str) -> Result<openvla::Action> {
+        let key = self.unnorm_key.as_deref();
+        Ok(self.vla.act_in(&mut self.session, picture, instruction, key)?)
+    }
+
+    /// The network that it is.
+    pub fn vla(&self) -> &OpenVla {
+        &self.vla
+    }
+}
+
+impl Policy for Model {
+    fn act(&mut self, world: &World) -> Result<Vec<Action>> {
+        let action = self.answer(&self.render_view(world), &world.scene.instruction)?;
+        self.drafted = action.draft.session;
+        Ok(vec![std::array::from_fn(|i| action.action[i])])
+    }
+
+    fn begin(&mut self) {
+        (self.session, self.drafted) = Default::default();
+    }
+
+    fn drafted(&self) -> Totals {
+        self.drafted.clone()
+    }
+}
+
+/// An OpenVLA-OFT: sees what both cameras see and how the gripper stands, and plans ahead.
+pub struct OftModel {
+    vla: OpenVlaOft,
+    unnorm_key: Option<String>,
+    /// Actions of a chunk that are made before it sees again.
+    executed: usize,
+}
+
+impl OftModel {
+    /// `unnorm_key` as for [`Model::new`]; all actions of a chunk are made where `executed` is left out.
+    ///
+    /// # Errors
+    /// If the model's actions are not of seven numbers, it wants another state or more cameras than
+    /// there are, its chunks are shorter than `executed`, or the data set is unknown.
+    pub fn new(
+        vla: OpenVlaOft,
+        unnorm_key: Option<String>,
+        executed: Option<usize>,
+    ) -> Result<Self> {
+        let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
+        check_actions(name, dataset.action.n())?;
+        let oft = vla.oft();
+        let n_state = ArmState::default().len();
+        ensure!(
+            [0, n_state].contains(&oft.n_state),
+            "the model reads a state of {} numbers; this gripper's has {n_state}",
+            oft.n_state
+        );
+        ensure!(
+            oft.cameras.len() <= 2,
+            "the model sees {} cameras ({}); here are a front and a wrist camera",
+            oft.cameras.len(),
+            oft.cameras.join(", ")
+        );
+        let executed = executed.unwrap_or(oft.chunk);
+        ensure!(
+            (1..=oft.chunk).contains(&executed),
+            "{executed} of the {} actions of a chunk cannot be executed; say --execute 1 to {0}",
+            oft.chunk
+        );
+        Ok(Self { vla, unnorm_key, executed })
+    }
+}
+
+impl Policy for OftModel {
+    fn act(&mut self, world: &World) -> Result<Vec<Action>> {
+        let size = self.vla.config().preprocess.size;
+        let pictures = [picture(world, size), wrist_picture(world, size)];
+        let images: Vec<&RgbImage> = pictures.iter().take(self.vla.oft().cameras.len()).collect();
+        let state = world.gripper.state();
+        let observation = Observation { images: &images, state: Some(&state) };
+        let key = self.unnorm_key.as_deref();
+        let chunk = self.vla.act(&observation, &world.scene.instruction, key)?;
+        let actions = chunk.actions.iter().take(self.executed);
+        Ok(actions.map(|action| std::array::from_fn(|i| action[i])).collect())
+    }
+
+    fn sees_wrist(&self) -> bool {
+        self.vla.oft().cameras.len() > 1
+    }
+}
+
+fn check_actions(name: &str, n: usize) -> Result<()> {
+    ensure!(n == 7, "motions of `{name}` have {n} numbers; seven move this gripper");
+    Ok(())
+}

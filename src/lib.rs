@@ -27,14 +27,15 @@
 //! | `action` | bins | seven numbers in -1..1 |
 //! | `statistics` | the data set's scale | a motion in its units |
 //!
-//! `policy` runs them in order, `network` holds the three that run on the device, `config` reads
-//! what the file says about itself, `layers` holds what networks share. [`streamed`] runs the
+//! `policy` runs them in order, `network` has those that run on the device: `encoder`, which is vision and
+//! projector, and `llama`. [`oft`] is the other policy, with the same encoder. `config` reads what the file says
+//! about itself, `layers` has what networks share. [`streamed`] runs the
 //! networks part by part where they do not fit. [`mod@format`] documents the file, [`cli`] is what
 //! programs share, and [`libero`] has the conventions of that environment's client.
 //!
 //! # What is deliberately absent
 //!
-//! - Stages do not call each other: `policy` and `network` do, and [`streamed`] in their place.
+//! - Stages do not call each other: policies, `network` and `encoder` do, and [`streamed`] in their place.
 //! - No key of the file is named outside `config`. Tensors are named where they are loaded: in the `load`
 //!   functions, and for the three tables of the Llama in [`streamed`].
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
@@ -49,6 +50,7 @@ mod any_policy;
 pub mod cli;
 mod config;
 mod decode;
+mod encoder;
 mod error;
 mod layers;
 pub mod libero;
@@ -79,9 +81,10 @@ pub use config::{
     OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,
 };
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
+pub use encoder::{Features, SoftTokens};
 pub use error::{Error, Result};
 pub use image;
-pub use network::{Features, Network, Sequence, SoftTokens};
+pub use network::{Network, Sequence};
 pub use openvla_kernels::{Device, Kernels, Usage};
 pub use options::{Decoding, Options};
 pub use placement::Devices;

@@ -112,7 +112,7 @@ impl Llama {
     pub fn prefill(&mut self, ids: &[u32], soft: &State, drafts: &[u32]) -> Result<Vec<Vec<f32>>> {
         assert!(ids.len() > 1, "a prompt is BOS and more");
         assert!(drafts.len() < self.n_token_max, "more drafts than the longest motion has tokens");
-        let all = self.checked(&[ids, drafts].concat());
+        let all = device_ids(&[ids, drafts].concat(), self.model.config.n_vocab);
         if self.run.as_ref().is_none_or(|run| run.n_id != ids.len()) {
             self.run = None; // gives its memory back before the next takes some
             let n_row = ids.len() + soft.shape()[1];
@@ -139,7 +139,7 @@ impl Llama {
     /// Without a prefill before, without tokens, with more than the longest motion has left, or if
     /// one is no row of the embedding.
     pub fn step(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
-        let (n, all) = (tokens.len(), self.checked(tokens));
+        let (n, all) = (tokens.len(), device_ids(tokens, self.model.config.n_vocab));
         let run = self.run.as_mut().expect("a prefill comes first");
         assert!(n > 0, "a step is a token or more");
         assert!(run.n_past + n <= run.n_ctx, "more steps than the longest motion has tokens");
@@ -164,16 +164,18 @@ impl Llama {
         assert!(run.n_past - run.n_row >= n, "the prompt is never forgotten");
         run.n_past -= n;
     }
+}
 
-    /// As the device has them.
-    fn checked(&self, ids: &[u32]) -> Vec<i32> {
-        let n_vocab = self.model.config.n_vocab;
-        let check = |id: &u32| {
-            assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
-            *id as i32
-        };
-        ids.iter().map(check).collect()
-    }
+/// Ids as the device has them.
+///
+/// # Panics
+/// If one is no row of the embedding.
+pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
+    let check = |id: &u32| {
+        assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
+        *id as i32
+    };
+    ids.iter().map(check).collect()
 }
 
 impl Pass {

@@ -10,12 +10,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use openvla_kernels::{
-    Backend, DType, Gguf, Graph, Observer, Squares, State, Usage, Weights, shape,
-};
+use openvla_kernels::{Backend, Gguf, Observer, Squares, Usage, Weights};
 
 use crate::Result;
 use crate::config::Config;
+use crate::encoder::{Encoder, Features, SoftTokens};
 use crate::llama::{Llama, TABLES};
 use crate::projector::Projector;
 use crate::vision::Vision;
@@ -23,24 +22,10 @@ use crate::vision::Vision;
 /// Vision towers, projector and Llama, ready to run.
 pub struct Network {
     backend: Arc<Backend>,
-    planes: State,
-    features: State,
-    soft: State,
-    vision: Graph,
-    projector: Graph,
+    encoder: Encoder,
     llama: Llama,
     observer: Observer,
 }
-
-/// Patch features, on the device until the next picture: [`Network::encode`] was there.
-#[derive(Debug)]
-#[must_use]
-pub struct Features(pub(crate) ());
-
-/// Soft tokens, on the device until the next picture: [`Network::project`] was there.
-#[derive(Debug)]
-#[must_use]
-pub struct SoftTokens(pub(crate) ());
 
 /// A prompt that the Llama has read, the tokens after it, and what may come next.
 pub struct Sequence<'n> {
@@ -115,19 +100,9 @@ impl Network {
         let projector = Projector::load(&mut weights, config)?;
         let llama = Llama::load(&mut weights, config, backend)?;
         weights.finish()?;
-        let size = config.preprocess.size as usize;
-        let state = |dims: &[usize]| State::zeros(backend, DType::F32, shape(dims));
-        let planes = state(&[size, size, 3 * config.towers.len()])?;
-        let features = state(&[config.projector[0], config.n_patch()])?;
-        let soft = state(&[config.llama.dim, config.n_patch()])?;
-        let vision = Graph::build(backend, vision.max_nodes(), |g| {
-            g.store(vision.build(g, g.state(&planes)), &features);
-        })?;
-        let projector = Graph::build(backend, projector.max_nodes(), |g| {
-            g.store(projector.build(g, g.state(&features)), &soft);
-        })?;
+        let encoder = Encoder::new(backend, config, 1, &vision, &|_, _, _| None, &projector)?;
         let backend = backend.clone();
-        Ok(Self { backend, planes, features, soft, vision, projector, llama, observer })
+        Ok(Self { backend, encoder, llama, observer })
     }
 
     /// Vision: normalized planes `[size, size, 3 · n_tower]` to patch features.
@@ -135,9 +110,7 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Kernels`] if the device fails.
     pub fn encode(&mut self, planes: &[f32]) -> Result<Features> {
-        self.planes.write(planes);
-        self.vision.compute()?;
-        Ok(Features(()))
+        self.encoder.encode(planes)
     }
 
     /// Projector: patch features to soft tokens.
@@ -145,8 +118,7 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Kernels`] if the device fails.
     pub fn project(&mut self, _: &Features) -> Result<SoftTokens> {
-        self.projector.compute()?;
-        Ok(SoftTokens(()))
+        self.encoder.project()
     }
 
     /// Takes soft tokens `[dim, n_patch]` that come from elsewhere.
@@ -154,10 +126,7 @@ impl Network {
     /// # Panics
     /// If there are more or fewer numbers.
     pub fn set_soft_tokens(&mut self, soft: &[f32]) -> SoftTokens {
-        let n = self.soft.shape().iter().product::<usize>();
-        assert_eq!(soft.len(), n, "soft tokens of {:?}", self.soft.shape());
-        self.soft.write(soft);
-        SoftTokens(())
+        self.encoder.set_soft_tokens(soft)
     }
 
     /// Llama: reads a prompt, its first id, the soft tokens and its other ids.
@@ -185,7 +154,7 @@ impl Network {
         _: &SoftTokens,
         drafts: &[u32],
     ) -> Result<Sequence<'_>> {
-        let logits = self.llama.prefill(ids, &self.soft, drafts)?;
+        let logits = self.llama.prefill(ids, self.encoder.soft(), drafts)?;
         Ok(Sequence { llama: &mut self.llama, logits })
     }
 
@@ -201,11 +170,11 @@ impl Network {
 
     /// What vision left for the projector: `[Σ dim, n_patch]`.
     pub fn features(&self) -> Vec<f32> {
-        self.features.read()
+        self.encoder.features().read()
     }
 
     /// What the projector left for the Llama: `[dim, n_patch]`.
     pub fn soft_tokens(&self) -> Vec<f32> {
-        self.soft.read()
+        self.encoder.soft().read()
     }
 }

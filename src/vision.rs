@@ -73,12 +73,8 @@ impl Vision {
         self.towers.iter().map(Tower::max_nodes).sum()
     }
 
-    pub fn build<'g>(&self, g: &'g Builder, planes: Tensor<'g>) -> Tensor<'g> {
-        self.build_modulated(g, planes, &|_, _| None)
-    }
-
-    /// The same with FiLM: `film` gives the scale and the shift of a tower's block, by their numbers.
-    pub fn build_modulated<'g>(
+    /// `film` has FiLM's scale and shift of a tower's block, by their numbers.
+    pub fn build<'g>(
         &self,
         g: &'g Builder,
         planes: Tensor<'g>,

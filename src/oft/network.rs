@@ -23,20 +23,16 @@ use super::film::Film;
 use super::head::Head;
 use crate::Result;
 use crate::config::{Config, LlamaConfig};
+use crate::encoder::{Encoder, Features, SoftTokens};
 use crate::layers::{Linear, RmsNorm};
-use crate::llama::{Layer, TABLES};
-use crate::network::{Features, SoftTokens};
+use crate::llama::{Layer, TABLES, device_ids};
 use crate::projector::Projector;
 use crate::vision::Vision;
 
 /// Towers, projector, Llama and head of an OpenVLA-OFT, ready to run.
 pub struct OftNetwork {
     backend: Arc<Backend>,
-    planes: State,
-    features: State,
-    soft: State,
-    vision: Graph,
-    projector: Graph,
+    encoder: Encoder,
     film: Option<Film>,
     /// What the FiLM vectors were computed for.
     film_ids: Vec<i32>,
@@ -98,30 +94,17 @@ impl OftNetwork {
         let projector = Projector::load(&mut weights, config)?;
         let model = Model::load(&mut weights, config, backend)?;
         weights.finish()?;
-        let (n_camera, n_patch) = (oft.cameras.len(), config.n_patch());
-        let (size, n_plane) = (config.preprocess.size as usize, 3 * config.towers.len());
-        let state = |dims: &[usize]| State::zeros(backend, DType::F32, shape(dims));
-        let planes = state(&[size, size, n_plane * n_camera])?;
-        let features = state(&[config.projector[0], n_patch * n_camera])?;
-        let soft = state(&[config.llama.dim, n_patch * n_camera])?;
-        let vision = Graph::build(backend, n_camera * (4 + vision.max_nodes()), |g| {
-            let film = |tower, block| film.as_ref().map(|film| film.vectors(g, tower, block));
-            for i in 0..n_camera {
-                let seen = g.state(&planes).slice(2, n_plane * i, n_plane);
-                let patches = g.state(&features).slice(1, n_patch * i, n_patch);
-                g.store_in(vision.build_modulated(g, seen, &film), patches);
-            }
-        })?;
-        let projector = Graph::build(backend, projector.max_nodes(), |g| {
-            g.store(projector.build(g, g.state(&features)), &soft);
-        })?;
+        let encoder = Encoder::new(
+            backend,
+            config,
+            oft.cameras.len(),
+            &vision,
+            &|g, tower, block| film.as_ref().map(|film| film.vectors(g, tower, block)),
+            &projector,
+        )?;
         Ok(Self {
             backend: backend.clone(),
-            planes,
-            features,
-            soft,
-            vision,
-            projector,
+            encoder,
             film,
             film_ids: Vec::new(),
             model,
@@ -143,9 +126,7 @@ impl OftNetwork {
                 self.film_ids = ids;
             }
         }
-        self.planes.write(planes);
-        self.vision.compute()?;
-        Ok(Features(()))
+        self.encoder.encode(planes)
     }
 
     /// Projector: patch features to soft tokens.
@@ -153,8 +134,7 @@ impl OftNetwork {
     /// # Errors
     /// [`crate::Error::Kernels`] if the device fails.
     pub fn project(&mut self, _: &Features) -> Result<SoftTokens> {
-        self.projector.compute()?;
-        Ok(SoftTokens(()))
+        self.encoder.project()
     }
 
     /// Llama and head: a prompt, the soft tokens after its first id, and the normalized state, to what the head makes
@@ -170,7 +150,7 @@ impl OftNetwork {
         let ids = self.model.with_stop(ids);
         if self.pass.as_ref().is_none_or(|pass| pass.ids.shape()[0] != ids.len()) {
             self.pass = None; // gives its memory back before the next takes some
-            self.pass = Some(self.model.pass(&self.backend, ids.len(), &self.soft)?);
+            self.pass = Some(self.model.pass(&self.backend, ids.len(), self.encoder.soft())?);
         }
         let pass = self.pass.as_mut().expect("built above");
         pass.ids.write(&ids);
@@ -184,12 +164,12 @@ impl OftNetwork {
 
     /// What vision left for the projector: `[Σ dim, n_patch · n_camera]`.
     pub fn features(&self) -> Vec<f32> {
-        self.features.read()
+        self.encoder.features().read()
     }
 
     /// What the projector left for the Llama: `[dim, n_patch · n_camera]`.
     pub fn soft_tokens(&self) -> Vec<f32> {
-        self.soft.read()
+        self.encoder.soft().read()
     }
 
     /// What each matrix was multiplied by so far, if the network was loaded to observe it.
@@ -225,12 +205,9 @@ impl Model {
 
     /// Ids as the device has them, and the stop token after them, which every row looks at too.
     fn with_stop(&self, ids: &[u32]) -> Vec<i32> {
-        let n_vocab = self.config.n_vocab;
-        let check = |id: &u32| {
-            assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
-            *id as i32
-        };
-        ids.iter().map(check).chain([self.stop]).collect()
+        let mut ids = device_ids(ids, self.config.n_vocab);
+        ids.push(self.stop);
+        ids
     }
 
     /// Builds the graph for prompts of `n_id` ids, the stop token included.

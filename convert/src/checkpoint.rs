@@ -123,7 +123,7 @@ impl CheckpointInfo {
     }
 }
 
-/// Checks that a folder is an OpenVLA-OFT run that was not merged, and that the other is no run.
+/// Checks that `dir` is an OpenVLA-OFT run whose adapter was not merged, and that `base` is not a run itself.
 fn check_unmerged(dir: &Path, base: &Path, names: &[String]) -> Result<()> {
     let has = |name: &str| names.iter().any(|found| found == name);
     ensure!(

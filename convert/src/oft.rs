@@ -5,7 +5,7 @@
 //! ref: openvla-oft `prismatic/vla/constants.py`
 
 use anyhow::{Context, Result, ensure};
-use openvla::{Bounds, OftConfig, OftHead};
+use openvla::{Bounds, OftConfig};
 
 use crate::checkpoint::StatisticsText;
 use crate::mapping::RunTensors;
@@ -30,7 +30,7 @@ impl RunOptions {
     }
 }
 
-/// A row of openvla-oft's table of constants.
+/// A platform that openvla-oft has constants for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "they are names")]
 pub enum Platform {
@@ -39,64 +39,34 @@ pub enum Platform {
     Bridge,
 }
 
+/// A platform's row of openvla-oft's table of constants.
+struct Constants {
+    name: &'static str,
+    chunk: usize,
+    n_action: usize,
+    n_state: usize,
+    bounds: Bounds,
+    /// Of its evaluation; nothing is published for Bridge, whose data have one camera.
+    n_camera: usize,
+}
+
 impl Platform {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Libero, Self::Aloha, Self::Bridge];
 
     /// Its name on a command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Libero => "libero",
-            Self::Aloha => "aloha",
-            Self::Bridge => "bridge",
-        }
+        self.constants().name
     }
 
-    fn chunk(self) -> usize {
-        match self {
-            Self::Libero => 8,
-            Self::Aloha => 25,
-            Self::Bridge => 5,
-        }
+    fn constants(self) -> Constants {
+        let (name, [chunk, n_action, n_state, n_camera], bounds) = match self {
+            Self::Libero => ("libero", [8, 7, 8, 2], Bounds::Quantiles),
+            Self::Aloha => ("aloha", [25, 14, 14, 3], Bounds::Extremes),
+            Self::Bridge => ("bridge", [5, 7, 7, 1], Bounds::Quantiles),
+        };
+        Constants { name, chunk, n_action, n_state, bounds, n_camera }
     }
-
-    fn n_action(self) -> usize {
-        if self == Self::Aloha { 14 } else { 7 }
-    }
-
-    fn n_state(self) -> usize {
-        match self {
-            Self::Libero => 8,
-            Self::Aloha => 14,
-            Self::Bridge => 7,
-        }
-    }
-
-    fn bounds(self) -> Bounds {
-        if self == Self::Aloha { Bounds::Extremes } else { Bounds::Quantiles }
-    }
-
-    /// Of its evaluation; nothing is published for Bridge, whose data have one camera.
-    fn n_camera(self) -> usize {
-        match self {
-            Self::Libero => 2,
-            Self::Aloha => 3,
-            Self::Bridge => 1,
-        }
-    }
-}
-
-/// What the weights of a run tell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RunSizes {
-    /// Numbers of an action.
-    pub n_action: usize,
-    /// Numbers of the arm's state; 0 if it is not read.
-    pub n_state: usize,
-    /// What makes actions.
-    pub head: OftHead,
-    /// Whether the instruction modulates the towers.
-    pub film: bool,
 }
 
 /// [`configure`], with what the statistics tell where there is no head.
@@ -108,47 +78,54 @@ pub fn configure_with(
     statistics: &StatisticsText,
     options: &RunOptions,
 ) -> Result<OftConfig> {
-    let RunTensors { head, n_action, n_state, film } = run;
-    let n_action = match n_action {
+    let n_action = match run.n_action {
         Some(n) => n,
         None => {
-            let bounds = options.bounds.or(options.platform.map(Platform::bounds));
-            statistics.parse_with(bounds.unwrap_or_default(), false)?.longest()
+            let of_platform = options.platform.map(|platform| platform.constants().bounds);
+            let bounds = options.bounds.or(of_platform).unwrap_or_default();
+            statistics.parse_with(bounds, false)?.longest()
         }
     };
-    configure(RunSizes { n_action, n_state, head, film }, options)
+    configure(run, n_action, options)
 }
 
 /// What no file says, from the user or, where all platforms that the sizes allow agree, from those.
 ///
 /// # Errors
 /// Names what is ambiguous, and the options that say it.
-pub fn configure(sizes: RunSizes, options: &RunOptions) -> Result<OftConfig> {
-    let RunSizes { n_action, n_state, head, film } = sizes;
-    if let Some(platform) = options.platform {
+pub fn configure(run: RunTensors, n_action: usize, options: &RunOptions) -> Result<OftConfig> {
+    let RunTensors { head, n_state, film, .. } = run;
+    if let Some(platform) = options.platform.map(Platform::constants) {
         ensure!(
-            platform.n_action() == n_action,
+            platform.n_action == n_action,
             "--platform {} has actions of {} numbers, this model of {n_action}; say --chunk, --cameras and --bounds \
              instead",
-            platform.name(),
-            platform.n_action()
+            platform.name,
+            platform.n_action
         );
     }
-    let possible: Vec<Platform> = match options.platform {
-        Some(platform) => vec![platform],
+    let possible: Vec<Constants> = match options.platform {
+        Some(platform) => vec![platform.constants()],
         None => {
-            let fits = |platform: &Platform| {
-                platform.n_action() == n_action && (n_state == 0 || platform.n_state() == n_state)
+            let fits = |platform: &Constants| {
+                platform.n_action == n_action && (n_state == 0 || platform.n_state == n_state)
             };
-            Platform::ALL.into_iter().filter(fits).collect()
+            Platform::ALL.map(Platform::constants).into_iter().filter(fits).collect()
         }
     };
-    let chunk = agreed(options.chunk, &possible, Platform::chunk)
-        .with_context(|| unknown("how many actions it gives", "--chunk N", sizes))?;
-    let n_camera = agreed(options.n_camera, &possible, Platform::n_camera)
-        .with_context(|| unknown("how many cameras it sees", "--cameras N", sizes))?;
-    let bounds = agreed(options.bounds, &possible, Platform::bounds)
-        .with_context(|| unknown("what -1 and 1 stand for", "--bounds q99|min-max", sizes))?;
+    let unknown = |what: &str, option: &str| {
+        format!(
+            "no file of an OpenVLA-OFT run says {what}, and actions of {n_action} numbers with {} do not tell; say \
+             {option}, or --platform libero, aloha or bridge",
+            state_words(n_state)
+        )
+    };
+    let chunk = agreed(options.chunk, &possible, |platform| platform.chunk)
+        .with_context(|| unknown("how many actions it gives", "--chunk N"))?;
+    let n_camera = agreed(options.n_camera, &possible, |platform| platform.n_camera)
+        .with_context(|| unknown("how many cameras it sees", "--cameras N"))?;
+    let bounds = agreed(options.bounds, &possible, |platform| platform.bounds)
+        .with_context(|| unknown("what -1 and 1 stand for", "--bounds q99|min-max"))?;
     let cameras = camera_names(n_camera);
     Ok(OftConfig { chunk, n_action, n_state, cameras, bounds, head, film })
 }
@@ -156,19 +133,15 @@ pub fn configure(sizes: RunSizes, options: &RunOptions) -> Result<OftConfig> {
 /// What was said, else what all platforms have in common.
 fn agreed<T: Copy + PartialEq>(
     said: Option<T>,
-    possible: &[Platform],
-    of: impl Fn(Platform) -> T,
+    possible: &[Constants],
+    of: impl Fn(&Constants) -> T,
 ) -> Option<T> {
-    let mut values = possible.iter().map(|platform| of(*platform));
+    let mut values = possible.iter().map(of);
     said.or_else(|| values.next().filter(|first| values.all(|other| other == *first)))
 }
 
-fn unknown(what: &str, option: &str, RunSizes { n_action, n_state, .. }: RunSizes) -> String {
-    let state = if n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() };
-    format!(
-        "no file of an OpenVLA-OFT run says {what}, and actions of {n_action} numbers with {state} do not tell; say \
-         {option}, or --platform libero, aloha or bridge"
-    )
+fn state_words(n_state: usize) -> String {
+    if n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() }
 }
 
 /// The cameras as openvla-oft's clients call them. The left wrist comes first, as in training.
@@ -185,8 +158,7 @@ fn camera_names(n: usize) -> Vec<String> {
 /// One line on what was taken, for people.
 pub fn summary(oft: &OftConfig) -> String {
     let OftConfig { chunk, n_action, n_state, cameras, bounds, head, film } = oft;
-    let state = if *n_state > 0 { format!("a state of {n_state}") } else { "no state".to_owned() };
-    let [low, high] = bounds.keys();
+    let (state, [low, high]) = (state_words(*n_state), bounds.keys());
     format!(
         "OpenVLA-OFT: {chunk} actions of {n_action} numbers ({} head{}) from {} ({}), {state}; {low} and {high} are -1 \
          and 1",
@@ -224,10 +196,13 @@ pub fn doubt(name: &str, oft: &OftConfig) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use openvla::OftHead;
+
     use super::*;
 
-    fn sizes(n_action: usize, n_state: usize) -> RunSizes {
-        RunSizes { n_action, n_state, head: OftHead::L1, film: false }
+    fn configured(n_action: usize, n_state: usize, options: &RunOptions) -> Result<OftConfig> {
+        let run = RunTensors { n_action: None, n_state, head: OftHead::L1, film: false };
+        configure(run, n_action, options)
     }
 
     fn taken(
@@ -235,7 +210,7 @@ mod tests {
         n_state: usize,
         options: RunOptions,
     ) -> Result<(usize, usize, Bounds)> {
-        let oft = configure(sizes(n_action, n_state), &options)?;
+        let oft = configured(n_action, n_state, &options)?;
         Ok((oft.chunk, oft.cameras.len(), oft.bounds))
     }
 
@@ -266,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_name_that_contradicts_is_noted() {
-        let oft = configure(sizes(7, 8), &RunOptions::default()).unwrap();
+        let oft = configured(7, 8, &RunOptions::default()).unwrap();
         let name = "run--parallel_dec--8_acts_chunk--continuous_acts--L1--wrist_img--proprio_state";
         assert_eq!(doubt(name, &oft), None);
         assert!(doubt("run--25_acts_chunk", &oft).unwrap().contains("25"));

@@ -205,24 +205,57 @@ def success(act, program, data, suite, n, steps=40):
     return float(worlds["done"].mean())
 
 
+def closed_loops(act, data, args):
+    """The share of scenes in which the task gets done, by suite."""
+    for suite in ("base", "language"):
+        yield suite, success(act, args.program, data, suite, args.scenes)
+
+
+def add_options(parser, steps, rate, every):
+    """What every training is told, with its own defaults."""
+    parser.add_argument("out", type=Path, help="where state.pt goes; training goes on from it")
+    parser.add_argument("--program", default="tabletop")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--every", type=int, default=every, help="steps between closed loops")
+    parser.add_argument("--scenes", type=int, default=50, help="of a closed loop")
+
+
+class Kept:
+    """What training goes on from, in a folder's state.pt: its `step`, and the state of each part."""
+
+    def __init__(self, folder, **parts):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.parts, self.step = folder / "state.pt", parts, 0
+        if self.path.exists():
+            state = torch.load(self.path)
+            self.step = state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+    def save(self, step):
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(dict(step=step, **states), self.path)
+
+
+@torch.no_grad()
+def follow(average, training, share):
+    """Moves the running mean of the weights by that share of the way to what they are."""
+    torch._foreach_lerp_(list(average.parameters()), list(training.parameters()), share)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder that `tabletop record` wrote")
-    parser.add_argument("out", type=Path, help="where state.pt goes; training goes on from it")
-    parser.add_argument("--program", default="tabletop")
-    parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--seeing", type=int, default=1000, help="steps without the Llama, at first")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--every", type=int, default=2000, help="steps between closed loops")
-    parser.add_argument("--scenes", type=int, default=50, help="of a closed loop")
+    add_options(parser, steps=11000, rate=1.5e-3, every=2000)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     sizes = Sizes()
     data, training = Data(args.data, sizes), Training(OpenVla(sizes), sizes)
     average = copy.deepcopy(training)
@@ -231,14 +264,8 @@ def main():
     others = [p for name, p in training.named_parameters() if "patch_embed" not in name]
     groups = [dict(params=filters, scale=0.2), dict(params=others, scale=1.0)]
     optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    step = 0
-    kept = dict(average=average, training=training, optimiser=optimiser)
-    path = args.out / "state.pt"
-    if path.exists():
-        state = torch.load(path)
-        step = state["step"]
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
+    kept = Kept(args.out, average=average, training=training, optimiser=optimiser)
+    step = kept.step
     print(f"{sum(p.numel() for p in training.vla.parameters())} parameters, step {step}")
     print("minutes, step, pictures/s | losses of dx dy dz gripper, after the prompt, of seeing")
     print("| off: bins of dx dy dz, share of gripper; mm of each object, gripper, receptacle")
@@ -260,9 +287,7 @@ def main():
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         optimiser.step()
         step += 1
-        with torch.no_grad():
-            share = max(0.001, 10 / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(training.parameters()), share)
+        follow(average, training, max(0.001, 10 / (step + 10)))
         now = [tokens.detach()[[0, 1, 2, 6]], torch.stack([after, seen]).detach(), off, far.nanmean(0)]
         smooth = now if smooth is None else [a.lerp(b, 0.02) for a, b in zip(smooth, now)]
         minutes = (time.time() - begin) / 60
@@ -272,10 +297,9 @@ def main():
             losses, errors = " ".join(words[:2]), " ".join(words[2:])
             print(f"{minutes:.1f} {step} {speed:.0f} | {losses} | {errors}", flush=True)
         if step % args.every == 0 or step == args.steps:
-            torch.save(dict(step=step, **{n: part.state_dict() for n, part in kept.items()}), path)
-            for suite in ("base", "language") if acting else ():
-                own = lambda steps: act(average.vla, data, steps)
-                rate = success(own, args.program, data, suite, args.scenes)
+            kept.save(step)
+            own = lambda steps: act(average.vla, data, steps)
+            for suite, rate in closed_loops(own, data, args) if acting else ():
                 print(f"{minutes:.1f} {step} {suite} {100 * rate:.0f} %", flush=True)
 
 

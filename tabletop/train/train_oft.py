@@ -14,7 +14,7 @@ from torch import nn
 from model import N_ACTION, Sizes
 from oft import CHUNK, N_CAMERA, N_STATE, OpenVlaOft
 from train import N_STATE as N_LANDMARK
-from train import TEXT, Data, Training, huber, stream, success
+from train import TEXT, Data, Kept, Training, add_options, closed_loops, follow, huber, stream
 
 
 class OftData(Data):
@@ -116,20 +116,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder that `tabletop record --oft` wrote")
     parser.add_argument("checkpoint", type=Path, help="whose weights it begins with")
-    parser.add_argument("out", type=Path, help="where state.pt goes; training goes on from it")
-    parser.add_argument("--program", default="tabletop")
-    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--new", type=int, default=150, help="steps of what is new alone, at first")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--every", type=int, default=500, help="steps between closed loops")
-    parser.add_argument("--scenes", type=int, default=50, help="of a closed loop")
+    add_options(parser, steps=4000, rate=1e-3, every=500)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(causal=False)
     data, training = OftData(args.data, sizes), OftTraining(OpenVlaOft(sizes), sizes)
     taken = training.begin_from(args.checkpoint)
@@ -138,14 +129,8 @@ def main():
     new = [p for p in training.parameters() if id(p) not in known]
     groups = [dict(params=new), dict(params=taken)]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-    step = 0
-    kept = dict(average=average, training=training, optimiser=optimiser)
-    path = args.out / "state.pt"
-    if path.exists():
-        state = torch.load(path)
-        step = state["step"]
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
+    kept = Kept(args.out, average=average, training=training, optimiser=optimiser)
+    step = kept.step
     print(f"{sum(p.numel() for p in training.vla.parameters())} parameters, step {step}")
     print("seconds of processor time, step | losses of seeing, the word, actions")
     print("| off, first and last action: mm of dx dy dz, gripper | mm of each object, gripper, receptacle")
@@ -164,9 +149,7 @@ def main():
         nn.utils.clip_grad_norm_(training.parameters(), 1.0)
         optimiser.step()
         step += 1
-        with torch.no_grad():
-            share = max(0.002, 10 / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(training.parameters()), share)
+        follow(average, training, max(0.002, 10 / (step + 10)))
         wrong = wrong.detach()
         losses = torch.stack([seen.detach(), asked.detach(), wrong.mean()])
         now = [losses, wrong[[0, -1]][:, [0, 1, 2, 6]].flatten(), far]
@@ -177,10 +160,9 @@ def main():
             words = " | ".join(" ".join(f"{x:.3g}" for x in part.tolist()) for part in parts)
             print(f"{time.process_time():.0f} {step} | {words}", flush=True)
         if step % args.every == 0 or step == args.steps:
-            torch.save(dict(step=step, **{n: part.state_dict() for n, part in kept.items()}), path)
-            for suite in ("base", "language"):
-                own = lambda steps: act(average.vla, data, steps)
-                rate = success(own, args.program, data, suite, args.scenes)
+            kept.save(step)
+            own = lambda steps: act(average.vla, data, steps)
+            for suite, rate in closed_loops(own, data, args):
                 print(f"{time.process_time():.0f} {step} {suite} {100 * rate:.0f} %", flush=True)
 
 

@@ -38,10 +38,11 @@ impl Policy {
     }
 
     fn load(file: &Gguf, options: &Options) -> Result<Self> {
-        Ok(if Config::read(file)?.oft.is_some() {
-            Self::Oft(OpenVlaOft::load(file, options)?)
+        let config = options.config(file)?;
+        Ok(if config.oft.is_some() {
+            Self::Oft(OpenVlaOft::load(file, config, options)?)
         } else {
-            Self::OpenVla(OpenVla::load(file, options)?)
+            Self::OpenVla(OpenVla::load(file, config, options)?)
         })
     }
 

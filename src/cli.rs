@@ -16,8 +16,7 @@ use openvla_kernels::Gguf;
 use signal_hook::consts::SIGXFSZ;
 use signal_hook::flag;
 
-use crate::config::Config;
-use crate::{Decoding, Devices, Draft, Kernels, OpenVla, Options, Policy, Profile};
+use crate::{Decoding, Devices, Draft, Kernels, OftConfig, Options, Policy, Profile};
 
 /// The trained example at 4 bits. Swap the file to change the default model.
 static EXAMPLE: &[u8] = include_bytes!("cli/tabletop.gguf");
@@ -122,26 +121,11 @@ impl Model {
         self.place.threads.count()
     }
 
-    /// Opens the model.
-    ///
-    /// # Errors
-    /// As [`OpenVla::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
-    pub fn open(&self) -> anyhow::Result<OpenVla> {
-        let options = self.options();
-        Ok(match self.path() {
-            Some(path) => {
-                misnamed::check(&path)?;
-                OpenVla::open(path, &options)?
-            }
-            None => OpenVla::built_in("the built-in example", EXAMPLE, &options)?,
-        })
-    }
-
     /// Opens the model, of whichever policy it is.
     ///
     /// # Errors
-    /// As [`Model::open`].
-    pub fn open_policy(&self) -> anyhow::Result<Policy> {
+    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
+    pub fn open(&self) -> anyhow::Result<Policy> {
         let options = self.options();
         Ok(match self.path() {
             Some(path) => {
@@ -155,7 +139,7 @@ impl Model {
     /// Whether the file is of an OpenVLA-OFT model. What is wrong with it is said when it is opened.
     pub fn is_oft(&self) -> bool {
         let file = self.path().and_then(|path| Gguf::open(&path).ok());
-        file.and_then(|file| Config::read(&file).ok()).is_some_and(|config| config.oft.is_some())
+        file.and_then(|file| OftConfig::read(&file).ok()?).is_some()
     }
 
     /// How it is opened.

@@ -86,12 +86,11 @@ impl OpenVlaOft {
     /// # Errors
     /// As [`crate::OpenVla::open`]; [`Error::OtherPolicy`] if it is an OpenVLA's.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
-        Self::load(&Gguf::open(path.as_ref())?, options)
+        let file = Gguf::open(path.as_ref())?;
+        Self::load(&file, options.config(&file)?, options)
     }
 
-    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
-        let mut config = Config::read(file)?;
-        options.apply(&mut config);
+    pub(crate) fn load(file: &Gguf, config: Config, options: &Options) -> Result<Self> {
         if config.oft.is_none() {
             return Err(Error::OtherPolicy { found: "an OpenVLA", wanted: "OpenVLA-OFT" });
         }
@@ -137,10 +136,10 @@ impl OpenVlaOft {
         let llama = clock.lap();
 
         let (normalized, tokens) = self.decode(&output)?;
-        let actions = normalized.iter().map(|x| unnormalize(&dataset.action, x)).collect();
+        let (head, scale) = (self.oft().head, &dataset.action);
+        let actions = normalized.iter().map(|action| unnormalize(scale, head, action)).collect();
         let total = milliseconds(start.elapsed());
         let timing_ms = ChunkTiming { preprocess, vision, projector, llama, total };
-        let normalized = normalized.into_iter().map(|action| action.numbers()).collect();
         Ok(Chunk { actions, normalized, tokens, normalized_state, unnorm_key: key, timing_ms })
     }
 
@@ -189,15 +188,15 @@ impl OpenVlaOft {
     }
 
     /// Actions as the head gives them, and the ids that they stand for if it gives tokens.
-    fn decode(&self, output: &[f32]) -> Result<(Vec<Normalized>, Option<Tokens>)> {
+    fn decode(&self, output: &[f32]) -> Result<(Vec<Vec<f64>>, Option<Tokens>)> {
         let (oft, actions) = (self.oft(), self.config.actions);
         if oft.head == OftHead::L1 {
             if let Some(i) = output.iter().position(|x| !x.is_finite()) {
                 let (step, dimension) = (i / oft.n_action, i % oft.n_action);
                 return Err(Error::NotFiniteAction { step, dimension, value: output[i] });
             }
-            let chunk = output.chunks(oft.n_action).map(|x| Normalized::Head(x.to_vec()));
-            return Ok((chunk.collect(), None));
+            let action = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect();
+            return Ok((output.chunks(oft.n_action).map(action).collect(), None));
         }
         let n_vocab = self.config.llama.n_vocab;
         let ids = match self.decoding {
@@ -208,45 +207,27 @@ impl OpenVlaOft {
         let tokens: Vec<u32> =
             rows.map(|(step, logits)| argmax(logits, ids.clone(), step)).collect::<Result<_>>()?;
         let tokens: Tokens = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
-        let chunk = tokens.iter().map(|ids| Normalized::Bins(actions.normalized(ids)));
-        Ok((chunk.collect(), Some(tokens)))
+        Ok((tokens.iter().map(|ids| actions.normalized(ids)).collect(), Some(tokens)))
     }
 }
 
 /// The ids of each action.
 type Tokens = Vec<Vec<u32>>;
 
-/// One action in about -1..1, in the precision that the reference has it in.
-enum Normalized {
-    Head(Vec<f32>),
-    Bins(Vec<f64>),
-}
-
-impl Normalized {
-    fn numbers(self) -> Vec<f64> {
-        match self {
-            Self::Head(x) => x.into_iter().map(f64::from).collect(),
-            Self::Bins(x) => x,
-        }
-    }
-}
-
 /// What keeps a dimension of no width from dividing by zero. ref: `_unnormalize_actions`, `normalize_proprio`
 const WIDTH: f64 = 1e-8;
 
 /// An action to the data set's units. ref: `_unnormalize_actions`, which computes `0.5 * (x + 1)` in the precision
-/// of `x`
-fn unnormalize(scale: &Scale, action: &Normalized) -> Vec<f64> {
-    let pairs: Vec<(f64, f64)> = match action {
-        Normalized::Head(x) => {
-            x.iter().map(|x| (f64::from(*x), f64::from(0.5 * (x + 1.0)))).collect()
-        }
-        Normalized::Bins(x) => x.iter().map(|x| (*x, 0.5 * (x + 1.0))).collect(),
+/// of `x`: what a head gives is f32, centers of bins are f64.
+fn unnormalize(scale: &Scale, head: OftHead, action: &[f64]) -> Vec<f64> {
+    let share = |x: f64| match head {
+        OftHead::L1 => f64::from(0.5 * (x as f32 + 1.0)),
+        OftHead::Tokens => 0.5 * (x + 1.0),
     };
-    let unnormalize = |((x, share), (low, high, scaled)): ((f64, f64), (f64, f64, bool))| {
-        if scaled { share * (high - low + WIDTH) + low } else { x }
+    let unnormalize = |(x, (low, high, scaled)): (&f64, (f64, f64, bool))| {
+        if scaled { share(*x) * (high - low + WIDTH) + low } else { *x }
     };
-    pairs.into_iter().zip(scale.dimensions()).map(unnormalize).collect()
+    action.iter().zip(scale.dimensions()).map(unnormalize).collect()
 }
 
 /// The arm's state in -1..1. ref: `normalize_proprio`
@@ -307,12 +288,12 @@ mod tests {
     #[test]
     fn actions_are_unnormalized_in_the_references_precision() {
         let x = 0.123_456_79_f32;
-        let got = unnormalize(&scale(), &Normalized::Head(vec![x, x, x]));
+        let got = unnormalize(&scale(), OftHead::L1, &[f64::from(x); 3]);
         let share = f64::from(0.5_f32 * (x + 1.0));
         assert_eq!(got[0], share * (4.0 + 1e-8) - 2.0);
         assert_eq!(got[1], share * 1e-8 + 3.0);
         assert_eq!(got[2], f64::from(x), "a gripper stays as the head gave it");
-        let got = unnormalize(&scale(), &Normalized::Bins(vec![0.1, 0.1, 0.1]));
+        let got = unnormalize(&scale(), OftHead::Tokens, &[0.1; 3]);
         assert_eq!(got[0], 0.5 * 1.1 * (4.0 + 1e-8) - 2.0);
     }
 }

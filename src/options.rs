@@ -51,11 +51,13 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Puts what they say about pictures in the place of what the file says.
-    pub(crate) fn apply(&self, config: &mut Config) {
+    /// What the file says about itself, with what they say about pictures in its place.
+    pub(crate) fn config(&self, file: &Gguf) -> Result<Config> {
+        let mut config = Config::read(file)?;
         let preprocess = &mut config.preprocess;
         preprocess.profile = self.profile.unwrap_or(preprocess.profile);
         preprocess.center_crop = self.center_crop.unwrap_or(preprocess.center_crop);
+        Ok(config)
     }
 }
 

@@ -82,7 +82,8 @@ impl OpenVla {
     /// [`crate::Error::Kernels`] if it is not a sound GGUF file, [`crate::Error::Model`] if it is
     /// another model's.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
-        Self::load(&Gguf::open(path.as_ref())?, options)
+        let file = Gguf::open(path.as_ref())?;
+        Self::load(&file, options.config(&file)?, options)
     }
 
     /// Opens a model file that is part of the program; `name` stands for its path in messages.
@@ -90,12 +91,11 @@ impl OpenVla {
     /// # Errors
     /// As [`OpenVla::open`].
     pub fn built_in(name: &str, bytes: &'static [u8], options: &Options) -> Result<Self> {
-        Self::load(&Gguf::built_in(name, bytes)?, options)
+        let file = Gguf::built_in(name, bytes)?;
+        Self::load(&file, options.config(&file)?, options)
     }
 
-    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
-        let mut config = Config::read(file)?;
-        options.apply(&mut config);
+    pub(crate) fn load(file: &Gguf, config: Config, options: &Options) -> Result<Self> {
         if config.oft.is_some() {
             return Err(Error::OtherPolicy { found: "an OpenVLA-OFT", wanted: "OpenVLA" });
         }

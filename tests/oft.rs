@@ -1,20 +1,23 @@
 //! OpenVLA-OFT against what the PyTorch reference computed, stage by stage and at the end.
 
 mod common;
+#[path = "common/oft_runs.rs"]
+mod oft_runs;
+#[path = "common/suite.rs"]
+mod suite;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::process::assert_fails;
-use common::{floats, json, of, picture, shared as golden};
+use common::{floats, ids, picture};
+use oft_runs::Runs;
 use openvla::oft::{Observation, OpenVlaOft};
-use openvla::{Bounds, Decoding, Devices, Options, Profile, libero};
-use openvla_convert::Conversion;
-use openvla_convert::oft::{Platform, RunOptions};
+use openvla::{Decoding, Devices, Options, Profile, libero};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
+use suite::sha256_of;
 use tempfile::TempDir;
 
 /// How far F32 may be from the reference, as largest difference: features, soft tokens, normalized actions, actions.
@@ -27,12 +30,6 @@ const TOLERANCE: [(&str, [f64; 4]); 4] = [
     ("Q6_K", [4e-2, 5e-2, 3e-1, 3e-1]),
     ("Q4_K_M", [1e-1, 1e-1, 1.0, 1.0]),
 ];
-
-/// The reference's runs, and what it computed of them.
-struct Goldens {
-    dir: PathBuf,
-    index: Value,
-}
 
 /// A run that was converted.
 struct Variant {
@@ -52,49 +49,16 @@ impl Variant {
     }
 }
 
-impl Goldens {
-    fn open() -> Self {
-        let dir = golden().join("oft");
-        Self { index: json(&dir.join("cases.json")), dir }
-    }
+fn cases<'r>(runs: &'r Runs, variant: &str) -> Vec<&'r Value> {
+    let all = runs.index["cases"].as_array().unwrap().iter();
+    all.filter(|case| case["variant"] == variant).collect()
+}
 
-    fn cases(&self, variant: &str) -> Vec<&Value> {
-        let all = self.index["cases"].as_array().unwrap().iter();
-        all.filter(|case| case["variant"] == variant).collect()
-    }
-
-    /// Converts a variant, from a folder in the published form.
-    fn variant(&self, name: &str, encoding: &str) -> Variant {
-        let variant = &self.index["variants"][name];
-        let files = tempfile::tempdir().unwrap();
-        let run = files.path().join("run");
-        let base = files.path().join("base");
-        [&run, &base].iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
-        let adapter = variant["lora_adapter"].as_str();
-        for (name, from) in variant["files"].as_object().unwrap() {
-            let is_base = name == "config.json" || name.starts_with("model");
-            let to = if adapter.is_some() && is_base { &base } else { &run };
-            std::os::unix::fs::symlink(self.dir.join(from.as_str().unwrap()), to.join(name))
-                .unwrap();
-        }
-        let mut options = of(encoding);
-        if let Some(adapter) = adapter {
-            std::os::unix::fs::symlink(self.dir.join(adapter), run.join("lora_adapter")).unwrap();
-            options.base = Some(base);
-        }
-        let platform = |platform: &&Platform| platform.name() == variant["constants_platform"];
-        let is_min_max = variant["normalization"] == "bounds";
-        options.run = RunOptions {
-            platform: Some(*Platform::ALL.iter().find(platform).unwrap()),
-            chunk: Some(variant["chunk"].as_u64().unwrap() as usize),
-            n_camera: Some(variant["num_images_in_input"].as_u64().unwrap() as usize),
-            bounds: Some(if is_min_max { Bounds::Extremes } else { Bounds::Quantiles }),
-        };
-        let path = files.path().join("model.gguf");
-        let conversion = Conversion::new(&run, &options).unwrap();
-        conversion.write(&path, &indicatif::ProgressBar::hidden()).unwrap();
-        Variant { path, _files: files }
-    }
+fn variant(runs: &Runs, name: &str, encoding: &str) -> Variant {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("model.gguf");
+    runs.convert(name, encoding, &path);
+    Variant { path, _files: files }
 }
 
 /// The tensors of a case, all as f64.
@@ -143,7 +107,7 @@ fn rows(numbers: &[f32], rows: &[f64], width: usize) -> Vec<f64> {
 }
 
 /// A case stage by stage, from the pictures that the reference's processor was given.
-fn stages(goldens: &Goldens, policy: &mut OpenVlaOft, case: &Value, encoding: &str) -> [f64; 3] {
+fn stages(goldens: &Runs, policy: &mut OpenVlaOft, case: &Value, encoding: &str) -> [f64; 3] {
     let id = case["id"].as_str().unwrap();
     let want = tensors(&goldens.dir.join(case["tensors"].as_str().unwrap()));
     let mut planes = Vec::new();
@@ -151,18 +115,11 @@ fn stages(goldens: &Goldens, policy: &mut OpenVlaOft, case: &Value, encoding: &s
     for (image, hash) in case["model_u8"].as_array().unwrap().iter().zip(hashes) {
         let image = picture(&goldens.dir.join(image.as_str().unwrap()));
         let of_image = policy.config().preprocess.planes(&image).unwrap();
-        let bytes: Vec<u8> = of_image.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let sum: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(sum, hash.as_str().unwrap(), "{id}: pixel values");
+        assert_eq!(sha256_of(&of_image), hash.as_str().unwrap(), "{id}: pixel values");
         planes.extend(of_image);
     }
     let prompt = policy.prompt_ids(case["instruction"].as_str().unwrap()).unwrap();
-    let ids: Vec<u32> = case["prompt_ids"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect();
+    let ids = ids(&case["prompt_ids"]);
     assert_eq!(prompt, ids, "{id}: prompt");
     let (joined, dim) = (policy.config().projector[0], policy.config().llama.dim);
     let oft = policy.oft().clone();
@@ -185,7 +142,7 @@ fn stages(goldens: &Goldens, policy: &mut OpenVlaOft, case: &Value, encoding: &s
 }
 
 /// A case from the pictures and the state that the robot gave, to the actions.
-fn acts_as_the_reference(goldens: &Goldens, variant: &Variant, case: &Value) -> f64 {
+fn acts_as_the_reference(goldens: &Runs, variant: &Variant, case: &Value) -> f64 {
     let id = case["id"].as_str().unwrap();
     let is_simulator = case["pipeline"] == "libero_env";
     let profile = if is_simulator { Profile::Libero } else { Profile::Oft };
@@ -224,10 +181,11 @@ mod shared {
     const VARIANTS: [&str; 7] = ["A", "B", "C", "D", "E", "G", "H"];
 
     fn every_stage(encoding: &str) {
-        let goldens = Goldens::open();
+        let goldens = Runs::open();
         for name in VARIANTS {
-            let mut policy = goldens.variant(name, encoding).open(Some(Profile::Raw), Some(false));
-            for case in goldens.cases(name) {
+            let mut policy =
+                variant(&goldens, name, encoding).open(Some(Profile::Raw), Some(false));
+            for case in cases(&goldens, name) {
                 let [features, soft, normalized] = stages(&goldens, &mut policy, case, encoding);
                 eprintln!(
                     "{encoding:6} {} features {features:.1e} soft {soft:.1e} normalized {normalized:.1e}",
@@ -246,10 +204,10 @@ mod shared {
     #[test]
     #[ignore = "needs ../shared/golden"]
     fn f32_acts_as_the_reference_from_pictures_to_actions() {
-        let goldens = Goldens::open();
+        let goldens = Runs::open();
         for name in VARIANTS {
-            let variant = goldens.variant(name, "F32");
-            for case in goldens.cases(name) {
+            let variant = variant(&goldens, name, "F32");
+            for case in cases(&goldens, name) {
                 let error = acts_as_the_reference(&goldens, &variant, case);
                 eprintln!("{} actions {error:.1e}", case["id"]);
             }
@@ -260,9 +218,9 @@ mod shared {
     #[test]
     #[ignore = "needs ../shared/golden"]
     fn the_program_prints_the_chunk() {
-        let goldens = Goldens::open();
-        let variant = goldens.variant("A", "F32");
-        let case = goldens.cases("A")[0];
+        let goldens = Runs::open();
+        let variant = variant(&goldens, "A", "F32");
+        let case = cases(&goldens, "A")[0];
         let image = |name: &str| goldens.dir.join("images").join(name);
         let run = |more: &[&str]| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_openvla-run"));

@@ -59,7 +59,7 @@ fn run(options: Options) -> Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        serve(listener, settings, move || model.open_policy(), stopped).await
+        serve(listener, settings, move || model.open(), stopped).await
     });
     // A step that hangs must not keep the program.
     runtime.shutdown_background();

@@ -1,9 +1,9 @@
 //! The interface of a model to the worker; tests implement it without a model.
 
 use openvla::image::RgbImage;
-use openvla::oft::{self, OpenVlaOft};
+use openvla::oft;
 use openvla::prompt::Prompt;
-use openvla::{Config, OftConfig, OpenVla, Preprocess, Profile, Session, Statistics, Usage};
+use openvla::{Config, OftConfig, Preprocess, Profile, Session, Statistics, Usage};
 
 use crate::observation::{Motion, Observation};
 
@@ -15,7 +15,7 @@ pub trait Policy {
     /// Runs one step of a session, in the units of the named data set.
     ///
     /// # Errors
-    /// As [`OpenVla::act_in`] and [`OpenVlaOft::act`].
+    /// As [`openvla::OpenVla::act_in`] and [`oft::OpenVlaOft::act`].
     fn act(
         &mut self,
         session: &mut Session,
@@ -67,40 +67,6 @@ impl ModelInfo {
     }
 }
 
-impl Policy for OpenVla {
-    fn info(&self) -> ModelInfo {
-        ModelInfo::new(self.config(), &self.usage())
-    }
-
-    fn act(
-        &mut self,
-        session: &mut Session,
-        observation: &Observation,
-        unnorm_key: Option<&str>,
-    ) -> openvla::Result<Motion> {
-        let Observation { image, instruction, .. } = observation;
-        self.act_in(session, image, instruction, unnorm_key).map(Motion::from)
-    }
-}
-
-impl Policy for OpenVlaOft {
-    fn info(&self) -> ModelInfo {
-        ModelInfo::new(self.config(), &self.usage())
-    }
-
-    fn act(
-        &mut self,
-        _: &mut Session,
-        observation: &Observation,
-        unnorm_key: Option<&str>,
-    ) -> openvla::Result<Motion> {
-        let Observation { image, wrists, state, instruction, .. } = observation;
-        let images: Vec<&RgbImage> = [image].into_iter().chain(wrists).collect();
-        let seen = oft::Observation { images: &images, state: state.as_deref() };
-        OpenVlaOft::act(self, &seen, instruction, unnorm_key).map(Motion::from)
-    }
-}
-
 impl Policy for openvla::Policy {
     fn info(&self) -> ModelInfo {
         ModelInfo::new(self.config(), &self.usage())
@@ -112,9 +78,16 @@ impl Policy for openvla::Policy {
         observation: &Observation,
         unnorm_key: Option<&str>,
     ) -> openvla::Result<Motion> {
+        let Observation { image, wrists, state, instruction, .. } = observation;
         match self {
-            Self::OpenVla(policy) => Policy::act(policy, session, observation, unnorm_key),
-            Self::Oft(policy) => Policy::act(policy, session, observation, unnorm_key),
+            Self::OpenVla(policy) => {
+                policy.act_in(session, image, instruction, unnorm_key).map(Motion::from)
+            }
+            Self::Oft(policy) => {
+                let images: Vec<&RgbImage> = [image].into_iter().chain(wrists).collect();
+                let seen = oft::Observation { images: &images, state: state.as_deref() };
+                policy.act(&seen, instruction, unnorm_key).map(Motion::from)
+            }
         }
     }
 }

@@ -74,7 +74,7 @@ fn what_the_server_adds_to_a_step() {
     let frame =
         rmp_serde::to_vec_named(&Frame { image: Msgpack(array(raw)), prompt: TASK }).unwrap();
 
-    let mut library = common::options(&["--threads", "1"]).model.open().unwrap();
+    let mut library = common::example(&["--threads", "1"]);
     let server = Server::example(&["--threads", "1"]);
     let (agent, plain) = (agent(), plain_body());
     let post = |path: &str, body: &str| {

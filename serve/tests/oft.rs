@@ -1,6 +1,8 @@
 //! OpenVLA-OFT: several cameras, the arm's state and chunks of actions, in every protocol.
 
 mod common;
+#[path = "../../tests/common/oft_runs.rs"]
+mod oft_runs;
 #[path = "../../convert/tests/torch/writer.rs"]
 #[allow(dead_code)] // it writes files of all kinds
 mod writer;
@@ -230,7 +232,7 @@ fn a_model_says_which_pictures_and_what_state_it_misses() {
     let model = openvla_serve::options::Options::parse_from(command).model;
     assert!(model.is_oft(), "so its port is that of openvla-oft's server");
     assert!(!openvla_serve::options::Options::parse_from(["openvla-serve"]).model.is_oft());
-    let server = Server::with(&[], Gate::default(), channel().1, move || model.open_policy());
+    let server = Server::with(&[], Gate::default(), channel().1, move || model.open());
     server.wait_for("/readyz", 200);
     let mut fields = whole("go");
     let got = act(&server, &fields).assert_error(400, "bad_request");
@@ -254,44 +256,8 @@ fn a_model_says_which_pictures_and_what_state_it_misses() {
 
 /// What the reference's server was asked and answered.
 mod shared {
-    use std::path::{Path, PathBuf};
-
-    use openvla::Bounds;
-    use openvla_convert::oft::{Platform, RunOptions};
-    use openvla_convert::plan::Encoding;
-    use openvla_convert::{Conversion, Options};
-
     use super::*;
-
-    fn golden() -> PathBuf {
-        let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
-        let mut found = above.map(|up| up.join("shared/golden/oft"));
-        found.find(|path| path.is_dir()).expect("../shared/golden/oft")
-    }
-
-    fn read(path: &Path) -> Value {
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    /// Converts a variant, from a folder in the published form.
-    fn convert(name: &str, out: &Path) {
-        let variant = &read(&golden().join("cases.json"))["variants"][name];
-        let run = tempfile::tempdir().unwrap();
-        for (name, from) in variant["files"].as_object().unwrap() {
-            let from = golden().join(from.as_str().unwrap());
-            std::os::unix::fs::symlink(from, run.path().join(name)).unwrap();
-        }
-        let mut options: Options = "F32".parse::<Encoding>().unwrap().into();
-        let is_aloha = variant["constants_platform"] == "aloha";
-        options.run = RunOptions {
-            platform: Some(if is_aloha { Platform::Aloha } else { Platform::Libero }),
-            chunk: Some(variant["chunk"].as_u64().unwrap() as usize),
-            n_camera: Some(variant["num_images_in_input"].as_u64().unwrap() as usize),
-            bounds: Some(if is_aloha { Bounds::Extremes } else { Bounds::Quantiles }),
-        };
-        let conversion = Conversion::new(run.path(), &options).unwrap();
-        conversion.write(out, &indicatif::ProgressBar::hidden()).unwrap();
-    }
+    use crate::oft_runs::Runs;
 
     /// JPEG and resizing of its 8x8 pictures may differ by one in a few values.
     const TOLERANCE: f64 = 5e-3;
@@ -299,18 +265,19 @@ mod shared {
     #[test]
     #[ignore = "needs ../shared"]
     fn the_wire_is_the_references() {
+        let runs = Runs::open();
         for name in ["A", "B"] {
-            let wire = read(&golden().join(format!("wire_{name}.json")));
+            let wire = std::fs::read(runs.dir.join(format!("wire_{name}.json"))).unwrap();
+            let wire: Value = serde_json::from_slice(&wire).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("model.gguf");
-            convert(name, &path);
+            runs.convert(name, "F32", &path);
             let key = wire["unnorm_key"].as_str().unwrap();
             let path = path.to_str().unwrap().to_owned();
             let args = ["--compat-errors", "--unnorm-key", key];
             let command = ["openvla-serve", "-m", &path, "--threads", "1"];
             let model = openvla_serve::options::Options::parse_from(command).model;
-            let server =
-                Server::with(&args, Gate::default(), channel().1, move || model.open_policy());
+            let server = Server::with(&args, Gate::default(), channel().1, move || model.open());
             server.wait_for("/readyz", 200);
             for exchange in wire["exchanges"].as_array().unwrap() {
                 check(&server, &format!("{name} {}", exchange["name"]), exchange);

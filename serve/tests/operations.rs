@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use common::{Gate, PATIENCE, Server, Stub, example, numpy_body};
+use common::{Gate, PATIENCE, Server, Stub, numpy_body};
 use openvla_serve::routes::OPENAPI;
 
 #[test]
@@ -168,7 +168,7 @@ fn a_model_that_cannot_be_opened_ends_the_program() {
     let open = || -> anyhow::Result<Stub> { anyhow::bail!("there is no such file") };
     let mut server = Server::with(&[], Gate::default(), channel().1, open);
     assert!(server.ended().unwrap_err().to_string().contains("no such file"));
-    let open = || Ok(example());
+    let open = || common::options(&[]).model.open();
     let mut server = Server::with(&["--unnorm-key", "nothing"], Gate::default(), channel().1, open);
     assert!(server.ended().unwrap_err().to_string().contains("`nothing`"));
 }

@@ -20,7 +20,7 @@ fn request(i: usize) -> (&'static str, u32) {
 
 #[test]
 fn many_clients_get_what_one_gets_from_the_library() {
-    let mut alone = example();
+    let mut alone = example(&[]);
     let want: Vec<Value> = (0..6)
         .map(|i| {
             let (instruction, side) = request(i);

@@ -23,10 +23,6 @@ struct Args {
     // One list, since clap does not take the instruction of two after an option.
     #[arg(required = true, value_name = "IMAGE... INSTRUCTION")]
     inputs: Vec<OsString>,
-    #[arg(skip)]
-    images: Vec<PathBuf>,
-    #[arg(skip)]
-    instruction: String,
     #[command(flatten)]
     model: Model,
     /// Data set whose units the motion is in; needed if the model knows several
@@ -43,59 +39,72 @@ struct Args {
     json: bool,
 }
 
+impl Args {
+    /// All inputs but the last.
+    fn images(&self) -> impl Iterator<Item = &Path> {
+        self.inputs[..self.inputs.len() - 1].iter().map(Path::new)
+    }
+
+    /// Those, and the wrist cameras' pictures.
+    fn pictures(&self) -> impl Iterator<Item = &Path> {
+        self.images().chain(self.wrist.iter().map(PathBuf::as_path))
+    }
+
+    /// The last input.
+    fn instruction(&self) -> Option<&str> {
+        self.inputs.last()?.to_str()
+    }
+}
+
 fn main() -> ExitCode {
-    let mut args: Args = cli::start();
+    let args: Args = cli::start();
     let usage = |kind, why: &str| -> ! { Args::command().error(kind, why).exit() };
-    let Some((instruction, images)) = args.inputs.split_last().filter(|(_, rest)| !rest.is_empty())
-    else {
+    if args.inputs.len() < 2 {
         usage(
             ErrorKind::MissingRequiredArgument,
             "an image and an instruction are needed: IMAGE INSTRUCTION",
         );
-    };
-    let Some(instruction) = instruction.to_str() else {
+    }
+    let Some(instruction) = args.instruction() else {
         usage(ErrorKind::InvalidUtf8, "the instruction is not UTF-8");
     };
-    args.instruction = instruction.to_owned();
-    args.images = images.iter().map(PathBuf::from).collect();
-    let pictures = args.images.iter().chain(&args.wrist);
-    if pictures.filter(|path| path.as_os_str() == STDIN).count() > 1 {
+    if args.pictures().filter(|path| path.as_os_str() == STDIN).count() > 1 {
         usage(ErrorKind::ArgumentConflict, "\"-\" can be given once: stdin holds one image");
     }
-    cli::end(run(&args))
+    cli::end(run(&args, instruction))
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Args, instruction: &str) -> Result<()> {
     if args.model.path().is_none() {
         cli::say(cli::BUILT_IN);
     }
     let warn = |doubt: &str| cli::say(format_args!("warning: {doubt}"));
     // Before the model is opened, since a mistake in the order of arguments may be why it cannot be.
-    let misplaced = cli::doubt(&args.instruction).inspect(|doubt| warn(doubt));
-    let mut policy = args.model.open_policy()?;
+    let misplaced = cli::doubt(instruction).inspect(|doubt| warn(doubt));
+    let mut policy = args.model.open()?;
     if misplaced.is_none() {
-        policy.config().prompt.doubt(&args.instruction).inspect(|doubt| warn(doubt));
+        policy.config().prompt.doubt(instruction).inspect(|doubt| warn(doubt));
     }
     match &mut policy {
-        Policy::OpenVla(policy) => act(args, policy)?,
-        Policy::Oft(policy) => act_in_chunks(args, policy)?,
+        Policy::OpenVla(policy) => act(args, instruction, policy)?,
+        Policy::Oft(policy) => act_in_chunks(args, instruction, policy)?,
     }
     policy.usage().iter().filter(|usage| usage.weights > 0).for_each(report);
     Ok(())
 }
 
 /// One motion for each image.
-fn act(args: &Args, policy: &mut OpenVla) -> Result<()> {
+fn act(args: &Args, instruction: &str, policy: &mut OpenVla) -> Result<()> {
     anyhow::ensure!(
         args.wrist.is_empty() && args.state.is_none(),
         "--wrist and --state are for OpenVLA-OFT models; this is an OpenVLA, which sees one camera and reads no state"
     );
     let mut session = Session::default();
     let mut out = std::io::stdout().lock();
-    for path in &args.images {
+    for path in args.images() {
         let (image, key) = (read(path)?, args.unnorm_key.as_deref());
         let action = policy
-            .act_in(&mut session, &image, &args.instruction, key)
+            .act_in(&mut session, &image, instruction, key)
             .with_context(|| format!("no motion for {}", path.display()))?;
         if args.json {
             writeln!(out, "{}", serde_json::to_string(&action)?)?;
@@ -114,13 +123,13 @@ fn act(args: &Args, policy: &mut OpenVla) -> Result<()> {
 }
 
 /// A chunk of actions for the pictures of all cameras.
-fn act_in_chunks(args: &Args, policy: &mut OpenVlaOft) -> Result<()> {
+fn act_in_chunks(args: &Args, instruction: &str, policy: &mut OpenVlaOft) -> Result<()> {
     let cameras = &policy.oft().cameras;
     anyhow::ensure!(
-        args.images.len() == 1,
+        args.images().count() == 1,
         "an OpenVLA-OFT model takes one picture of its third-person camera, and those of wrist cameras with --wrist; there \
          are {} without it",
-        args.images.len()
+        args.images().count()
     );
     if cameras.len() == 1 && !args.wrist.is_empty() {
         cli::say("warning: the model sees one camera; --wrist is left out, as the reference does");
@@ -128,12 +137,11 @@ fn act_in_chunks(args: &Args, policy: &mut OpenVlaOft) -> Result<()> {
     if policy.oft().n_state == 0 && args.state.is_some() {
         cli::say("warning: the model reads no state; --state is left out, as the reference does");
     }
-    let paths = args.images.iter().chain(&args.wrist);
-    let images = paths.map(|path| read(path)).collect::<Result<Vec<_>>>()?;
+    let images = args.pictures().map(read).collect::<Result<Vec<_>>>()?;
     let images: Vec<_> = images.iter().collect();
     let state = args.state.as_deref().map(read_state).transpose()?;
     let observation = Observation { images: &images, state: state.as_deref() };
-    let chunk = policy.act(&observation, &args.instruction, args.unnorm_key.as_deref())?;
+    let chunk = policy.act(&observation, instruction, args.unnorm_key.as_deref())?;
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&chunk)?)?;

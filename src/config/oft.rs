@@ -61,7 +61,7 @@ impl OftConfig {
     }
 
     /// That of a file, unless it is of an OpenVLA.
-    pub(super) fn read(file: &Gguf) -> Result<Option<Self>> {
+    pub(crate) fn read(file: &Gguf) -> Result<Option<Self>> {
         let Some(chunk) = optional::<u32>(file, key::CHUNK)? else { return Ok(None) };
         let size = |key| Ok::<_, Error>(file.get::<u32>(key)? as usize);
         Ok(Some(Self {

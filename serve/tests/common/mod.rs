@@ -359,6 +359,9 @@ pub fn numpy_body(instruction: &str) -> String {
 }
 
 /// The example checkpoint, alone.
-pub fn example() -> OpenVla {
-    options(&[]).model.open().unwrap()
+pub fn example(args: &[&str]) -> OpenVla {
+    match options(args).model.open().unwrap() {
+        openvla::Policy::OpenVla(policy) => policy,
+        openvla::Policy::Oft(_) => unreachable!("the built-in example is an OpenVLA"),
+    }
 }

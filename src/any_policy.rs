@@ -29,7 +29,7 @@ impl Policy {
         Self::load(&Gguf::open(path.as_ref())?, options)
     }
 
-    /// Opens a model file that is part of the program; `name` stands for its path in messages.
+    /// Opens a model file that is part of the program; `name` is shown as its path in messages.
     ///
     /// # Errors
     /// As [`OpenVla::open`].

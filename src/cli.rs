@@ -43,7 +43,7 @@ impl Threads {
 
 /// Where to compute.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct Place {
+pub struct DeviceArgs {
     /// Where to compute: auto takes the GPUs there are, else the CPU; cuda, cuda:N, vulkan, vulkan:N
     #[arg(long, value_name = "NAME", default_value = "auto")]
     device: Devices,
@@ -58,7 +58,7 @@ pub struct Place {
     kernels: Kernels,
 }
 
-impl Place {
+impl DeviceArgs {
     /// How a model is opened there.
     pub fn options(&self) -> Options {
         Options {
@@ -91,12 +91,12 @@ impl CenterCrop {
 
 /// Which model, and how it runs.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct Model {
+pub struct ModelArgs {
     /// Model file [default: $OPENVLA_MODEL, else the built-in example]
     #[arg(short, long, value_name = "MODEL.gguf")]
     model: Option<PathBuf>,
     #[command(flatten)]
-    place: Place,
+    device: DeviceArgs,
     /// Guess tokens from the motion before, and check several in one pass where that has paid
     #[arg(long, value_name = "off|auto", default_value = "off")]
     draft: Draft,
@@ -110,15 +110,15 @@ pub struct Model {
     crop: CenterCrop,
 }
 
-impl Model {
+impl ModelArgs {
     /// The file to open; without one, it is the built-in example.
     pub fn path(&self) -> Option<PathBuf> {
-        named(self.model.clone())
+        model_path(self.model.clone())
     }
 
     /// CPU threads that it computes with.
     pub fn threads(&self) -> usize {
-        self.place.threads.count()
+        self.device.threads.count()
     }
 
     /// Opens the model, of whichever policy it is.
@@ -144,7 +144,7 @@ impl Model {
 
     /// How it is opened.
     fn options(&self) -> Options {
-        let mut options = self.place.options();
+        let mut options = self.device.options();
         options.draft = self.draft;
         if self.reference_decoding {
             options.decoding = Decoding::Reference;
@@ -160,7 +160,7 @@ impl Model {
 
 /// The model file that was named by `-m`, else by `$OPENVLA_MODEL`. An empty variable is as good as
 /// none: that is how container tools pass on what is not set.
-pub fn named(model: Option<PathBuf>) -> Option<PathBuf> {
+pub fn model_path(model: Option<PathBuf>) -> Option<PathBuf> {
     let variable = || std::env::var_os("OPENVLA_MODEL").filter(|path| !path.is_empty());
     model.or_else(|| variable().map(Into::into))
 }
@@ -203,9 +203,12 @@ pub fn say(line: impl Display) {
 
 /// Reads the name of a file to write. `-` is refused, since nothing here writes files to stdout.
 pub fn output_file() -> impl TypedValueParser<Value = PathBuf> {
-    PathBufValueParser::new().try_map(|path| match path == Path::new("-") {
-        true => Err("a file is needed, not stdout; ./- is a file of this name"),
-        false => Ok(path),
+    PathBufValueParser::new().try_map(|path| {
+        if path == Path::new("-") {
+            Err("a file is needed, not stdout; ./- is a file of this name")
+        } else {
+            Ok(path)
+        }
     })
 }
 

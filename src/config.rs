@@ -105,7 +105,7 @@ impl LlamaConfig {
         self.dim / self.n_head
     }
 
-    /// Holds that so many rows of image, prompt and motion fit.
+    /// Checks that this many rows of image, prompt and motion fit.
     ///
     /// # Errors
     /// [`Error::InstructionTooLong`].

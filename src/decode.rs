@@ -52,7 +52,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// [`Error::Image`] if it is no file that [`decode`] reads, if it contradicts itself, or if a
+    /// [`Error::Image`] if it is not a file that [`decode`] reads, if it contradicts itself, or if a
     /// side is not in `1..=16384`.
     pub fn read(bytes: &[u8]) -> Result<Self> {
         contained(|| File::read(bytes)).map(|file| file.header)

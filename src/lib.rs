@@ -17,7 +17,7 @@
 //! |---|---|---|
 //! | `decode` | PNG, JPEG, WebP, BMP | an RGB image |
 //! | `profile` | what evaluations do to it first: JPEG, Lanczos, crop | an RGB image |
-//! | `preprocess` | bicubic resize as Pillow's, two normalisations | `[224, 224, 6]` planes |
+//! | `preprocess` | bicubic resize as Pillow's, two normalizations | `[224, 224, 6]` planes |
 //! | `vision` | DINOv2 and SigLIP | `[2176, 256]` patch features |
 //! | `projector` | an MLP | `[4096, 256]` soft tokens |
 //! | `prompt`, `tokenizer` | template, SentencePiece BPE | ids: BOS … 29871 |
@@ -40,7 +40,7 @@
 //!   functions, and for the three tables of the Llama in [`streamed`].
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
 //!   length changed, or a pass has a number of drafts that no pass before it had.
-//! - Graphs are the same on every device. What depends on it is where weights lie (`placement`) and what
+//! - Graphs are the same on every device. What depends on it is where weights are (`placement`) and what
 //!   drafts cost (`speculative`).
 //! - No code here is unsafe: that is a matter of `openvla-kernels`.
 

@@ -56,11 +56,11 @@ pub(crate) struct Llama {
     backend: Arc<Backend>,
     /// Rows to keep free for the tokens of the longest motion.
     n_token_max: usize,
-    run: Option<Run>,
+    graphs: Option<PromptGraphs>,
 }
 
 /// What is built for one prompt length.
-struct Run {
+struct PromptGraphs {
     cache: Cache,
     n_ctx: usize,
     /// Ids of the prompt, without drafts.
@@ -85,7 +85,7 @@ struct Pass {
     logits: State,
 }
 
-/// Where the rows of a pass stand and what they may look at, on a device that has layers. CUDA's operations take
+/// Positions and mask of a pass, on a device that has layers. CUDA's operations take
 /// operands in memory of their own device alone, and these are not copied between devices by ggml: each
 /// writes a cache, whose device they belong to.
 struct Inputs {
@@ -100,36 +100,36 @@ impl Llama {
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let model = Model::load(w, c)?;
         let n_token_max = c.statistics.longest();
-        Ok(Self { model, backend: backend.clone(), n_token_max, run: None })
+        Ok(Self { model, backend: backend.clone(), n_token_max, graphs: None })
     }
 
     /// Reads the prompt `ids`, with the soft tokens after the first, and then `drafts`. Gives the
     /// logits of the first token, `[n_vocab]`, and of the one after each draft.
     ///
     /// # Panics
-    /// If there are fewer than two ids, one is no row of the embedding, or there are as many drafts
+    /// If there are fewer than two ids, one is not a row of the embedding, or there are as many drafts
     /// as the longest motion has tokens.
     pub fn prefill(&mut self, ids: &[u32], soft: &State, drafts: &[u32]) -> Result<Vec<Vec<f32>>> {
         assert!(ids.len() > 1, "a prompt is BOS and more");
         assert!(drafts.len() < self.n_token_max, "more drafts than the longest motion has tokens");
         let all = device_ids(&[ids, drafts].concat(), self.model.config.n_vocab);
-        if self.run.as_ref().is_none_or(|run| run.n_id != ids.len()) {
-            self.run = None; // gives its memory back before the next takes some
+        if self.graphs.as_ref().is_none_or(|graphs| graphs.n_id != ids.len()) {
+            self.graphs = None; // gives its memory back before the next takes some
             let n_row = ids.len() + soft.shape()[1];
-            self.run = Some(self.model.run(ids.len(), n_row, self.n_token_max)?);
+            self.graphs = Some(self.model.graphs(ids.len(), n_row, self.n_token_max)?);
         }
-        let run = self.run.as_mut().expect("built above");
-        let n_row = run.n_row + drafts.len();
-        let pass = match run.prefills.entry(drafts.len()) {
+        let graphs = self.graphs.as_mut().expect("built above");
+        let n_row = graphs.n_row + drafts.len();
+        let pass = match graphs.prefills.entry(drafts.len()) {
             Entry::Occupied(pass) => pass.into_mut(),
             Entry::Vacant(place) => {
                 let sizes = [all.len(), n_row, n_row, 1 + drafts.len()];
-                let pass = self.model.pass(&self.backend, &run.cache, sizes, Some(soft))?;
-                pass.stand(0);
+                let pass = self.model.pass(&self.backend, &graphs.cache, sizes, Some(soft))?;
+                pass.set_positions(0);
                 place.insert(pass)
             }
         };
-        run.n_past = n_row;
+        graphs.n_past = n_row;
         pass.run(&all)
     }
 
@@ -137,21 +137,21 @@ impl Llama {
     ///
     /// # Panics
     /// Without a prefill before, without tokens, with more than the longest motion has left, or if
-    /// one is no row of the embedding.
+    /// one is not a row of the embedding.
     pub fn step(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
         let (n, all) = (tokens.len(), device_ids(tokens, self.model.config.n_vocab));
-        let run = self.run.as_mut().expect("a prefill comes first");
+        let graphs = self.graphs.as_mut().expect("a prefill comes first");
         assert!(n > 0, "a step is a token or more");
-        assert!(run.n_past + n <= run.n_ctx, "more steps than the longest motion has tokens");
-        let pass = match run.steps.entry(n) {
+        assert!(graphs.n_past + n <= graphs.n_ctx, "more steps than the longest motion has tokens");
+        let pass = match graphs.steps.entry(n) {
             Entry::Occupied(pass) => pass.into_mut(),
             Entry::Vacant(place) => {
-                let sizes = [n, n, run.n_ctx, n];
-                place.insert(self.model.pass(&self.backend, &run.cache, sizes, None)?)
+                let sizes = [n, n, graphs.n_ctx, n];
+                place.insert(self.model.pass(&self.backend, &graphs.cache, sizes, None)?)
             }
         };
-        pass.stand(run.n_past);
-        run.n_past += n;
+        pass.set_positions(graphs.n_past);
+        graphs.n_past += n;
         pass.run(&all)
     }
 
@@ -160,16 +160,16 @@ impl Llama {
     /// # Panics
     /// If there are fewer after the prompt.
     pub fn forget(&mut self, n: usize) {
-        let run = self.run.as_mut().expect("a prefill comes first");
-        assert!(run.n_past - run.n_row >= n, "the prompt is never forgotten");
-        run.n_past -= n;
+        let graphs = self.graphs.as_mut().expect("a prefill comes first");
+        assert!(graphs.n_past - graphs.n_row >= n, "the prompt is never forgotten");
+        graphs.n_past -= n;
     }
 }
 
 /// Ids as the device has them.
 ///
 /// # Panics
-/// If one is no row of the embedding.
+/// If one is not a row of the embedding.
 pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
     let check = |id: &u32| {
         assert!((*id as usize) < n_vocab, "id {id} in a vocabulary of {n_vocab}");
@@ -179,8 +179,8 @@ pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
 }
 
 impl Pass {
-    /// Its rows stand from `position` on.
-    fn stand(&self, position: usize) {
+    /// Its rows are at positions from `position` on.
+    fn set_positions(&self, position: usize) {
         for Inputs { positions, mask } in self.inputs.values() {
             let [n_kv, n_row, ..] = mask.shape();
             let at = position..position + n_row;
@@ -189,7 +189,7 @@ impl Pass {
         }
     }
 
-    /// Gives the logits of the last rows, `[n_vocab]` each.
+    /// Returns the logits of the last rows, `[n_vocab]` each.
     fn run(&mut self, ids: &[i32]) -> Result<Vec<Vec<f32>>> {
         self.ids.write(ids);
         self.graph.compute()?;
@@ -273,7 +273,7 @@ impl Model {
     }
 
     /// Makes room for prompts of `n_id` ids and `n_row` rows, and `n_new` rows after.
-    fn run(&self, n_id: usize, n_row: usize, n_new: usize) -> Result<Run> {
+    fn graphs(&self, n_id: usize, n_row: usize, n_new: usize) -> Result<PromptGraphs> {
         let c = &self.config;
         c.check_rows(n_row + n_new)?;
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
@@ -284,7 +284,7 @@ impl Model {
         };
         let cache = self.layers.iter().map(layer).collect::<Result<_>>()?;
         let (prefills, steps) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Run { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps })
+        Ok(PromptGraphs { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps })
     }
 
     /// Builds a graph for `n_id` ids, which with the soft tokens after the first are `n_row` rows.

@@ -51,7 +51,7 @@ impl Sequence<'_> {
     /// [`crate::Error::Kernels`] if the device fails.
     ///
     /// # Panics
-    /// After more tokens than the longest motion has, or if the token is no row of the embedding.
+    /// After more tokens than the longest motion has, or if the token is not a row of the embedding.
     pub fn step(&mut self, token: u32) -> Result<&[f32]> {
         self.step_drafted(&[token])?;
         Ok(self.logits())
@@ -136,7 +136,7 @@ impl Network {
     /// or fails.
     ///
     /// # Panics
-    /// If there are fewer than two ids, or one is no row of the embedding.
+    /// If there are fewer than two ids, or one is not a row of the embedding.
     pub fn prefill(&mut self, ids: &[u32], soft: &SoftTokens) -> Result<Sequence<'_>> {
         self.prefill_drafted(ids, soft, &[])
     }

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::action::argmax;
 use crate::config::{Config, OftConfig, OftHead};
-use crate::options::{Decoding, Options, Place};
+use crate::options::{Decoding, ModelDevices, Options};
 use crate::policy::{Clock, milliseconds};
 use crate::statistics::Scale;
 use crate::tokenizer::Tokenizer;
@@ -26,7 +26,7 @@ use crate::{Error, Result};
 
 pub use network::OftNetwork;
 
-/// What a robot sees, and how its arm stands.
+/// What a robot sees, and the state of its arm.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Observation<'a> {
     /// The third-person camera's picture, then those of the wrist cameras, in the order that the model was trained
@@ -95,13 +95,13 @@ impl OpenVlaOft {
             return Err(Error::OtherPolicy { found: "an OpenVLA", wanted: "OpenVLA-OFT" });
         }
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        let place = Place::new(file, &config, options)?;
-        let device = |name: &str| place.device(name);
-        let network = OftNetwork::load(file, &config, &place.backend, &device, options.observe)?;
+        let devices = ModelDevices::new(file, &config, options)?;
+        let device = |name: &str| devices.device(name);
+        let network = OftNetwork::load(file, &config, &devices.backend, &device, options.observe)?;
         Ok(Self { config, tokenizer, network, decoding: options.decoding })
     }
 
-    /// What the cameras see, what was asked for and how the arm stands, to a chunk of actions.
+    /// What the cameras see, what was asked for and the state of its arm, to a chunk of actions.
     ///
     /// `unnorm_key` names the data set whose units state and actions are in; it may be left out where there is one.
     ///
@@ -187,7 +187,7 @@ impl OpenVlaOft {
         Err(Error::Observation { why })
     }
 
-    /// Actions as the head gives them, and the ids that they stand for if it gives tokens.
+    /// Actions as the head returns them, and the their ids if it gives tokens.
     fn decode(&self, output: &[f32]) -> Result<(Vec<Vec<f64>>, Option<Tokens>)> {
         let (oft, actions) = (self.oft(), self.config.actions);
         if oft.head == OftHead::L1 {

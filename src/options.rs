@@ -67,20 +67,20 @@ pub enum Decoding {
     /// The 256 action ids: every token is a motion.
     #[default]
     Actions,
-    /// All ids, as the reference does: an id that is no action is clipped into the first or last
+    /// All ids, as the reference does: an id that is not an action is clipped into the first or last
     /// bin, and EOS ends the motion early, whose missing tokens are then taken from the prompt.
     Reference,
 }
 
 /// The devices of a model, and where each tensor of its file goes.
-pub(crate) struct Place {
+pub(crate) struct ModelDevices {
     pub backend: Arc<Backend>,
     /// Whether there are GPUs among the devices.
     pub has_gpus: bool,
     placement: Placement,
 }
 
-impl Place {
+impl ModelDevices {
     pub fn new(file: &Gguf, config: &Config, options: &Options) -> Result<Self> {
         let gpus = options.devices.gpus()?;
         let needs = Needs::new(file, config);

@@ -1,4 +1,4 @@
-//! Which device each part of a model lies on.
+//! Which device each part of a model is on.
 //!
 //! Towers, projector and embeddings are on the first device. The Llama's layers follow each other
 //! over the GPUs, as many on each as its memory bears, and what is left goes to the CPU; the head is
@@ -31,7 +31,7 @@ impl FromStr for Devices {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (kind, number) = match text.split_once(':') {
             Some((kind, number)) => {
-                let wrong = |_| format!("`{number}` is no number; cuda:0 is the first GPU");
+                let wrong = |_| format!("`{number}` is not a number; cuda:0 is the first GPU");
                 (kind, Some(number.parse().map_err(wrong)?))
             }
             None => (text, None),
@@ -50,7 +50,7 @@ impl FromStr for Devices {
 }
 
 impl Devices {
-    /// The GPUs among those there are; none stands for the CPU.
+    /// The GPUs among those there are; none means the CPU.
     ///
     /// # Errors
     /// [`Error::NoDevice`] if it names one that is not there.
@@ -128,7 +128,7 @@ pub(crate) struct Needs {
     head: usize,
 }
 
-/// What a GPU needs beside weights and cache: its driver's context, what lies between operations,
+/// What a GPU needs beside weights and cache: its driver's context, intermediate tensors,
 /// and libraries' own scratch.
 const RESERVE: usize = 600 << 20;
 
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(choose("vulkan:0"), Some(vec![0]));
         assert_eq!(choose("cuda:2"), None);
         assert_eq!(choose("metal"), None);
-        assert_eq!(Devices::Auto.choose(&all[..1]), Some(vec![]), "a shared GPU is no gain");
+        assert_eq!(Devices::Auto.choose(&all[..1]), Some(vec![]), "a shared GPU is not a gain");
     }
 
     /// openvla-7b at 4 bits.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::action::argmax;
 use crate::config::Config;
 use crate::network::Network;
-use crate::options::{Decoding, Options, Place};
+use crate::options::{Decoding, ModelDevices, Options};
 use crate::session::{Drafted, Session};
 use crate::speculative::{self, Choice, Draft, TokenCost};
 use crate::tokenizer::Tokenizer;
@@ -86,7 +86,7 @@ impl OpenVla {
         Self::load(&file, options.config(&file)?, options)
     }
 
-    /// Opens a model file that is part of the program; `name` stands for its path in messages.
+    /// Opens a model file that is part of the program; `name` is shown as its path in messages.
     ///
     /// # Errors
     /// As [`OpenVla::open`].
@@ -100,12 +100,12 @@ impl OpenVla {
             return Err(Error::OtherPolicy { found: "an OpenVLA-OFT", wanted: "OpenVLA" });
         }
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        let place = Place::new(file, &config, options)?;
-        let device = |name: &str| place.device(name);
-        let network = Network::load(file, &config, &place.backend, &device, options.observe)?;
-        let token_cost = if place.has_gpus {
+        let devices = ModelDevices::new(file, &config, options)?;
+        let device = |name: &str| devices.device(name);
+        let network = Network::load(file, &config, &devices.backend, &device, options.observe)?;
+        let token_cost = if devices.has_gpus {
             TokenCost::GPU
-        } else if place.backend.has_own_kernels() {
+        } else if devices.backend.has_own_kernels() {
             TokenCost::OWN
         } else {
             TokenCost::GGML
@@ -135,8 +135,8 @@ impl OpenVla {
 
     /// One step of a session: what [`OpenVla::act`] does, in fewer passes of the Llama if
     /// [`Options::draft`] lets it draft from the steps before. Each token is the best one after those
-    /// before it, in the numbers of the pass that it comes of. Where ggml rounds many rows otherwise
-    /// than one, near-ties may fall otherwise than in `act`.
+    /// before it; where a pass of many rows rounds differently from a pass of one, near-ties may be
+    /// resolved differently than in `act`.
     ///
     /// # Errors
     /// As [`OpenVla::act`]; the session is then as before, or begins anew.

@@ -1,4 +1,4 @@
-//! Preprocessing: a picture of any shape to the normalised square the vision towers see.
+//! Preprocessing: a picture of any shape to the normalized square the vision towers see.
 //!
 //! in   `[3, width, height]`         RGB bytes
 //! out  `[size, size, 3 * towers]`   f32; R, G, B planes of the first tower, then of the second
@@ -21,7 +21,7 @@ pub enum Resize {
     Naive,
     /// `letterbox`: padded to a square, then as [`Resize::Crop`].
     Letterbox {
-        /// Colour of the padding, RGB.
+        /// Color of the padding, RGB.
         fill: [u8; 3],
     },
     /// `resize-crop`: the short side to the square's, then the centre of the long one.
@@ -49,7 +49,7 @@ pub struct Preprocess {
     pub size: u32,
     /// How the picture becomes square.
     pub resize: Resize,
-    /// Each tower's normalisation, in the order of its planes.
+    /// Each tower's normalization, in the order of its planes.
     pub towers: Vec<Normalize>,
 }
 
@@ -165,10 +165,7 @@ impl Axis {
             let first = start.clamp(image.start, image.end) - image.start;
             let (mut weights, mut padding) = (Vec::with_capacity(all.len()), 0);
             for (at, weight) in (start..).zip(all) {
-                match image.contains(&at) {
-                    true => weights.push(weight),
-                    false => padding += weight,
-                }
+                if image.contains(&at) { weights.push(weight) } else { padding += weight }
             }
             Tap { first: first as usize, weights, padding }
         };
@@ -354,12 +351,12 @@ mod tests {
 
     #[test]
     fn one_colour_stays_one_colour() {
-        let colour = [255, 127, 1];
+        let color = [255, 127, 1];
         for (w, h) in [(1, 1), (3, 500), (333, 20), (1, MAX_SIDE), (MAX_SIDE, 1)] {
-            let image = RgbImage::from_pixel(w, h, Rgb(colour));
-            for resize in [Resize::Naive, Resize::Letterbox { fill: colour }, Resize::Crop] {
+            let image = RgbImage::from_pixel(w, h, Rgb(color));
+            for resize in [Resize::Naive, Resize::Letterbox { fill: color }, Resize::Crop] {
                 let square = to(14, resize).square(&image).unwrap();
-                assert!(square.pixels().all(|p| p.0 == colour), "{w} x {h}, {resize:?}");
+                assert!(square.pixels().all(|p| p.0 == color), "{w} x {h}, {resize:?}");
             }
         }
     }

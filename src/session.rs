@@ -6,7 +6,7 @@ use serde::Serialize;
 
 /// One robot at one task, step after step: see [`crate::OpenVla::act_in`].
 ///
-/// It is no part of the model, so one model serves as many sessions as there are robots. It begins
+/// It is not part of the model, so one model serves as many sessions as there are robots. It begins
 /// anew when the instruction or the data set changes.
 #[derive(Debug, Clone, Default)]
 pub struct Session {

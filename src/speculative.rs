@@ -3,7 +3,7 @@
 //!
 //! A robot that moves smoothly repeats itself, so the draft is the motion before. Decoding stays greedy: each
 //! token is the best one after those before it, whatever the draft. Because a pass of several tokens may round
-//! otherwise than one of a single token, near-ties may be resolved differently.
+//! differently from one of a single token, near-ties may be resolved differently.
 
 use std::collections::VecDeque;
 use std::str::FromStr;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
-/// Which statistics -1 and 1 stand for.
+/// Which statistics -1 and 1 correspond to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Bounds {
     /// `q01` and `q99`, the first and the 99th percentile: OpenVLA, LIBERO, Bridge.
@@ -32,9 +32,9 @@ impl Bounds {
 /// How one kind of numbers was scaled to -1..1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scale {
-    /// What -1 stands for, per dimension, in the data set's units.
+    /// The value of -1, per dimension, in the data set's units.
     pub low: Vec<f64>,
-    /// What 1 stands for.
+    /// The value of 1.
     pub high: Vec<f64>,
     /// Which dimensions are scaled at all. The others, such as grippers, stay as they are.
     pub mask: Vec<bool>,
@@ -96,7 +96,7 @@ impl Scale {
             let found = format!("{n} {low_key}, {} {high_key}, {} mask", high.len(), mask.len());
             return Err(format!("has {found}; equal numbers are needed"));
         }
-        // Where a dimension is not scaled, the reference looks at neither: each end stands for itself.
+        // Where a dimension is not scaled, the reference looks at neither: each end is itself.
         let numbers = |key: &str, list: &[Value], end: f64| {
             let number = |(i, value): (usize, &Value)| match value.as_f64() {
                 Some(x) if x.is_finite() => Ok(x),
@@ -140,7 +140,7 @@ pub struct Statistics {
 const MAX_DIMENSIONS: usize = 64;
 
 impl Statistics {
-    /// Reads the text of a `dataset_statistics.json`, or of a config's `norm_stats`. What stands
+    /// Reads the text of a `dataset_statistics.json`, or of a config's `norm_stats`. What is
     /// beside the data sets (`source_split`, …) is kept in the text and otherwise left alone.
     ///
     /// A data set that cannot be used, such as one with NaN, is an error when it is selected: others may be
@@ -208,7 +208,7 @@ impl Statistics {
         self.datasets.values().map(|dataset| dataset.action.n()).max().unwrap_or(0)
     }
 
-    /// The data set to un-normalise with. Without a key, the only one there is. As in the
+    /// The data set to un-normalize with. Without a key, the only one there is. As in the
     /// reference's LIBERO evaluation, `KEY_no_noops` is found under `KEY`.
     ///
     /// # Errors

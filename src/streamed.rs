@@ -51,7 +51,7 @@ pub fn decode<E: From<Error>>(
     n_token: usize,
     mut part: impl FnMut(&str) -> std::result::Result<Gguf, E>,
 ) -> std::result::Result<Vec<Decoded>, E> {
-    let run = Run { config, backend };
+    let run = OneShot { config, backend };
     let load = |file: Gguf| Ok::<_, Error>(Weights::load(&file, backend)?);
     let mut features = vec![Vec::new(); cases.len()];
     for (i, tower) in config.towers.iter().enumerate() {
@@ -102,12 +102,12 @@ pub fn decode<E: From<Error>>(
 }
 
 /// Runs graphs that are used once.
-struct Run<'a> {
+struct OneShot<'a> {
     config: &'a Config,
     backend: &'a Arc<Backend>,
 }
 
-impl Run<'_> {
+impl OneShot<'_> {
     /// `x` of the shape `from` to the elements of `to`.
     fn once(
         &self,
@@ -194,7 +194,7 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn begin(run: &Run<'_>, rows: Vec<f32>, n_token: usize) -> Result<Self> {
+    fn begin(run: &OneShot<'_>, rows: Vec<f32>, n_token: usize) -> Result<Self> {
         let c = &run.config.llama;
         let n_ctx = (rows.len() / c.dim + n_token).next_multiple_of(32);
         let zeros = |shape| Ok(State::zeros(run.backend, DType::F32, shape)?);
@@ -204,7 +204,7 @@ impl Sequence {
     }
 
     /// Through layer `i`.
-    fn pass(&mut self, run: &Run<'_>, layer: &Layer, i: usize) -> Result<()> {
+    fn pass(&mut self, run: &OneShot<'_>, layer: &Layer, i: usize) -> Result<()> {
         let c = &run.config.llama;
         let n_row = self.rows.len() / c.dim;
         let at = self.n_past..self.n_past + n_row;

@@ -150,7 +150,7 @@ fn reference(
 }
 
 /// The pieces that are cut out of the text before BPE sees it. Special ones are matched in the raw
-/// text, so what follows one is normalised afresh and gets its own `▁`.
+/// text, so what follows one is normalized afresh and gets its own `▁`.
 fn added_tokens(vocabulary: &Vocabulary) -> Vec<AddedToken> {
     iter::zip(&vocabulary.tokens, &vocabulary.types)
         .filter(|(_, kind)| {

@@ -1,6 +1,6 @@
 //! The vision towers: DINOv2 and SigLIP see the same patches, and their channels are joined.
 //!
-//! in   `[size, size, 3 · n_tower]`  normalised planes, see [`crate::preprocess`]
+//! in   `[size, size, 3 · n_tower]`  normalized planes, see [`crate::preprocess`]
 //! out  `[Σ dim, n_patch]`           per patch: DINOv2's 1024 channels, then SigLIP's 1152
 //!
 //! The patches come from the second-to-last block, without the final norm: the converter writes
@@ -158,10 +158,8 @@ impl Block {
         let mut scale = |part| w.take_f32(&name(part), shape(&[dim]));
         // The scales stay apart from the weights before them: with gammas near 1e-5, where DINOv2
         // starts, folding them in would underflow f16.
-        let scales = match t.layer_scale {
-            true => Some([scale("ls1.weight")?, scale("ls2.weight")?]),
-            false => None,
-        };
+        let scales =
+            if t.layer_scale { Some([scale("ls1.weight")?, scale("ls2.weight")?]) } else { None };
         let mut normed = |[norm, linear]: [&str; 2], n_out| {
             NormedLinear::load(w, [&name(norm), &name(linear)], [dim, n_out], t.eps)
         };

@@ -94,7 +94,7 @@ fn it_says_what_it_ran_on_and_a_device_that_is_not_there_is_named() {
     assert_fails(&output, &["no device `nothing:7`", "hint: --device auto"]);
     let output = openvla_run(&[&table(), "put eggplant into pot", "--device", "cuda:x"]);
     assert_eq!(output.status.code(), Some(2), "usage");
-    assert!(stderr(&output).contains("`x` is no number"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("`x` is not a number"), "{}", stderr(&output));
 }
 
 #[test]

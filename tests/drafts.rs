@@ -1,5 +1,5 @@
 //! Drafts change how many passes a motion takes, and nothing else: every token is the best one after
-//! the tokens before it. What a pass of several rows rounds otherwise than one of a single row is
+//! the tokens before it. What a pass of several rows rounds differently from one of a single row is
 //! measured here too.
 //!
 //! Whether they are right is up to the tests, which give a session the history that they want.
@@ -19,7 +19,7 @@ fn example() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("example")
 }
 
-/// An example of our own making.
+/// An example of our own.
 fn policy(spec: &Spec, encoding: &str, decoding: Decoding) -> OpenVla {
     let dir = tempfile::tempdir().unwrap();
     openvla_example::write(dir.path(), spec).unwrap();
@@ -44,7 +44,7 @@ fn passes(last: &[u32], tokens: &[u32]) -> usize {
 }
 
 /// What drafts must not change, spelled out: greedy decoding of seven tokens, of which those that
-/// follow a right guess in the prefill come of a prefill, and the others of a row alone.
+/// follow a right guess in the prefill come from a prefill, and the others of a row alone.
 fn greedy(policy: &mut OpenVla, guess: &[u32], decoding: Decoding) -> Vec<u32> {
     let config = policy.config().clone();
     let ids = policy.prompt_ids(INSTRUCTION).unwrap();

@@ -1,4 +1,4 @@
-//! The whole engine on checkpoints of our own making, against an independent implementation.
+//! The whole engine on checkpoints of our own, against an independent implementation.
 //!
 //! `example/expected.json` holds what a float64 implementation that shares no code with this
 //! project computes (`example/expected.py`). Everything needed is in the repository.
@@ -184,7 +184,7 @@ fn default_decoding_stays_among_the_actions_and_reports_the_rest() {
         assert_eq!(got.tokens[..same], want[..same], "as the reference until it strays");
         assert_eq!(got.unconstrained.tokens[..same], want[..same]);
     }
-    assert_eq!(strays, 1, "one of the cases has a token that is no action");
+    assert_eq!(strays, 1, "one of the cases has a token that is not an action");
 }
 
 /// The model built into `openvla-run` is the trained example, converted at the default type.

@@ -91,7 +91,7 @@ fn bf16_stages_are_near_the_references() {
 }
 
 #[test]
-fn quantised_stages_are_near_the_references() {
+fn quantized_stages_are_near_the_references() {
     for (encoding, _) in &TOLERANCE[3..] {
         every_stage(&committed(), encoding);
     }
@@ -125,7 +125,7 @@ mod shared {
 
     #[test]
     #[ignore = "needs ../shared/golden"]
-    fn quantised_stages_are_near_the_references() {
+    fn quantized_stages_are_near_the_references() {
         for (encoding, _) in &TOLERANCE[3..] {
             every_stage(&suites(), encoding);
         }

@@ -34,10 +34,8 @@ fn preprocess_as_the_reference(dir: &Path, cases: &Value) {
             "letterbox" => Resize::Letterbox { fill: [127; 3] },
             other => panic!("{id}: {other}"),
         };
-        let towers = match case["fused"].as_bool().unwrap() {
-            true => vec![DINOV2, SIGLIP],
-            false => vec![SIGLIP],
-        };
+        let towers =
+            if case["fused"].as_bool().unwrap() { vec![DINOV2, SIGLIP] } else { vec![SIGLIP] };
         let preprocess =
             Preprocess { profile: Profile::Raw, center_crop: false, size: 224, resize, towers };
         let image = picture(&dir.join(case["input"].as_str().unwrap()));

@@ -222,7 +222,7 @@ fn it_lowers_the_error_of_four_bits() {
     assert!(mean > 0.05, "{mean}");
 }
 
-/// Sums and counts of every matrix that may be quantised, and of nothing else. The embedding's rows
+/// Sums and counts of every matrix that may be quantized, and of nothing else. The embedding's rows
 /// are looked up, so nothing is multiplied by it.
 #[test]
 fn every_matrix_is_counted() {

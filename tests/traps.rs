@@ -249,7 +249,7 @@ fn fact_7_siglips_mlp_is_padded_to_whole_blocks_exactly() {
                 [("ffn_up.weight", tower.dim, 1), ("ffn_up.bias", 1, 0), ("ffn_down.weight", 1, 0)]
             {
                 let (shape, data) = unpadded.tensors.get_mut(&name(part)).unwrap();
-                // Numbers that belong to one hidden channel stand together, or one in each row.
+                // Numbers that belong to one hidden channel are adjacent, or one in each row.
                 let row = inner * tower.n_ff;
                 let padding = data.chunks(row).flat_map(|row| &row[inner * n_ff..]);
                 assert!(padding.clone().count() > 0 && padding.into_iter().all(|x| *x == 0.0));

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use openvla::Draft;
-use openvla::cli::{self, Place, write};
+use openvla::cli::{self, DeviceArgs, write};
 use openvla_bench::compare::compare;
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
@@ -35,7 +35,7 @@ struct Measure {
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
     #[command(flatten)]
-    place: Place,
+    device: DeviceArgs,
     /// How to print the result: for people, or in full
     #[arg(short, long, value_enum, default_value_t = Format::Md)]
     output: Format,
@@ -70,7 +70,7 @@ enum Command {
         #[arg(short, long, value_name = "MODEL.gguf")]
         model: PathBuf,
         #[command(flatten)]
-        place: Place,
+        device: DeviceArgs,
     },
     /// Prints what cards that were not measured might reach with the same file
     Project {
@@ -114,8 +114,8 @@ fn run(args: Args) -> Result<()> {
         Some(Command::Types { checkpoint, episodes, seed, output }) => {
             types(&checkpoint, episodes, seed, output)?
         }
-        Some(Command::Compare { model, place }) => {
-            serde_json::to_string_pretty(&compare(&model, &place.options())?)? + "\n"
+        Some(Command::Compare { model, device }) => {
+            serde_json::to_string_pretty(&compare(&model, &device.options())?)? + "\n"
         }
         None => args.measure.run()?,
     };
@@ -138,7 +138,7 @@ fn types(checkpoint: &Path, episodes: u32, seed: u64, output: Option<PathBuf>) -
 impl Measure {
     fn run(self) -> Result<String> {
         let model = ModelFile::find(self.model)?;
-        let mut options = self.place.options();
+        let mut options = self.device.options();
         options.draft = Draft::Auto; // where there is a session
         let results = measure(&model.path, &options, self.repetitions.into())?;
         Ok(match self.output {

@@ -175,7 +175,7 @@ impl Results {
         }
         let name = file.display();
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {name}"))?;
-        let damaged = || format!("{name} is no result of openvla-bench; measure again");
+        let damaged = || format!("{name} is not a result of openvla-bench; measure again");
         let Versioned { version } = serde_json::from_str(&text).with_context(damaged)?;
         if version != VERSION {
             bail!(

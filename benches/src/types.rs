@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use openvla::{OpenVla, Options};
 use openvla_convert::{Conversion, plan::Encoding};
 use openvla_tabletop::{
-    Expert, Model, Pace, Plan, Policy, Report, Scene, Suite, World, evaluate, run,
+    Expert, OpenVlaModel, Pace, Plan, Policy, Report, Scene, Suite, World, evaluate, run,
 };
 use plotters::prelude::*;
 use serde::Serialize;
@@ -122,8 +122,8 @@ fn one_core() -> Options {
     options
 }
 
-fn open(path: &Path) -> Result<Model> {
-    Model::new(OpenVla::open(path, &one_core())?, None)
+fn open(path: &Path) -> Result<OpenVlaModel> {
+    OpenVlaModel::new(OpenVla::open(path, &one_core())?, None)
 }
 
 fn convert(checkpoint: &Path, name: &str, out: &Path) -> Result<()> {
@@ -132,7 +132,7 @@ fn convert(checkpoint: &Path, name: &str, out: &Path) -> Result<()> {
 }
 
 /// The worlds that a policy sees in its episodes, and its tokens there.
-fn steps(model: &mut Model, plan: &Plan) -> Result<Vec<(World, Vec<u32>)>> {
+fn steps(model: &mut OpenVlaModel, plan: &Plan) -> Result<Vec<(World, Vec<u32>)>> {
     let mut worlds = Vec::new();
     for i in 0..plan.episodes.min(COMPARED) as u64 {
         let world = World::new(Scene::new(Suite::Base, plan.seed + i));
@@ -216,7 +216,7 @@ pub fn svg(comparison: &Comparison) -> Result<String> {
 }
 
 /// The share of the same tokens, and steps a second.
-fn agreement(model: &mut Model, seen: &[(World, Vec<u32>)]) -> Result<(f64, f64)> {
+fn agreement(model: &mut OpenVlaModel, seen: &[(World, Vec<u32>)]) -> Result<(f64, f64)> {
     let (mut same, mut all, mut seconds) = (0, 0, 0.0);
     for (world, tokens) in seen {
         let picture = model.render_view(world);

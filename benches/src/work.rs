@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub struct Work {
     /// Bytes read.
     pub bytes: u64,
-    /// Floating-point operations, or what stands for them in quantized products.
+    /// Floating-point operations, or their equivalent in quantized products.
     pub flop: u64,
 }
 

@@ -30,7 +30,7 @@ impl ModelFile {
     /// # Errors
     /// If the example cannot be written to a temporary folder.
     pub fn find(named: Option<PathBuf>) -> Result<Self> {
-        if let Some(path) = openvla::cli::named(named) {
+        if let Some(path) = openvla::cli::model_path(named) {
             return Ok(Self { path, _folder: None });
         }
         openvla::cli::say(

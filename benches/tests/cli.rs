@@ -188,8 +188,8 @@ fn mistakes_with_result_files_are_named() {
     let out = dir.path().join("hz.svg").display().to_string();
     for (result, words) in [
         (other, ["v2.json", "version 2", "reads 1"]),
-        (cut, ["cut.json", "no result of openvla-bench", "measure again"]),
-        (lacking, ["lacking.json", "no result of openvla-bench", "projector"]),
+        (cut, ["cut.json", "not a result of openvla-bench", "measure again"]),
+        (lacking, ["lacking.json", "not a result of openvla-bench", "projector"]),
         (
             dir.path().join("none.json").display().to_string(),
             ["none.json", "cannot read", "No such"],

@@ -27,7 +27,7 @@ impl<'a> AtomicFile<'a> {
         ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
         // A device such as /dev/null would be replaced.
         let replaceable = std::fs::metadata(out).map_or(true, |found| found.is_file());
-        ensure!(replaceable, "{} is no regular file; name another with -o", out.display());
+        ensure!(replaceable, "{} is not a regular file; name another with -o", out.display());
         let file = tempfile::Builder::new()
             .prefix(".openvla-")
             .suffix(".gguf.part")

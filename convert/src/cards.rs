@@ -107,7 +107,7 @@ fn card(name: &str, dataset: &Dataset) -> ActionCard {
         unit: unit(i).to_owned(),
         q01: dataset.action.low[i],
         q99: dataset.action.high[i],
-        normalised: dataset.action.mask[i],
+        normalized: dataset.action.mask[i],
     };
     let dimensions = (0..dataset.action.n()).map(dimension).collect();
     ActionCard { dimensions, gripper, rate_hz, note: note.map(str::to_owned) }
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(names(&card), NAMES);
         assert_eq!(units(&card), [[AS_RECORDED; 6].as_slice(), &["0..1"]].concat());
         let last = card.dimensions.last().unwrap();
-        assert_eq!((last.q01, last.q99, last.normalised), (0.0, 1.0, false));
+        assert_eq!((last.q01, last.q99, last.normalized), (0.0, 1.0, false));
         let velocities = of("berkeley_cable_routing", SEVEN);
         assert_eq!((velocities.gripper, units(&velocities)), (None, vec![AS_RECORDED; 7]));
         assert!(velocities.note.unwrap().contains("velocities"));

@@ -26,7 +26,7 @@ pub struct Args {
     #[command(flatten)]
     kind: Type,
     #[command(flatten)]
-    run: convert::Run,
+    oft: convert::OftArgs,
     #[command(flatten)]
     crop: CenterCrop,
     #[command(flatten)]
@@ -52,7 +52,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Command::Random(args)) => random::run(&args),
         None => {
             let convert = args.convert.expect("clap requires it without a command");
-            let mut options = convert.options(&args.run, args.kind.encoding()?)?;
+            let mut options = convert.options(&args.oft, args.kind.encoding()?)?;
             options.center_crop = args.crop.choice();
             options.n_threads = args.threads.count();
             convert::run(&convert, &options)

@@ -62,7 +62,7 @@ pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
     }
     ensure!(!source.is_symlink(), "{shown} is a link to a folder that is not there");
     let id = source.to_str().and_then(RepoId::parse).with_context(|| {
-        format!("{shown} is no folder, nor user/repo or user/repo@revision on the Hugging Face Hub")
+        format!("{shown} is neither a folder nor user/repo or user/repo@revision on the Hugging Face Hub")
     })?;
     let environment = Environment::read()?;
     let cache = Cache::new(environment.cache.clone());
@@ -71,7 +71,7 @@ pub fn locate(source: &Path, content: Content) -> Result<PathBuf> {
     } else {
         fetch(&cache, environment, &id, content)
     };
-    fetched.with_context(|| format!("{shown} is no folder here, and cannot be had from the Hub"))
+    fetched.with_context(|| format!("{shown} is not a folder here, and cannot be had from the Hub"))
 }
 
 /// A repository, and which of its revisions.
@@ -92,7 +92,7 @@ impl<'a> RepoId<'a> {
         };
         let valid = plain(user)
             && plain(name)
-            && !repository.contains("--") // which stands for the slash in the cache
+            && !repository.contains("--") // which replaces the slash in the cache
             && revision.split('/').all(plain);
         valid.then_some(Self { repository, revision })
     }

@@ -19,7 +19,7 @@ pub struct RunOptions {
     pub chunk: Option<usize>,
     /// Cameras: the third-person one, then those on wrists.
     pub n_camera: Option<usize>,
-    /// What -1 and 1 stand for.
+    /// What -1 and 1 correspond to.
     pub bounds: Option<Bounds>,
 }
 

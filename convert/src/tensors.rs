@@ -113,7 +113,7 @@ impl Tensors {
         self.entries.retain(|name, _| !matches(name));
     }
 
-    /// Gives every tensor the name that `to` makes of its own.
+    /// Renames every tensor by `to`.
     pub fn rename(&mut self, to: impl Fn(&str) -> String) {
         let entries = std::mem::take(&mut self.entries).into_iter();
         self.entries = entries.map(|(name, entry)| (to(&name), entry)).collect();

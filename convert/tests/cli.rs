@@ -287,9 +287,8 @@ fn tensors_by_transformers_5s_names_are_taken_and_those_of_wrapped_models_explai
         ["5.gguf", "4.gguf"].map(|name| std::fs::read(dir.path().join(name)).unwrap());
     assert!(of_5 == of_4, "the same file by either names");
     for (prefix, advice) in [("_orig_mod.", "save model._orig_mod"), ("module.", "model.module")] {
-        let wrapped = renamed(dir.path(), |name| match name.starts_with("__") {
-            true => name.to_owned(),
-            false => format!("{prefix}{name}"),
+        let wrapped = renamed(dir.path(), |name| {
+            if name.starts_with("__") { name.to_owned() } else { format!("{prefix}{name}") }
         });
         let held = format!("it holds it as {prefix}vision_backbone.");
         assert_fails(&convert(&wrapped, "wrapped.gguf"), &[&held, advice]);

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
 fn run(Args { folder, variant, size, seed, shards }: Args) -> Result<()> {
     let spec = Spec { variant, size, seed, shards };
     let checkpoint = folder.join(spec.folder());
-    // indicatif draws nothing when stderr is no terminal.
+    // indicatif draws nothing when stderr is not a terminal.
     let style = "{bar:40} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
     let progress = ProgressBar::no_length().with_style(ProgressStyle::with_template(style)?);
     write_with_progress(&checkpoint, &spec, &progress)?;

@@ -1,4 +1,4 @@
-//! llama.cpp's own quantisation of a llama file, for `benches/convert` to measure ours against.
+//! llama.cpp's own quantization of a llama file, for `benches/convert` to measure ours against.
 //!
 //! ```sh
 //! cargo run --release -p openvla-llama-cpp --example llama_quantize -- IN.gguf OUT.gguf FTYPE
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let path = |path: &String| CString::new(path.as_str()).expect("arguments have no zero bytes");
     let (from, to) = (path(from), path(to));
     let Ok(file_type) = file_type.parse() else {
-        eprintln!("error: {file_type} is no number of a llama_ftype");
+        eprintln!("error: {file_type} is not a number of a llama_ftype");
         return ExitCode::from(2);
     };
     // SAFETY: gives a struct by value.

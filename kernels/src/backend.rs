@@ -15,7 +15,7 @@ use crate::{Device, Error, Kernels, Result, Usage, threads};
 /// Devices that own memory and compute together. Values of this type prove that ggml has started.
 pub struct Backend {
     /// GPUs in the order they were named, then the CPU.
-    places: Vec<Place>,
+    devices: Vec<OpenDevice>,
     n_threads: usize,
     /// What our own kernels compute with, if they are to.
     isa: Option<Isa>,
@@ -24,7 +24,7 @@ pub struct Backend {
 }
 
 /// A device of a [`Backend`].
-struct Place {
+struct OpenDevice {
     raw: NonNull<sys::ggml_backend>,
     name: String,
     counts: Counts,
@@ -32,9 +32,9 @@ struct Place {
 
 // SAFETY: ggml ties no backend to a thread, and every use of `raw` that changes anything happens
 // under the gate.
-unsafe impl Send for Place {}
+unsafe impl Send for OpenDevice {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl Sync for OpenDevice {}
 
 impl Backend {
     /// The CPU alone, with that many threads.
@@ -68,7 +68,7 @@ impl Backend {
             return Err(Error::Device { device: "CPU".into(), why });
         }
         let devices = gpus.iter().map(Device::raw).chain([cpu]);
-        let places = devices.map(Place::new).collect::<Result<_>>()?;
+        let devices = devices.map(OpenDevice::new).collect::<Result<_>>()?;
         let n_threads = n_threads.clamp(1, 512);
         // OpenMP starts them at the first graph, and ends the process where it cannot.
         let startable = 1 + threads::startable(n_threads - 1);
@@ -79,14 +79,14 @@ impl Backend {
             );
             return Err(Error::Device { device: "CPU".into(), why });
         }
-        let backend = Self { places, n_threads, isa, gate: Mutex::new(()) };
+        let backend = Self { devices, n_threads, isa, gate: Mutex::new(()) };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
 
     /// How many devices it has: the GPUs, then the CPU.
     pub fn n_device(&self) -> usize {
-        self.places.len()
+        self.devices.len()
     }
 
     /// A device's name for messages.
@@ -94,27 +94,27 @@ impl Backend {
     /// # Panics
     /// If there are fewer devices.
     pub fn name(&self, device: usize) -> &str {
-        &self.places[device].name
+        &self.devices[device].name
     }
 
     /// What is allocated on each device now.
     pub fn usage(&self) -> Vec<Usage> {
-        let usage = |Place { name, counts, .. }: &Place| Usage {
+        let usage = |OpenDevice { name, counts, .. }: &OpenDevice| Usage {
             device: name.clone(),
             weights: counts.get(Use::Weights),
             states: counts.get(Use::States),
             graphs: counts.get(Use::Graphs),
         };
-        self.places.iter().map(usage).collect()
+        self.devices.iter().map(usage).collect()
     }
 
     pub(crate) fn counts(&self, device: usize) -> &Counts {
-        &self.places[device].counts
+        &self.devices[device].counts
     }
 
     /// The CPU's place among the devices: the last.
     pub(crate) fn host(&self) -> usize {
-        self.places.len() - 1
+        self.devices.len() - 1
     }
 
     /// Through the registry, since a CPU backend that was loaded at run time exports nothing else.
@@ -161,12 +161,12 @@ impl Backend {
     }
 
     pub(crate) fn raw(&self, device: usize) -> sys::ggml_backend_t {
-        self.places[device].raw.as_ptr()
+        self.devices[device].raw.as_ptr()
     }
 
     /// All of them, the CPU last.
     pub(crate) fn raws(&self) -> Vec<sys::ggml_backend_t> {
-        self.places.iter().map(|place| place.raw.as_ptr()).collect()
+        self.devices.iter().map(|device| device.raw.as_ptr()).collect()
     }
 
     /// Waits for the devices to be idle and keeps them so. A panic elsewhere leaves nothing broken
@@ -176,7 +176,7 @@ impl Backend {
     }
 }
 
-impl Place {
+impl OpenDevice {
     fn new(device: sys::ggml_backend_dev_t) -> Result<Self> {
         // SAFETY: a device of the registry, whose name is a C string that lives as long.
         let (name, raw) = unsafe {
@@ -192,7 +192,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for OpenDevice {
     fn drop(&mut self) {
         // SAFETY: everything allocated on the backend holds an `Arc` of it, so nothing is left.
         unsafe { openvla_free(self.raw.as_ptr()) }
@@ -201,6 +201,6 @@ impl Drop for Place {
 
 impl std::fmt::Debug for Backend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.places.iter().map(|place| &place.name)).finish()
+        f.debug_list().entries(self.devices.iter().map(|device| &device.name)).finish()
     }
 }

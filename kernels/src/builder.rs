@@ -10,7 +10,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::context::Context;
 use crate::guard::Guard;
-use crate::memory::{Home, Place};
+use crate::memory::{Home, TensorHandle};
 use crate::observer::{Observed, Sink};
 use crate::own::activations::PackedActivations;
 use crate::own::isa::Isa;
@@ -173,7 +173,7 @@ impl Builder {
 
     /// A weight as a graph's operand.
     pub fn weight(&self, weight: &Weight) -> Tensor<'_> {
-        let leaf = self.leaf(&weight.place);
+        let leaf = self.leaf(&weight.handle);
         if weight.is_packed {
             self.packed.borrow_mut().insert(leaf.raw);
         }
@@ -186,7 +186,7 @@ impl Builder {
 
     /// A state as a graph's operand: what it holds when the node that reads it runs.
     pub fn state(&self, state: &State) -> Tensor<'_> {
-        let leaf = self.leaf(&state.place);
+        let leaf = self.leaf(&state.handle);
         if let Some(below) = state.below {
             self.bounds.borrow_mut().insert(leaf.raw, below);
         }
@@ -323,14 +323,14 @@ impl Builder {
         node
     }
 
-    fn leaf(&self, place: &Place) -> Tensor<'_> {
-        let same = Arc::ptr_eq(&place.home.backend, &self.backend);
+    fn leaf(&self, handle: &TensorHandle) -> Tensor<'_> {
+        let same = Arc::ptr_eq(&handle.home.backend, &self.backend);
         assert!(same, "a graph's weights and states are on its own backend");
         let mut homes = self.homes.borrow_mut();
-        if !homes.iter().any(|home| Arc::ptr_eq(home, &place.home)) {
-            homes.push(place.home.clone());
+        if !homes.iter().any(|home| Arc::ptr_eq(home, &handle.home)) {
+            homes.push(handle.home.clone());
         }
         self.leaves.set(self.leaves.get() + 1);
-        Tensor { builder: self, raw: place.raw }
+        Tensor { builder: self, raw: handle.raw }
     }
 }

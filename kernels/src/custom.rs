@@ -1,4 +1,4 @@
-//! Nodes that all of the CPU's threads compute with a function of ours.
+//! Nodes computed by our own functions, on all of the CPU's threads.
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;

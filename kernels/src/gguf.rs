@@ -23,7 +23,7 @@ use crate::{ALIGNMENT, DType, Error, Header, MAX_TENSOR_NAME, Mapped, Result, Sh
 
 const MAX_KEYS: u64 = 100_000;
 
-/// Where a tensor lies, and how to read it. Checked against the file.
+/// Where a tensor is, and how to read it. Checked against the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Its name, at most 63 bytes.
@@ -61,7 +61,7 @@ impl Gguf {
         Self::parse(path.display().to_string(), Bytes::Mapped(mapped))
     }
 
-    /// Reads a file that is part of the program. `name` stands for its path in messages.
+    /// Reads a file that is part of the program. `name` is shown as its path in messages.
     ///
     /// # Errors
     /// [`Error::Format`] if it is not a sound GGUF file.
@@ -69,7 +69,7 @@ impl Gguf {
         Self::parse(name.to_owned(), Bytes::BuiltIn(bytes))
     }
 
-    /// A file that is nowhere but in memory. `name` stands for its path in messages; `fill` writes
+    /// A file that exists only in memory. `name` is shown as its path in messages; `fill` writes
     /// the data section, which is zeros before.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ impl Gguf {
             fill(data)
         })?;
         let file = Self::parse(name.to_owned(), Bytes::Mapped(Arc::new(mapped)));
-        Ok(file.expect("a header of ours is sound"))
+        Ok(file.expect("our own header is valid"))
     }
 
     fn parse(file: String, bytes: Bytes) -> Result<Self> {
@@ -124,7 +124,7 @@ impl Gguf {
         self.bytes.as_slice()
     }
 
-    /// Gives the memory of a range of the file back for now.
+    /// Releases the memory of a range of the file for now.
     pub(crate) fn forget(&self, range: Range<usize>) {
         if let Bytes::Mapped(mapped) = &self.bytes {
             mapped.forget(range);

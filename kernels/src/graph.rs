@@ -44,7 +44,7 @@ impl Graph {
     /// No graph has more operations: ggml walks them by recursion, on the caller's stack.
     pub const MAX_NODES: usize = 1 << 14;
 
-    /// Builds a graph of at most `max_nodes` operations and allocates what lies between them.
+    /// Builds a graph of at most `max_nodes` operations and allocates the tensors between them.
     ///
     /// # Errors
     /// [`Error::Device`] if no device has an operation, [`Error::Memory`] if one has no room.
@@ -65,7 +65,7 @@ impl Graph {
         let size = max_nodes - nodes_left.get() + leaves.get();
         let mut raws = backend.raws();
         let (list, n) = (raws.as_mut_ptr(), i32::try_from(raws.len()).expect("a few devices"));
-        // SAFETY: live backends, the CPU last; null stands for their own buffer types.
+        // SAFETY: live backends, the CPU last; null selects their own buffer types.
         let scheduler = unsafe {
             sys::ggml_backend_sched_new(list, std::ptr::null_mut(), n, size, false, false)
         };
@@ -119,7 +119,7 @@ impl Graph {
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
     }
 
-    /// Functions of ours run on the CPU, whatever a device says of them.
+    /// Our own functions run on the CPU, whatever a device claims to support.
     fn keep_own_nodes(&self) {
         let host = self.backend.raw(self.backend.host());
         for node in self.nodes() {
@@ -158,7 +158,7 @@ impl Graph {
         Error::Memory { device, what: "a computation".to_owned(), bytes: sizes[largest] }
     }
 
-    /// Bytes that lie between its operations on one device.
+    /// Bytes of intermediate tensors on one device.
     fn bytes(&self, device: usize) -> usize {
         let backend = self.backend.raw(device);
         // SAFETY: the scheduler is live and knows the backend.

@@ -12,7 +12,7 @@ pub const MAX_TENSOR_NAME: usize = 63;
 pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
 pub(crate) const VERSION: u32 = 3;
 
-/// What stands before the data section of a file to be written.
+/// Everything before the data section of a file to be written.
 #[derive(Debug, Clone, Default)]
 pub struct Header {
     metadata: Vec<(String, Value)>,
@@ -25,7 +25,7 @@ impl Header {
     /// # Panics
     /// If it is there already, empty, or the alignment, which is [`ALIGNMENT`] without being said.
     pub fn set(&mut self, key: &str, value: impl Into<Value>) {
-        assert!(!["", "general.alignment"].contains(&key), "`{key}` is no key to be set");
+        assert!(!["", "general.alignment"].contains(&key), "`{key}` is not a key to set");
         assert!(self.metadata.iter().all(|(other, _)| other != key), "`{key}` is set twice");
         self.metadata.push((key.to_owned(), value.into()));
     }

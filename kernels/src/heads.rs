@@ -138,7 +138,7 @@ impl<'g> Tensor<'g> {
     /// Attention: queries `[head_dim, n, n_head]` (`self`), keys and values
     /// `[head_dim, n_kv, n_head_kv]`, mask `[n_kv, n]` in f16 or none: zeros for the first keys, those
     /// that the query sees, then minus infinity.
-    /// Gives `[head_dim, n_head, n]`. Rows must be contiguous, further strides may be any.
+    /// Returns `[head_dim, n_head, n]`. Rows must be contiguous, further strides may be any.
     pub fn flash_attention(
         self,
         k: Tensor<'g>,

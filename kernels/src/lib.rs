@@ -3,7 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`Gguf`], [`Header`] | the file: a validating reader over a memory map, and the header writer |
-//! | [`DType`] | element types, and quantising rows into them |
+//! | [`DType`] | element types, and quantizing rows into them |
 //! | [`Device`], [`Backend`], [`Usage`] | GPUs there are; those a model runs on, with the CPU; what it takes there |
 //! | [`Kernels`] | whose functions a CPU computes with: ggml's, or our own |
 //! | [`Weights`], [`Weight`], [`State`] | tensors that outlive graphs: read-only, and read-write |

@@ -61,7 +61,7 @@ impl Mapped {
         Ok(Self { map, of_file: true })
     }
 
-    /// Gives the pages of a range back to the system for now, if they are a file's.
+    /// Releases the pages of a range for now, if they are a file's.
     pub(crate) fn forget(&self, range: Range<usize>) {
         if self.of_file {
             // SAFETY: the map is shared with a file and never written, so the same bytes are read

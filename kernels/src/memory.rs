@@ -1,4 +1,4 @@
-//! Tensors that outlive graphs, and the memory they lie in: a file's weights, which are only read.
+//! Tensors that outlive graphs, and their memory: a file's weights, which are only read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
@@ -15,9 +15,9 @@ use crate::repack::Layout;
 use crate::usage::Use;
 use crate::{Backend, DType, Error, Gguf, Mapped, Observer, Result, Shape, TensorInfo, finite};
 
-/// ggml tensors and the buffers they lie in. Kept alive by every handle into it.
+/// ggml tensors and the buffers they are in. Kept alive by every handle into it.
 pub(crate) struct Home {
-    /// Freed before the context that their tensors lie in.
+    /// Freed before the context of their tensors.
     pub(crate) _buffers: Vec<Buffer>,
     pub(crate) _context: Context,
     pub(crate) backend: Arc<Backend>,
@@ -25,7 +25,7 @@ pub(crate) struct Home {
     pub(crate) _file: Option<Gguf>,
     /// What the buffer of packed weights points into.
     pub(crate) _packed: Option<Mapped>,
-    /// What else the tensors lie in.
+    /// Other memory that the tensors use.
     pub(crate) _parts: Option<Arc<Home>>,
 }
 
@@ -37,7 +37,7 @@ unsafe impl Sync for Home {}
 
 /// One tensor in a [`Home`].
 #[derive(Clone)]
-pub(crate) struct Place {
+pub(crate) struct TensorHandle {
     pub(crate) raw: NonNull<sys::ggml_tensor>,
     pub(crate) home: Arc<Home>,
     pub(crate) device: usize,
@@ -45,16 +45,16 @@ pub(crate) struct Place {
     pub(crate) shape: Shape,
 }
 
-// SAFETY: `raw` lies in `home`, which may be shared between threads.
-unsafe impl Send for Place {}
+// SAFETY: `raw` belongs to `home`, which may be shared between threads.
+unsafe impl Send for TensorHandle {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl Sync for TensorHandle {}
 
 /// A tensor of the model file. Read-only; cloning it copies a handle.
 #[derive(Clone)]
 pub struct Weight {
     pub(crate) name: Arc<str>,
-    pub(crate) place: Place,
+    pub(crate) handle: TensorHandle,
     /// Whether its bytes are packed for our own products, of the backend's instruction set.
     pub(crate) is_packed: bool,
     /// Gets the squares of what graphs multiply it by, if an [`Observer`] asked for them.
@@ -64,17 +64,17 @@ pub struct Weight {
 impl Weight {
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.place.dtype
+        self.handle.dtype
     }
 
     /// Sizes, fastest first.
     pub fn shape(&self) -> Shape {
-        self.place.shape
+        self.handle.shape
     }
 
     /// The device of its backend that it is on.
     pub fn device(&self) -> usize {
-        self.place.device
+        self.handle.device
     }
 
     /// Matrices `[k, m]` as one, `[k, Σ m]`, if they lie in memory as its rows would: of one type and
@@ -84,11 +84,11 @@ impl Weight {
     /// # Panics
     /// If there are none.
     pub fn stacked(parts: &[&Self]) -> Option<Self> {
-        let Self { name, place: first, is_packed, .. } = parts[0];
+        let Self { name, handle: first, is_packed, .. } = parts[0];
         let backend = &first.home.backend;
         let [k, _, rest @ ..] = first.shape;
         let fits = |part: &&Self| {
-            let Place { home, dtype, shape, .. } = &part.place;
+            let TensorHandle { home, dtype, shape, .. } = &part.handle;
             let alike = Arc::ptr_eq(home, &first.home)
                 && (*dtype, part.is_packed) == (first.dtype, *is_packed);
             alike && *shape == [k, shape[1], 1, 1] && rest == [1, 1] && part.sink.is_none()
@@ -101,7 +101,7 @@ impl Weight {
         let raw = context.tensor(first.dtype, &shape);
         // SAFETY: tensors of a home are live and have a live buffer.
         let (head, raws) =
-            unsafe { (first.raw.as_ref(), parts.iter().map(|part| part.place.raw.as_ref())) };
+            unsafe { (first.raw.as_ref(), parts.iter().map(|part| part.handle.raw.as_ref())) };
         // SAFETY: as above.
         let size = |raw| unsafe { sys::ggml_backend_buffer_get_alloc_size(head.buffer, raw) };
         let packed = Layout::packed(backend);
@@ -128,9 +128,9 @@ impl Weight {
             _packed: None,
             _parts: Some(first.home.clone()),
         };
-        let place = Place { raw, home: Arc::new(home), shape, ..first.clone() };
+        let handle = TensorHandle { raw, home: Arc::new(home), shape, ..first.clone() };
         // Panels of all parts one after the other are those of the whole.
-        Some(Self { name: name.clone(), place, is_packed: *is_packed, sink: None })
+        Some(Self { name: name.clone(), handle, is_packed: *is_packed, sink: None })
     }
 }
 
@@ -244,9 +244,9 @@ impl Weights {
             let device = devices.get(info.name.as_str()).copied();
             let device = device.unwrap_or(home.backend.host());
             let (dtype, shape) = (info.dtype, info.shape);
-            let place = Place { raw: *raw, home: home.clone(), device, dtype, shape };
+            let handle = TensorHandle { raw: *raw, home: home.clone(), device, dtype, shape };
             let is_packed = packed_names.contains(info.name.as_str());
-            let weight = Weight { name: info.name.as_str().into(), place, is_packed, sink: None };
+            let weight = Weight { name: info.name.as_str().into(), handle, is_packed, sink: None };
             (info.name.clone(), weight)
         };
         let left = file.tensors().iter().zip(&raws).map(weight).collect();
@@ -291,7 +291,7 @@ impl Weights {
         Err(Error::Tensor { file: self.file.clone(), name: name.to_owned(), why })
     }
 
-    /// Holds that every tensor was taken.
+    /// Checks that every tensor was taken.
     ///
     /// # Errors
     /// [`Error::Tensor`] names one that is left: the file is of another model than the code.
@@ -311,7 +311,7 @@ fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buf
     let start = tensors.iter().map(|(info, _)| info.range.start).min()?;
     let end = tensors.iter().map(|(info, _)| info.range.end).max()?;
     let base = file.bytes()[start..end].as_ptr();
-    let bytes = tensors.iter().map(|(info, _)| info.range.len()).sum(); // others lie between them
+    let bytes = tensors.iter().map(|(info, _)| info.range.len()).sum(); // there may be others between them
     if !base.addr().is_multiple_of(crate::ALIGNMENT) {
         return None;
     }

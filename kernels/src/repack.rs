@@ -21,7 +21,7 @@ use crate::{Backend, Gguf, parallel_for_each};
 pub(crate) struct Layout {
     raw: NonNull<sys::ggml_backend_buffer_type>,
     pub device: usize,
-    /// Whether its tensors can be nothing but quantised left operands of products, on the CPU.
+    /// Whether its tensors can only be quantized left operands of products, on the CPU.
     is_packed: bool,
 }
 
@@ -67,7 +67,7 @@ impl Layout {
         layouts
     }
 
-    /// Whether a node reads a tensor of one of these [`Layout::packed`] otherwise than as the left operand of
+    /// Whether a node reads a tensor of one of these [`Layout::packed`] other than as the left operand of
     /// a product of two matrices. ggml does not always say so: of views, it learns the layout too late, and
     /// products of stacks of matrices end in an abort or read past the tensor.
     pub fn misused(packed: &[Self], node: NonNull<sys::ggml_tensor>) -> bool {

@@ -8,14 +8,14 @@ use crate::buffer::Buffer;
 use crate::context::Context;
 use crate::exceptions::{openvla_buffer_clear, openvla_tensor_get, openvla_tensor_set};
 use crate::header::bytes_of;
-use crate::memory::{Home, Place};
+use crate::memory::{Home, TensorHandle};
 use crate::usage::Use;
 use crate::{Backend, DType, Error, Result, Shape, Weight};
 
 /// A tensor that graphs and the host write: an input, a stage's result, a KV cache.
 #[derive(Clone)]
 pub struct State {
-    pub(crate) place: Place,
+    pub(crate) handle: TensorHandle,
     /// What every element stays below, if it is a row number: see [`State::ids`].
     pub(crate) below: Option<usize>,
 }
@@ -52,7 +52,7 @@ impl State {
     /// # Panics
     /// As [`State::ids`].
     pub fn ids_beside(weight: &Weight, dtype: DType, n: usize, below: usize) -> Result<Self> {
-        Self::ids_on(&weight.place.home.backend, weight.place.device, dtype, n, below)
+        Self::ids_on(&weight.handle.home.backend, weight.handle.device, dtype, n, below)
     }
 
     fn ids_on(
@@ -76,7 +76,7 @@ impl State {
     /// # Panics
     /// As [`State::zeros`].
     pub fn beside(weight: &Weight, dtype: DType, shape: Shape) -> Result<Self> {
-        Self::on(&weight.place.home.backend, weight.place.device, dtype, shape)
+        Self::on(&weight.handle.home.backend, weight.handle.device, dtype, shape)
     }
 
     fn on(backend: &Arc<Backend>, device: usize, dtype: DType, shape: Shape) -> Result<Self> {
@@ -112,12 +112,12 @@ impl State {
             _packed: None,
             _parts: None,
         });
-        Ok(Self { place: Place { raw, home, device, dtype, shape }, below: None })
+        Ok(Self { handle: TensorHandle { raw, home, device, dtype, shape }, below: None })
     }
 
     /// Sizes, fastest first.
     pub fn shape(&self) -> Shape {
-        self.place.shape
+        self.handle.shape
     }
 
     /// Overwrites the elements from the first on.
@@ -126,7 +126,7 @@ impl State {
     /// If there are too many, they are of another type than the state's, or a row number is not below
     /// the bound of [`State::ids`].
     pub fn write<T: Element>(&self, data: &[T]) {
-        assert_eq!(T::DTYPE, self.place.dtype, "a state is written in its own type");
+        assert_eq!(T::DTYPE, self.handle.dtype, "a state is written in its own type");
         assert!(data.len() <= self.len(), "{} elements into {:?}", data.len(), self.shape());
         if let Some(below) = self.below {
             for id in data {
@@ -135,10 +135,10 @@ impl State {
             }
         }
         let bytes = std::mem::size_of_val(data);
-        let _idle = self.place.home.backend.lock();
+        let _idle = self.handle.home.backend.lock();
         // SAFETY: the tensor is allocated and holds at least that many bytes; the lock keeps
         // graphs from running meanwhile.
-        unsafe { openvla_tensor_set(self.place.raw.as_ptr(), data.as_ptr().cast(), bytes) };
+        unsafe { openvla_tensor_set(self.handle.raw.as_ptr(), data.as_ptr().cast(), bytes) };
     }
 
     /// All elements.
@@ -146,17 +146,17 @@ impl State {
     /// # Panics
     /// If `T` is not the state's element type.
     pub fn read<T: Element>(&self) -> Vec<T> {
-        assert_eq!(T::DTYPE, self.place.dtype, "a state is read in its own type");
+        assert_eq!(T::DTYPE, self.handle.dtype, "a state is read in its own type");
         let mut data = vec![T::default(); self.len()];
         let bytes = std::mem::size_of_val(data.as_slice());
-        let _idle = self.place.home.backend.lock();
+        let _idle = self.handle.home.backend.lock();
         // SAFETY: the tensor is allocated and holds exactly that many bytes of plain numbers.
-        unsafe { openvla_tensor_get(self.place.raw.as_ptr(), data.as_mut_ptr().cast(), bytes) };
+        unsafe { openvla_tensor_get(self.handle.raw.as_ptr(), data.as_mut_ptr().cast(), bytes) };
         data
     }
 
     fn len(&self) -> usize {
-        self.place.shape.iter().product()
+        self.handle.shape.iter().product()
     }
 }
 

@@ -35,7 +35,7 @@ impl<'g> Tensor<'g> {
     pub fn mul_mat(self, x: Tensor<'g>) -> Tensor<'g> {
         let (a, b) = (self.shape(), x.shape());
         self.same_graph(x);
-        assert!(self.dtype().is_float(), "mul_mat: {} is no weight's type", self.dtype());
+        assert!(self.dtype().is_float(), "mul_mat: {} is not a weight type", self.dtype());
         assert_eq!(a[0], b[0], "mul_mat: inner sizes differ, {a:?} · {b:?}");
         let repeats = b[2].is_multiple_of(a[2]) && b[3].is_multiple_of(a[3]);
         assert!(repeats && x.is_f32(), "mul_mat: {a:?} does not repeat over {b:?} in f32");
@@ -173,7 +173,7 @@ impl<'g> Tensor<'g> {
 
     /// Moves dimension `i` to place `to[i]`. Nothing is copied.
     pub fn permute(self, to: [usize; 4]) -> Tensor<'g> {
-        assert!((0..4).all(|axis| to.contains(&axis)), "permute: {to:?} is no permutation");
+        assert!((0..4).all(|axis| to.contains(&axis)), "permute: {to:?} is not a permutation");
         assert!(to[0] == 0 || !self.dtype().is_quantized(), "permute: inside blocks");
         let (context, raw) = self.args();
         let [a, b, c, d] = to.map(|axis| axis as i32);

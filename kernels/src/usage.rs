@@ -20,7 +20,7 @@ pub struct Usage {
     pub weights: usize,
     /// Inputs, what stages hand on, and the KV cache.
     pub states: usize,
-    /// What lies between the operations of graphs.
+    /// Intermediate tensors of graphs.
     pub graphs: usize,
 }
 

@@ -31,7 +31,7 @@ pub enum Array {
     Other(u32, usize),
 }
 
-/// Gives a kind of value its number in the file, and conversions from and to Rust's type.
+/// Maps a kind of value to its number in the file, and converts from and to Rust's type.
 macro_rules! value {
     ($($kind:ident($type:ty) = $words:literal;)*) => {
         $(

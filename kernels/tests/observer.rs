@@ -111,7 +111,7 @@ fn graphs_compute_the_same_and_inputs_outlive_what_follows_them() {
     assert_eq!(observer.squares(), BTreeMap::from([("a".to_owned(), squares(&batches))]));
 }
 
-/// One link of [`chain`]: what the weight is multiplied by, and what comes of it.
+/// One link of [`chain`]: what the weight is multiplied by, and the result.
 fn one(a: &Weight, scale: &Weight, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let input = state(&[N_IN, 4], x);
     let (normed, sum) = (zeros(DType::F32, &[N_IN, 4]), zeros(DType::F32, &[N_IN, 4]));

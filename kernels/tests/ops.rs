@@ -221,9 +221,12 @@ impl Attention {
         for (head, row) in (0..n_head).flat_map(|head| (0..n).map(move |row| (head, row))) {
             let kv = head / (n_head / n_head_kv) * n_kv;
             let query = &q[(head * n + row) * d..][..d];
-            let score = |at: usize| match seen(row, at) {
-                true => (product(query, &k[(kv + at) * d..][..d], d)[0] / (d as f64).sqrt()).exp(),
-                false => 0.0,
+            let score = |at: usize| {
+                if seen(row, at) {
+                    (product(query, &k[(kv + at) * d..][..d], d)[0] / (d as f64).sqrt()).exp()
+                } else {
+                    0.0
+                }
             };
             let total: f64 = (0..n_kv).map(score).sum();
             for (at, i) in (0..n_kv).flat_map(|at| (0..d).map(move |i| (at, i))) {

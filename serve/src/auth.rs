@@ -19,7 +19,7 @@ pub struct Token([u8; 32]);
 const SHORTEST: usize = 16;
 
 impl Token {
-    /// The token in a file; white space around it is no part of it.
+    /// The token in a file; white space around it is not part of it.
     ///
     /// # Errors
     /// If the file cannot be read, or holds less than a token.

@@ -257,7 +257,7 @@ impl State {
             Refused::Stale(over) => {
                 let message =
                     format!("the observation is {over:.0?} older than --max-age-ms allows");
-                let hint = "send pictures as they are taken, and keep both clocks synchronised";
+                let hint = "send pictures as they are taken, and keep both clocks synchronized";
                 Error::new(Code::Stale, message).hint(hint)
             }
             Refused::OutOfOrder(why) => Error::new(Code::OutOfOrder, why)

@@ -106,7 +106,7 @@ impl Headers {
             None => Client::Connection(connection),
         };
         if self.timestamp.is_some_and(|seconds| !seconds.is_finite()) {
-            return Err(Error::bad_request("the timestamp is no finite number"));
+            return Err(Error::bad_request("the timestamp is not a finite number"));
         }
         if let Some((seconds, unit)) = self.timestamp.and_then(|at| Some((at, other_unit(at)?))) {
             let message = format!("the timestamp is {seconds}; this looks like {unit}");
@@ -244,7 +244,7 @@ pub struct Answer {
 }
 
 /// The warning if the model would have chosen tokens that are not actions.
-pub const UNSURE: &str = "among all tokens the model would have chosen one that is no motion; is \
+pub const UNSURE: &str = "among all tokens the model would have chosen one that is not a motion; is \
                           this what it was trained for?";
 
 /// Milliseconds between a request and its answer.

@@ -154,7 +154,7 @@ struct Disconnected;
 
 impl Websocket {
     async fn run(mut self) {
-        // An error means that the client is gone, which is no concern of ours.
+        // An error means that the client is gone, which is not our concern.
         if self.greet().await.is_ok() {
             let _ = self.converse().await;
         }

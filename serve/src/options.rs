@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
-use openvla::cli::Model;
+use openvla::cli::ModelArgs;
 
 use crate::auth::Token;
 use crate::queue::Limits;
@@ -20,7 +20,7 @@ use crate::worker::{OnFailure, Rules};
 pub struct Options {
     /// The model.
     #[command(flatten)]
-    pub model: Model,
+    pub model: ModelArgs,
     /// The server.
     #[command(flatten)]
     pub settings: Settings,

@@ -67,7 +67,7 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
         "/" => "openpi",
         _ => "other",
     };
-    // A connection that became a websocket is no answer; its messages are counted one by one.
+    // A connection that became a websocket is not an answer; its messages are counted one by one.
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         app.engine.metrics().answered(form, outcome);
         if *app.draining.borrow() {

@@ -63,7 +63,7 @@ impl Safety {
     ) -> Result<Report, Error> {
         if let Some(i) = motion.iter().position(|x| !x.is_finite()) {
             let message =
-                format!("dimension {i} of the motion is {}, which is no number", motion[i]);
+                format!("dimension {i} of the motion is {}, which is not a number", motion[i]);
             return Err(Error::new(Code::NotFinite, message));
         }
         let clamped =

@@ -73,7 +73,7 @@ impl<T> FairQueue<T> {
         self.tickets
     }
 
-    /// Gives the next one its turn, if one is free.
+    /// Starts the next one, if a turn is free.
     fn pop(&mut self) -> Option<T> {
         if self.busy.len() >= self.slots {
             return None;

@@ -88,7 +88,7 @@ fn what_the_body_has_no_room_for_is_in_the_headers() {
         server.post("/act", &headers, numpy_body(instruction).as_bytes())
     };
     let got = post("be unsure");
-    assert!(got.headers["x-openvla-warning"].contains("no motion"));
+    assert!(got.headers["x-openvla-warning"].contains("not a motion"));
     assert_eq!(got.headers["x-openvla-tokens"], ["31872"; 7].join(","));
     assert_eq!(
         (got.headers["x-seq"].as_str(), got.headers["x-openvla-clamped"].as_str()),

@@ -251,7 +251,7 @@ fn a_model_says_which_pictures_and_what_state_it_misses() {
     }
     let other = server.step("go", &[]).assert_error(400, "bad_request");
     assert!(other["message"].as_str().unwrap().contains("state of 3 numbers"), "{other}");
-    assert_eq!(server.metric("openvla_restarts_total"), 0.0, "a bad request is no failure");
+    assert_eq!(server.metric("openvla_restarts_total"), 0.0, "a bad request is not a failure");
 }
 
 /// What the reference's server was asked and answered.
@@ -299,9 +299,12 @@ mod shared {
             assert_eq!(got.text(), want, "{name}");
             return;
         }
-        let text = |body: &str| match body.starts_with('"') {
-            true => serde_json::from_str::<String>(body).unwrap(),
-            false => body.to_owned(),
+        let text = |body: &str| {
+            if body.starts_with('"') {
+                serde_json::from_str::<String>(body).unwrap()
+            } else {
+                body.to_owned()
+            }
         };
         let (got, want) = (text(got.text()), text(want));
         assert_eq!(form(&got), form(&want), "{name}: everything but the numbers");

@@ -238,7 +238,7 @@ fn a_picture_of_floats_is_taken() {
     assert!(matches!(send(&fractions), Message::Binary(_)));
     let image = server.seen().image;
     assert_eq!((image.dimensions(), image.get_pixel(4, 0).0), ((5, 1), [68, 153, 238]));
-    let Message::Text(error) = send(&[255.0; 15]) else { panic!("it is no picture") };
+    let Message::Text(error) = send(&[255.0; 15]) else { panic!("it is not a picture") };
     assert!(error.contains("it holds 255"), "{error}");
 }
 

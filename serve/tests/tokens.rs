@@ -72,13 +72,12 @@ fn drafts_come_from_the_same_robots_last_motion() {
 
 fn tokens(url: &str, name: &str, i: usize, as_array: bool) -> Value {
     let (instruction, side) = request(i);
-    let image = match as_array {
-        true => {
-            let data = openvla::decode(&png(side, side)).unwrap().into_raw();
-            let shape = vec![side as usize, side as usize, 3];
-            json!(Json(Ndarray { dtype: "|u1".into(), shape, data: data.into() }))
-        }
-        false => json!(STANDARD.encode(png(side, side))),
+    let image = if as_array {
+        let data = openvla::decode(&png(side, side)).unwrap().into_raw();
+        let shape = vec![side as usize, side as usize, 3];
+        json!(Json(Ndarray { dtype: "|u1".into(), shape, data: data.into() }))
+    } else {
+        json!(STANDARD.encode(png(side, side)))
     };
     let body = json!({ "image": image, "instruction": instruction }).to_string();
     let request = ureq::post(url).content_type("application/json").header("x-client-id", name);

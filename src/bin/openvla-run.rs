@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use openvla::cli::{self, Model};
+use openvla::cli::{self, ModelArgs};
 use openvla::image::RgbImage;
 use openvla::oft::{Chunk, Observation, OpenVlaOft};
 use openvla::{Action, OpenVla, Policy, Scale, Session, Usage};
@@ -24,7 +24,7 @@ struct Args {
     #[arg(required = true, value_name = "IMAGE... INSTRUCTION")]
     inputs: Vec<OsString>,
     #[command(flatten)]
-    model: Model,
+    model: ModelArgs,
     /// Data set whose units the motion is in; needed if the model knows several
     #[arg(long, value_name = "KEY")]
     unnorm_key: Option<String>,
@@ -112,7 +112,7 @@ fn act(args: &Args, instruction: &str, policy: &mut OpenVla) -> Result<()> {
         }
         if !action.unconstrained.all_actions {
             cli::say(
-                "warning: among all tokens the model would have chosen one that is no motion; \
+                "warning: among all tokens the model would have chosen one that is not a motion; \
                  is this what it was trained for?",
             );
         }
@@ -173,7 +173,7 @@ fn report(Usage { device, weights, states, graphs, .. }: &Usage) {
     ));
 }
 
-/// What stands for standard input in place of a path.
+/// The path that means standard input.
 const STDIN: &str = "-";
 
 /// More than any camera's picture.

@@ -34,14 +34,16 @@ pub struct ActionCard {
 pub struct Dimension {
     /// "x", "y", "z", "roll", "pitch", "yaw", "gripper"; or its number, from 0.
     pub name: String,
-    /// What 1 stands for, such as "0.05 m"; "as recorded" where that is not known.
+    /// The value of 1, such as "0.05 m"; "as recorded" where that is not known.
     pub unit: String,
     /// The first percentile of the data.
     pub q01: f64,
-    /// The 99th. Motions are between the two where they are `normalised`.
+    /// The 99th. Motions are between the two where they are `normalized`.
     pub q99: f64,
     /// Whether -1..1 is scaled to this range; otherwise the motion is the token's own -1..1.
-    pub normalised: bool,
+    // The key keeps the spelling that files have.
+    #[serde(rename = "normalised")]
+    pub normalized: bool,
 }
 
 /// The ends of the gripper's number, which is absolute: where to be, not how far to move.
@@ -86,7 +88,7 @@ pub fn check(cards: &BTreeMap<String, ActionCard>, statistics: &Statistics) -> R
 impl ActionCard {
     fn is_of(&self, dataset: &Dataset) -> bool {
         let ranges = dataset.action.dimensions();
-        self.dimensions.iter().map(|d| (d.q01, d.q99, d.normalised)).eq(ranges)
+        self.dimensions.iter().map(|d| (d.q01, d.q99, d.normalized)).eq(ranges)
     }
 }
 
@@ -105,12 +107,12 @@ mod tests {
     }
 
     fn card() -> ActionCard {
-        let dimension = |name: &str, q01, q99, normalised| Dimension {
+        let dimension = |name: &str, q01, q99, normalized| Dimension {
             name: name.into(),
             unit: "m".into(),
             q01,
             q99,
-            normalised,
+            normalized,
         };
         ActionCard {
             dimensions: vec![
@@ -148,7 +150,7 @@ mod tests {
         assert!(refused(told("e", |_| ())).contains("`e` disagrees"));
         for change in [
             (|card| card.dimensions[0].q99 = 0.3) as fn(&mut ActionCard),
-            |card| card.dimensions[1].normalised = true,
+            |card| card.dimensions[1].normalized = true,
             |card| drop(card.dimensions.pop()),
             |card| card.dimensions.push(card.dimensions[0].clone()),
         ] {

@@ -146,7 +146,7 @@ impl Config {
             format!("`{}` has {n_token} pieces for {n_vocab} embeddings", key::TOKENS)
         })?;
         let ActionSpace { end, n_bin } = self.actions;
-        // Other ids stand on both sides: BOS among those before, padding after.
+        // There are other ids on both sides: BOS among those before, padding after.
         demand((3..end).contains(&n_bin) && (end as usize) < n_vocab, || {
             let (count, last) = (key::ACTION_BINS, key::ACTION_END);
             format!("`{count}` is {n_bin} and `{last}` {end} in a vocabulary of {n_vocab}")

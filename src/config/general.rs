@@ -27,7 +27,7 @@ pub struct General {
     pub organization: Option<String>,
     /// An SPDX name, or the hubs' "llama2".
     pub license: Option<String>,
-    /// The licence for people, with what its short name leaves out.
+    /// The license for people, with what its short name leaves out.
     pub license_name: Option<String>,
     /// Where its text is.
     pub license_link: Option<String>,
@@ -262,7 +262,7 @@ mod tests {
             organization: text("Someone"),
             license: text("llama2"),
             license_name: text("Llama 2"),
-            license_link: text("https://licence"),
+            license_link: text("https://license"),
             repo_url: text("https://code"),
             source: Source {
                 url: text("https://page"),

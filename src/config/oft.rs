@@ -20,7 +20,7 @@ pub struct OftConfig {
     pub n_state: usize,
     /// Names of the cameras, in the order of their patches; the first is the third-person one.
     pub cameras: Vec<String>,
-    /// What -1 and 1 stand for, in actions and state.
+    /// What -1 and 1 correspond to, in actions and state.
     pub bounds: Bounds,
     /// What makes actions of hidden rows.
     pub head: OftHead,

@@ -1,5 +1,5 @@
 //! What a model file says about how it should act: reference cases, computed in f32 from the
-//! checkpoint before it was quantised, and a checksum of every tensor.
+//! checkpoint before it was quantized, and a checksum of every tensor.
 //!
 //! A case is a picture that the project carries, known by its hash, and an instruction. Its
 //! tokens were decoded greedily among the action ids.
@@ -50,13 +50,15 @@ impl Proof {
     /// # Errors
     /// [`Error::Model`] if its lists do not fit together, [`Error::Kernels`] if a key is missing.
     pub fn read(file: &Gguf, config: &Config) -> Result<Self> {
-        let cases = match file.metadata().contains_key(IMAGES) {
-            true => read_cases(file, config)?,
-            false => Vec::new(),
+        let cases = if file.metadata().contains_key(IMAGES) {
+            read_cases(file, config)?
+        } else {
+            Vec::new()
         };
-        let checksums: Vec<String> = match file.metadata().contains_key(CHECKSUMS) {
-            true => file.get(CHECKSUMS)?,
-            false => return Ok(Self { cases, checksums: Vec::new() }),
+        let checksums: Vec<String> = if file.metadata().contains_key(CHECKSUMS) {
+            file.get(CHECKSUMS)?
+        } else {
+            return Ok(Self { cases, checksums: Vec::new() });
         };
         let read = |text: &String| u64::from_str_radix(text, 16).ok();
         let read: Option<Vec<u64>> = checksums.iter().map(read).collect();

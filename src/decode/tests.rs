@@ -65,9 +65,9 @@ fn a_palette_is_looked_up_even_where_it_is_transparent() {
 /// What Pillow 10.4 reads: the first pixels, and the sum of all bytes times their place.
 #[test]
 fn jpeg_equals_pillow() {
-    let colour = (PixelFormat::RGB, [2, 15, 8, 0, 5, 5], 41_422_644);
+    let color = (PixelFormat::RGB, [2, 15, 8, 0, 5, 5], 41_422_644);
     let print = (PixelFormat::CMYK, [0, 1, 4, 0, 1, 0], 19_099_069);
-    for (format, first, want) in [colour, print] {
+    for (format, first, want) in [color, print] {
         let image = decode(&jpeg_file(format)).unwrap();
         assert_eq!(image.as_raw()[..6], first, "{format:?}");
         let sum: u64 = (1..).zip(image.as_raw()).map(|(i, v)| i * u64::from(*v)).sum();

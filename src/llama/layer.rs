@@ -33,7 +33,7 @@ pub(crate) struct LayerCache {
     kv: State,
 }
 
-/// Rows to run: what they are, where they stand, and what they may look at.
+/// Rows to run: their embeddings, positions, and what they may look at.
 pub(crate) struct Rows<'g> {
     pub x: Tensor<'g>,
     pub positions: Tensor<'g>,

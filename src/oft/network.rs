@@ -53,7 +53,7 @@ struct Model {
     stop: i32,
     /// `[n_state]`, if the model reads a state.
     input: Option<State>,
-    /// What stands for the actions: `[dim, n_slot]` of zeros.
+    /// Placeholders for the actions: `[dim, n_slot]` of zeros.
     slots: State,
 }
 
@@ -144,7 +144,7 @@ impl OftNetwork {
     /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room or fails.
     ///
     /// # Panics
-    /// If there are fewer than two ids, one is no row of the embedding, or the state has another length.
+    /// If there are fewer than two ids, one is not a row of the embedding, or the state has another length.
     pub fn actions(&mut self, ids: &[u32], _: &SoftTokens, state: &[f32]) -> Result<Vec<f32>> {
         assert!(ids.len() > 1, "a prompt is BOS and more");
         let ids = self.model.with_stop(ids);

@@ -11,7 +11,7 @@ use image::RgbImage;
 const AREA: f32 = 0.9;
 
 /// Where an output pixel is between two input pixels.
-struct Place {
+struct Neighbors {
     low: usize,
     high: usize,
     fraction: f32,
@@ -19,8 +19,8 @@ struct Place {
 
 /// The middle, with the picture's aspect ratio, as `size` pixels a side.
 pub fn center(image: &RgbImage, size: u32) -> RgbImage {
-    let across = places(image.width(), size);
-    let down = places(image.height(), size);
+    let across = neighbors(image.width(), size);
+    let down = neighbors(image.height(), size);
     let row = 3 * image.width() as usize;
     let level = |y: usize, x: usize, channel| {
         f32::from(image.as_raw()[y * row + 3 * x + channel]) * (1.0 / 255.0)
@@ -42,16 +42,16 @@ pub fn center(image: &RgbImage, size: u32) -> RgbImage {
     RgbImage::from_raw(size, size, pixels).expect("a place for every pixel")
 }
 
-/// The places of one side.
-fn places(n_in: u32, n_out: u32) -> Vec<Place> {
+/// The neighbors of one side.
+fn neighbors(n_in: u32, n_out: u32) -> Vec<Neighbors> {
     let side = AREA.sqrt();
     let start = (1.0 - side) / 2.0;
     let last = (n_in - 1) as f32;
     let step = (start + side - start) * last / (n_out - 1) as f32;
-    let place = |x| {
+    let between = |x| {
         let at = start * last + x as f32 * step;
         let low = at.floor();
-        Place { low: low as usize, high: at.ceil() as usize, fraction: at - low }
+        Neighbors { low: low as usize, high: at.ceil() as usize, fraction: at - low }
     };
-    (0..n_out).map(place).collect()
+    (0..n_out).map(between).collect()
 }

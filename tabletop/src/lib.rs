@@ -43,7 +43,7 @@ pub use expert::{act as expert, plan};
 pub use film::film;
 pub use geometry::{Point, Rod};
 pub use gym::gym;
-pub use model::{Model, OftModel};
+pub use model::{OftModel, OpenVlaModel};
 pub use record::{DataSet, NAME, quantile, record, statistics};
 #[cfg(feature = "remote")]
 pub use remote::Remote;

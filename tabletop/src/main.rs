@@ -12,8 +12,8 @@ use openvla::{Draft, Options};
 #[cfg(feature = "remote")]
 use openvla_tabletop::Remote;
 use openvla_tabletop::{
-    DataSet, Expert, Learner, Model, OftModel, Pace, Plan, Policy, Report, STEPS, Scene, Steps,
-    Suite, World, evaluate, film, gym, picture, progress, record, wrist_picture,
+    DataSet, Expert, Learner, OftModel, OpenVlaModel, Pace, Plan, Policy, Report, STEPS, Scene,
+    Steps, Suite, World, evaluate, film, gym, picture, progress, record, wrist_picture,
 };
 
 /// A small table on which an OpenVLA acts.
@@ -245,7 +245,7 @@ fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
                 one,
                 "--execute is for OpenVLA-OFT models; an OpenVLA makes one motion at a time"
             );
-            Box::new(Model::new(vla, unnorm_key)?)
+            Box::new(OpenVlaModel::new(vla, unnorm_key)?)
         }
         openvla::Policy::Oft(vla) => {
             ensure!(

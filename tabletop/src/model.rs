@@ -11,14 +11,14 @@ use crate::world::{Action, ArmState, World};
 
 /// An OpenVLA: sees what the front camera sees, in the size that the model wants, and reads the
 /// instruction.
-pub struct Model {
+pub struct OpenVlaModel {
     vla: OpenVla,
     unnorm_key: Option<String>,
     session: Session,
     drafted: Totals,
 }
 
-impl Model {
+impl OpenVlaModel {
     /// `unnorm_key` names the model's data set whose units are meters and radians per step; it may
     /// be left out where there is one.
     ///
@@ -50,7 +50,7 @@ impl Model {
     }
 }
 
-impl Policy for Model {
+impl Policy for OpenVlaModel {
     fn act(&mut self, world: &World) -> Result<Vec<Action>> {
         let action = self.answer(&self.render_view(world), &world.scene.instruction)?;
         self.drafted = action.draft.session;
@@ -75,7 +75,7 @@ pub struct OftModel {
 }
 
 impl OftModel {
-    /// `unnorm_key` as for [`Model::new`]; all actions of a chunk are made where `executed` is left out.
+    /// `unnorm_key` as for [`OpenVlaModel::new`]; all actions of a chunk are made where `executed` is left out.
     ///
     /// # Errors
     /// If the model's actions are not of seven numbers, it wants another state or more cameras than

@@ -55,7 +55,7 @@ pub fn record(dir: &Path, data: &DataSet, progress: &ProgressBar) -> Result<()> 
     let place = dir.canonicalize()?;
     let whole = tempfile::Builder::new()
         .permissions(place.metadata()?.permissions())
-        .tempdir_in(place.parent().context("the root is no place for a data set")?)
+        .tempdir_in(place.parent().context("the root is not a place for a data set")?)
         .with_context(|| format!("cannot make a folder beside {}", dir.display()))?;
     let dir = whole.path();
     if data.size.is_some() {

@@ -70,7 +70,7 @@ const fn receptacle(
 }
 
 /// Which scenes are drawn. All but the first differ from the training data in one way, along
-/// OpenVLA's axes of generalisation.
+/// OpenVLA's axes of generalization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Suite {

@@ -48,7 +48,7 @@ fn what_is_no_file_is_not_replaced() {
     let out = dir.path().join("socket");
     let _socket = UnixListener::bind(&out).unwrap();
     let why = convert(&checkpoint.path(), &out).unwrap_err();
-    assert!(why.contains("is no regular file; name another with -o"), "{why}");
+    assert!(why.contains("is not a regular file; name another with -o"), "{why}");
     assert!(fs::metadata(&out).unwrap().file_type().is_socket());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }

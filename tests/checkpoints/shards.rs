@@ -195,7 +195,7 @@ fn the_type_of_floats_does_not_matter() {
     assert!(wide.convert().unwrap() == plain);
 }
 
-/// The header's order and what stands beside the tensors are of no account.
+/// The header's order and other entries beside the tensors do not matter.
 #[test]
 fn metadata_of_a_shard_does_not_matter() {
     let plain = Checkpoint::plain().convert().unwrap();

@@ -20,7 +20,7 @@ use serde_json::Value;
 /// largest absolute difference of any element. The other types are held by the relative error, the
 /// root mean square of the difference over that of the reference, worst case and step; logits are
 /// the 320 around the actions, each token forced to the reference's. The goldens are random
-/// networks of 32 to 256 channels, far harder to quantise than a trained one of 4096.
+/// networks of 32 to 256 channels, far harder to quantize than a trained one of 4096.
 ///
 /// On a GPU ([`devices`]), F32 is held as F16 is: ggml's attention there has keys and values in F16.
 /// The other types keep their rows. No GPU has seen this table yet.

@@ -30,9 +30,10 @@ const VARIANTS: [Variant; 2] = [Variant::OpenVla, Variant::V01];
 fn every_key_is_needed_and_named_when_it_is_missing() {
     for model in VARIANTS.map(sound) {
         for key in model.metadata.keys() {
-            match OPTIONAL.contains(&key.as_str()) {
-                true => assert!(matches!(model.without(key).outcome(), Outcome::Acted), "{key}"),
-                false => refused(&model.without(key), &format!("metadata key `{key}` is missing")),
+            if OPTIONAL.contains(&key.as_str()) {
+                assert!(matches!(model.without(key).outcome(), Outcome::Acted), "{key}")
+            } else {
+                refused(&model.without(key), &format!("metadata key `{key}` is missing"))
             }
         }
     }

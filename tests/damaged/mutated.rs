@@ -37,9 +37,10 @@ fn changed(value: &Value, at: Index, new: u32) -> Value {
     let swap = |text: &str| {
         let mut letters: Vec<char> = text.chars().collect();
         let letter = char::from_u32(new % 0x250).unwrap_or(' ');
-        match letters.is_empty() {
-            true => letters.push(letter),
-            false => letters[at.index(text.chars().count())] = letter,
+        if letters.is_empty() {
+            letters.push(letter)
+        } else {
+            letters[at.index(text.chars().count())] = letter
         }
         letters.into_iter().collect::<String>()
     };

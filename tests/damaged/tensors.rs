@@ -8,7 +8,7 @@ use openvla_kernels::DType;
 
 use crate::model::{Model, Outcome, Tensor, memory_stayed_small, refused, sound};
 
-/// One tensor of each kind: those of the first block stand for all blocks.
+/// One tensor of each kind: the first block represents all blocks.
 fn kinds(model: &Model) -> Vec<&Tensor> {
     let kind = |name: &str| name.split('.').filter(|part| part.parse::<u32>().is_err()).collect();
     let mut seen = BTreeSet::<String>::new();
@@ -57,11 +57,10 @@ fn types_are_exchangeable_only_among_matrices() {
         }
         for float in [DType::F32, DType::F16, DType::BF16].into_iter().filter(|to| to != dtype) {
             let retyped = model.with_tensor(name, |tensor| retyped(tensor, float));
-            match *dtype == DType::F32 {
-                true => refused(&retyped, &format!("tensor `{name}` is {float}; F32 is needed")),
-                false => {
-                    assert!(!matches!(retyped.outcome(), Outcome::Refused(_)), "{name} {float}")
-                }
+            if *dtype == DType::F32 {
+                refused(&retyped, &format!("tensor `{name}` is {float}; F32 is needed"))
+            } else {
+                assert!(!matches!(retyped.outcome(), Outcome::Refused(_)), "{name} {float}")
             }
         }
     }

@@ -101,7 +101,7 @@ impl Subject {
         Self { name, dir, unused: mapping.unused, plan, instruction, case, want, got }
     }
 
-    /// Holds that a stage of the unbroken model is the reference's.
+    /// Checks that a stage of the unbroken model is the reference's.
     pub fn holds(&self, stage: Stage) {
         let (error, limit) = (self.error(stage, &self.got), TOLERANCE[0].1[stage as usize]);
         eprintln!("{:9} {stage:?} off by {error:.1e}", self.name);
@@ -168,7 +168,7 @@ impl Case {
     }
 }
 
-/// Holds that `stage` is the reference's, and with the change no longer is.
+/// Checks that `stage` is the reference's, and with the change no longer is.
 pub fn broken(what: &str, stage: Stage, change: impl Fn(&mut Case)) {
     for subject in &*SUBJECTS {
         subject.holds(stage);

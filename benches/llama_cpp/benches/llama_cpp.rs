@@ -25,7 +25,7 @@ use openvla_llama_cpp as llama;
 struct Rows {
     /// The prompt's ids, between the first of which and the others the image is.
     prompt: Vec<u32>,
-    /// What stands in for the image: tokens to them, their embeddings to us.
+    /// Replaces the image: tokens for llama.cpp, their embeddings for us.
     image: Vec<u32>,
     tokens: Vec<u32>,
 }

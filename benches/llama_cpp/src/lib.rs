@@ -14,7 +14,7 @@ use openvla::Config;
 use openvla_convert::export::Export;
 use openvla_kernels::Gguf;
 
-/// Touched before any backend of our own, since both set ggml's log.
+/// Touched before any of our own backends, since both set ggml's log.
 static LLAMA_CPP: LazyLock<LlamaBackend> = LazyLock::new(|| {
     let mut backend = LlamaBackend::init().unwrap();
     backend.void_logs();
@@ -50,7 +50,7 @@ pub fn decode(context: &mut LlamaContext<'_>, ids: &[u32]) -> Vec<f32> {
     context.get_logits().to_vec() // of the last row
 }
 
-/// Tokens from all over the vocabulary, which stand in for the image.
+/// Tokens from all over the vocabulary, in place of the image.
 pub fn image(config: &Config) -> Vec<u32> {
     let n_vocab = config.llama.n_vocab as u32;
     (0..config.n_patch() as u32).map(|i| (7919 * i + 300) % n_vocab).collect()

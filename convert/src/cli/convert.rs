@@ -101,7 +101,7 @@ pub fn run(args: &Convert, options: &Options) -> Result<()> {
 /// What no file of an OpenVLA-OFT run says.
 #[derive(clap::Args)]
 #[command(next_help_heading = "OpenVLA-OFT")]
-pub struct Run {
+pub struct OftArgs {
     /// The model that a run was trained from, if its adapter was not merged: a folder or a repository
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "lora")]
     base: Option<PathBuf>,
@@ -114,7 +114,7 @@ pub struct Run {
     /// Cameras: the third-person one, then those on wrists
     #[arg(long, value_name = "N")]
     cameras: Option<usize>,
-    /// Which statistics -1 and 1 stand for: q99 or min-max
+    /// Which statistics -1 and 1 correspond to: q99 or min-max
     #[arg(long, value_name = "NAME", value_parser = bounds)]
     bounds: Option<Bounds>,
 }
@@ -131,18 +131,18 @@ fn bounds(name: &str) -> Result<Bounds, String> {
 
 impl Convert {
     /// How it is to be converted.
-    pub fn options(&self, run: &Run, encoding: Encoding) -> Result<Options> {
+    pub fn options(&self, oft: &OftArgs, encoding: Encoding) -> Result<Options> {
         let lora = self.lora.as_ref();
         Ok(Options {
             encoding,
             overrides: self.tensor_type.clone(),
             adapter: lora.map(|lora| folder(lora, Content::Adapter)).transpose()?,
-            base: run.base.as_deref().map(|dir| folder(dir, Content::Checkpoint)).transpose()?,
+            base: oft.base.as_deref().map(|dir| folder(dir, Content::Checkpoint)).transpose()?,
             run: RunOptions {
-                platform: run.platform,
-                chunk: run.chunk,
-                n_camera: run.cameras,
-                bounds: run.bounds,
+                platform: oft.platform,
+                chunk: oft.chunk,
+                n_camera: oft.cameras,
+                bounds: oft.bounds,
             },
             profile: self.profile,
             statistics: self.statistics.clone(),

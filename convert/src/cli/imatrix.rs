@@ -36,7 +36,7 @@ pub fn run(args: &Imatrix) -> Result<()> {
     options.n_threads = args.threads.count();
     let collector = Collector::new(&args.model, &args.images, &args.instructions, options)?;
     let n = collector.pairs.len();
-    // indicatif draws nothing when stderr is no terminal.
+    // indicatif draws nothing when stderr is not a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos} of {len} prompts, {eta} left")?;
     let progress = ProgressBar::new(n as u64).with_style(style);
     progress.tick(); // the first prompt of a large model takes minutes

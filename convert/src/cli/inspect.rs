@@ -143,7 +143,7 @@ fn datasets(report: &Inspection, shown: &[&str], out: &mut String) -> Result<()>
         writeln!(out, "  {:<8} {:>12} {:>12}  {:<12} scaled", "", "from q01", "to q99", "unit")?;
         for d in &card.dimensions {
             let (name, unit) = (printable(&d.name), printable(&d.unit));
-            let scaled = if d.normalised { "yes" } else { "no: -1..1 as it is" };
+            let scaled = if d.normalized { "yes" } else { "no: -1..1 as it is" };
             writeln!(out, "  {name:<8} {:>12.5} {:>12.5}  {unit:<12} {scaled}", d.q01, d.q99)?;
         }
         if let Some(note) = &card.note {

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use openvla::cli::Place;
+use openvla::cli::DeviceArgs;
 use openvla_convert::verify::{Verification, verify};
 
 /// Checks a model file: every tensor's checksum, and what it computes on this machine against what
@@ -18,13 +18,13 @@ pub struct Verify {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    place: Place,
+    device: DeviceArgs,
 }
 
 pub fn run(args: &Verify) -> Result<()> {
     let progress = super::progress(0)?;
     progress.set_message("checksums");
-    let report = verify(&args.model, &args.place.options(), &progress)?;
+    let report = verify(&args.model, &args.device.options(), &progress)?;
     progress.finish_and_clear();
     let mut out = std::io::stdout();
     if args.json {

@@ -170,7 +170,7 @@ impl Snapshot {
         ensure!(!taken, "another program downloads it; wait for that one");
         let style = "{msg} {bar:30} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, \
                      {eta} left";
-        // indicatif draws nothing when stderr is no terminal.
+        // indicatif draws nothing when stderr is not a terminal.
         let progress = ProgressBar::new(file.size)
             .with_style(ProgressStyle::with_template(style)?)
             .with_message(file.rfilename.clone());

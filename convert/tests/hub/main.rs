@@ -257,7 +257,7 @@ fn what_the_hub_refuses_is_named_with_what_to_try() {
     user.assert_fails(&user.run(&["robots/other"]), &["404", "Repository not found", "names"]);
     user.assert_fails(&user.run(&[&format!("{ID}@v9")]), &["404", "Invalid rev id", "revision"]);
     for id in ["openvla", "a/b/c", "../up", "robots/..", "robots/x@", "robots/a b", "a--b/c"] {
-        user.assert_fails(&user.run(&[id]), &[id, "no folder", "user/repo@revision"]);
+        user.assert_fails(&user.run(&[id]), &[id, "neither a folder", "user/repo@revision"]);
     }
 }
 

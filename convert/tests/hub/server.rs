@@ -62,7 +62,7 @@ impl Hub {
                     let end = (end.lock().unwrap())(&request);
                     log.lock().unwrap().push(request.clone());
                     let answer = answer(&request, &files, port);
-                    // A client that is gone is no matter.
+                    // a client that is gone does not matter.
                     let _ = send(&mut stream, answer, end);
                 });
             }
@@ -117,9 +117,10 @@ fn answer(request: &Request, files: &Files, port: u16) -> Answer {
     }
     let resolve = format!("/robots/openvla-example/resolve/{COMMIT}/");
     if let Some(file) = path.strip_prefix(&resolve).filter(|file| files.contains_key(*file)) {
-        return match file.ends_with(".safetensors") {
-            true => plain(302, &format!("Location: http://localhost:{port}/cdn/{file}")),
-            false => plain(307, &format!("Location: /api/resolve-cache/{file}")),
+        return if file.ends_with(".safetensors") {
+            plain(302, &format!("Location: http://localhost:{port}/cdn/{file}"))
+        } else {
+            plain(307, &format!("Location: /api/resolve-cache/{file}"))
         };
     }
     let Some(revision) = path.strip_prefix("/api/models/robots/openvla-example/revision/") else {

@@ -148,13 +148,13 @@ impl Run {
         self.calls(stage)[1].captured.values().sum()
     }
 
-    /// Holds that it ended well.
+    /// Checks that it ended well.
     pub fn ended_well(self) -> Self {
         assert!(self.output.status.success(), "{:?}: {}", self.output.status, self.said());
         self
     }
 
-    /// Holds that it ended in words and exit code 1.
+    /// Checks that it ended in words and exit code 1.
     pub fn ended_in_words(self, words: &[&str]) -> Self {
         let said = self.said();
         assert_eq!(self.output.status.code(), Some(1), "{:?}: {said}", self.output.status);

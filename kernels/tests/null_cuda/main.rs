@@ -121,7 +121,7 @@ fn module() -> PathBuf {
     target.join(format!("null-cuda/llama-cpp-sys-2-{version}/libggml-cuda.so"))
 }
 
-/// Holds that every graph is one split for each of these cards and none for the CPU: its second run
+/// Checks that every graph is one split for each of these cards and none for the CPU: its second run
 /// is captured, the third replayed, with no copy but of what goes in and comes out.
 fn assert_whole(run: &Run, cards: &[usize]) {
     for stage in STAGES {
@@ -132,7 +132,7 @@ fn assert_whole(run: &Run, cards: &[usize]) {
         };
         assert_eq!(calls[1].count("captured "), n, "{stage}: {:?}", calls[1].events);
         for (i, call) in calls.iter().enumerate().skip(2) {
-            // Where rows of a prefill stand is known from its first run.
+            // Positions of a prefill are written before its first run.
             let (up, down) = match stage {
                 "vision" => (1, 0),
                 "projector" => (0, 0),

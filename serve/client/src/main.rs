@@ -85,9 +85,10 @@ fn camera(args: &Camera) -> Result<()> {
     while seq < args.steps || pending > 0 {
         // The camera's clock goes on whatever the network does.
         let next = begun + period.mul_f64(seq as f64);
-        let wait = match seq < args.steps {
-            true => next.saturating_duration_since(Instant::now()),
-            false => Duration::from_secs(3600), // the agent's time limit comes first
+        let wait = if seq < args.steps {
+            next.saturating_duration_since(Instant::now())
+        } else {
+            Duration::from_secs(3600) // the agent's time limit comes first
         };
         match frames.recv_timeout(wait) {
             Ok(frame) => {

@@ -12,7 +12,8 @@ use crate::cards;
 use crate::checkpoint::{CheckpointInfo, HubRevision};
 use crate::files::checkpoint_error;
 use crate::hf_config::{HfConfig, HfPreprocessor, ResizeSize};
-use crate::mapping::{Mapping, Shapes};
+use crate::mapper::Shapes;
+use crate::mapping::Mapping;
 use crate::plan::Encoding;
 use crate::tokenizer;
 

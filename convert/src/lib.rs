@@ -12,7 +12,7 @@
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
 //! | [`peft`], [`lora`] | an adapter's settings, and what it adds to each tensor |
-//! | [`mapping`] | the table: which tensors of the checkpoint become which of the file |
+//! | [`mapper`], [`mapping`] | the table: which tensors of the checkpoint become which of the file |
 //! | [`plan`] | the type of each tensor |
 //! | [`imatrix`] | importance matrices: reading them, collecting them |
 //! | [`cards`], [`describe`] | the metadata: the runtime's `Config` of the checkpoint |
@@ -39,6 +39,7 @@ pub mod imatrix;
 pub mod inspect;
 pub mod interrupt;
 pub mod lora;
+pub mod mapper;
 pub mod mapping;
 pub mod oft;
 pub mod peft;
@@ -65,7 +66,8 @@ use crate::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
 use crate::describe::Pictures;
 use crate::imatrix::ImportanceMatrix;
 use crate::lora::Adapter;
-use crate::mapping::{Mapping, Shapes};
+use crate::mapper::Shapes;
+use crate::mapping::Mapping;
 use crate::oft::RunOptions;
 use crate::plan::{Encoding, Override, PlannedTensor};
 use crate::random::{RandomWeights, Spec};

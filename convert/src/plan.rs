@@ -31,7 +31,8 @@ use anyhow::{Context, Result, bail, ensure};
 use openvla_kernels::DType;
 use regex::Regex;
 
-use crate::mapping::{MappedTensor, Mapping, Role, component};
+use crate::mapper::{MappedTensor, Role};
+use crate::mapping::{Mapping, component};
 
 /// The type a file is named after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

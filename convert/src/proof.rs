@@ -10,7 +10,7 @@ use openvla_kernels::{Backend, Gguf};
 use sha2::{Digest, Sha256};
 use twox_hash::XxHash64;
 
-use crate::mapping::MappedTensor;
+use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
 
 /// The images by name, and the instruction for each.

@@ -8,7 +8,7 @@ use openvla_kernels::{ALIGNMENT, DType, Gguf, Header, parallel_for_each};
 use crate::imatrix::ImportanceMatrix;
 use crate::interrupt;
 use crate::lora::{self, Adapter, Delta};
-use crate::mapping::MappedTensor;
+use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
 use crate::tensors::{Matrix, Tensors};
 

@@ -5,8 +5,8 @@
 use anyhow::{Result, ensure};
 use openvla::{OftHead, TowerConfig};
 
-use super::{Mapper, Role, TOWERS};
 use crate::lora;
+use crate::mapper::{Mapper, Role, TOWERS};
 use crate::run_files;
 
 /// What the tensors of a run tell.

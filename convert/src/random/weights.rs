@@ -17,7 +17,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use super::model::{Segment, Tensor};
 use super::normal::deviates;
 use crate::interrupt;
-use crate::mapping::MappedTensor;
+use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
 use crate::proof::checksum;
 use crate::weights::TensorSource;

@@ -166,7 +166,7 @@ pub fn model_path(model: Option<PathBuf>) -> Option<PathBuf> {
 }
 
 /// Starts a program: reads its arguments, and from then on a write beyond `ulimit -f` is an error
-/// like any other.
+/// like any other, and a mapped file that is cut off ends it with a message.
 ///
 /// `-ngl` is how llama.cpp's programs spell `--n-gpu-layers`; clap has no short names of three
 /// letters.
@@ -174,6 +174,7 @@ pub fn start<A: clap::Parser>() -> A {
     // Without a handler, the signal ends the process, which then leaves half a file behind. The flag
     // is not needed: the write itself fails. A system that refuses the handler changes nothing else.
     let _ = flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
+    openvla_kernels::exit_on_bus_error();
     let spelled = |arg| if arg == "-ngl" { "--n-gpu-layers".into() } else { arg };
     A::parse_from(std::env::args_os().map(spelled))
 }

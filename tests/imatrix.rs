@@ -10,7 +10,7 @@ use image::{DynamicImage, RgbImage};
 use openvla::{OpenVla, Options};
 use openvla_convert::Conversion;
 use openvla_convert::imatrix::collect::Collector;
-use openvla_convert::mapping::Role;
+use openvla_convert::mapper::Role;
 use openvla_example::{COMMITTED, Spec, Variant, table_image};
 use openvla_kernels::{DType, Gguf};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};

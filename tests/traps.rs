@@ -27,7 +27,7 @@ use openvla::tokenizer::Tokenizer;
 use openvla::{ActionSpace, Decoding, OpenVla, Options, Scale, Statistics, TowerConfig};
 use openvla_convert::Conversion;
 use openvla_convert::hf_config::HfLlama;
-use openvla_convert::mapping::MappedTensor;
+use openvla_convert::mapper::MappedTensor;
 use openvla_convert::plan::{Encoding, PlannedTensor};
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::DType;

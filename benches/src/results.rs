@@ -56,7 +56,7 @@ pub struct Model {
 /// How long it takes until a model acts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// Opening the file. What the device reads where it is mapped is read in the first step.
+    /// Opening the file.
     pub open_ms: f64,
     /// The first step.
     pub first_step_ms: f64,

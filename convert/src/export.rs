@@ -68,7 +68,7 @@ impl Export {
         file.append(&header)?;
         for TensorInfo { range, .. } in &self.tensors {
             interrupt::check()?;
-            let bytes = Mapped::range(&from, range.start as u64, range.len()).with_context(read)?;
+            let bytes = Mapped::read(&from, range.start as u64, range.len()).with_context(read)?;
             file.append(&bytes)?;
             progress.inc(bytes.len() as u64);
         }

@@ -1,6 +1,6 @@
 //! Reads safetensors and PyTorch files: which tensors they hold, and the rows of those as f32.
 //!
-//! Headers are read and checked at once; data is mapped tensor by tensor and unmapped after use, so
+//! Headers are read and checked at once; data is read tensor by tensor and freed after use, so
 //! that memory stays small at any model size.
 
 use std::collections::BTreeMap;
@@ -60,12 +60,12 @@ impl Tensors {
         let cannot = || format!("cannot read {}", path.display());
         let found = file.metadata().with_context(cannot)?;
         ensure!(found.len() >= 8, cut_off());
-        let map = |from, n| Mapped::range(&file, from, n).with_context(cannot);
-        let header = u64::from_le_bytes(*map(0, 8)?.first_chunk().expect("8"));
+        let read = |from, n| Mapped::read(&file, from, n).with_context(cannot);
+        let header = u64::from_le_bytes(*read(0, 8)?.first_chunk().expect("8"));
         ensure!(header <= MAX_HEADER.min(found.len() - 8), cut_off());
         // Not `SafeTensors::read_metadata`, whose sums of untrusted sizes may overflow.
         let metadata: Metadata =
-            serde_json::from_slice(&map(8, usize::try_from(header)?)?).with_context(cut_off)?;
+            serde_json::from_slice(&read(8, usize::try_from(header)?)?).with_context(cut_off)?;
         ensure!(metadata.data_len() as u64 == found.len() - 8 - header, cut_off());
         for (tensor, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
@@ -138,7 +138,7 @@ impl Tensors {
         Ok(())
     }
 
-    /// Maps a tensor whose type was checked with [`Tensors::check_type`].
+    /// Reads a tensor whose type was checked with [`Tensors::check_type`].
     ///
     /// # Errors
     /// Names the file if it cannot be read.
@@ -147,13 +147,13 @@ impl Tensors {
         let row = *entry.shape.last().with_context(|| format!("{name} has no dimensions"))?;
         let n_row = entry.shape.iter().product::<usize>() / row.max(1);
         let (path, file) = &self.files[entry.file];
-        let bytes = Mapped::range(file, entry.offset, entry.length)
+        let bytes = Mapped::read(file, entry.offset, entry.length)
             .with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Matrix { bytes, dtype: entry.dtype, as_bf16: entry.as_bf16, row, n_row })
     }
 }
 
-/// A mapped tensor, as a matrix whose rows are its last dimension.
+/// A tensor, as a matrix whose rows are its last dimension.
 pub struct Matrix {
     bytes: Mapped,
     dtype: Dtype,

@@ -124,6 +124,11 @@ impl Gguf {
         self.bytes.as_slice()
     }
 
+    /// Whether others can change its bytes: they are mapped from a file.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(&self.bytes, Bytes::Mapped(mapped) if mapped.is_file())
+    }
+
     /// Releases the memory of a range of the file for now.
     pub(crate) fn forget(&self, range: Range<usize>) {
         if let Bytes::Mapped(mapped) = &self.bytes {

@@ -26,6 +26,7 @@
 mod backend;
 mod buffer;
 mod builder;
+mod bus_error;
 mod context;
 mod custom;
 mod device;
@@ -55,6 +56,7 @@ mod value;
 
 pub use backend::Backend;
 pub use builder::{Builder, Tensor};
+pub use bus_error::exit_on_bus_error;
 pub use device::Device;
 pub use dtype::DType;
 pub use error::{Error, Result};

@@ -8,19 +8,21 @@ use std::path::Path;
 
 use memmap2::{Advice, Mmap, MmapMut, MmapOptions, UncheckedAdvice};
 
+use crate::bus_error::Registered;
 use crate::{Error, Result};
 
 /// Read-only memory: a map of a file where possible, else its own. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Mapped {
     map: Mmap,
-    /// Of a file, where the system finds again what was forgotten.
-    of_file: bool,
+    /// If it is a file's, where the system finds again what was forgotten.
+    file: Option<Registered>,
 }
 
 impl Mapped {
     /// Maps a whole file, which nobody may shorten or rewrite while it is mapped. No program can check that:
-    /// a read past the new end would be a bus error.
+    /// a read past the new end is a bus error, see [`crate::exit_on_bus_error`]. Where the file system cannot
+    /// map files, it is read.
     ///
     /// # Errors
     /// [`Error::Read`] if it cannot be opened or read, or is not a regular file.
@@ -34,36 +36,40 @@ impl Mapped {
         let metadata = file.metadata().map_err(read)?;
         let length =
             usize::try_from(metadata.len()).map_err(|_| read(ErrorKind::FileTooLarge.into()))?;
-        Self::range(&file, 0, length).map_err(read)
+        // SAFETY: the map is read-only. That nobody shortens or rewrites the file meanwhile is what the
+        // documentation asks of the user.
+        let map = match unsafe { MmapOptions::new().len(length).map(&file) } {
+            Ok(map) => map,
+            Err(why) if cannot_map(&why) => return Self::read(&file, 0, length).map_err(read),
+            Err(why) => return Err(read(why)),
+        };
+        // Advice only: where a system refuses it, reading is slower and otherwise the same.
+        let _ = map.advise(Advice::WillNeed);
+        let file = Some(Registered::new(&map, path));
+        Ok(Self { map, file })
     }
 
-    /// Maps `length` bytes from `offset`, which must lie inside the file. As for [`Mapped::open`], it must
-    /// stay as it is. Where the file system cannot map files, they are read into memory.
+    /// Reads `length` bytes from `offset` into memory of its own.
     ///
     /// # Errors
-    /// `UnexpectedEof` if they do not, or what the system says.
-    pub fn range(file: &File, offset: u64, length: usize) -> std::io::Result<Self> {
+    /// `UnexpectedEof` if the file has fewer, or what the system says.
+    pub fn read(file: &File, offset: u64, length: usize) -> std::io::Result<Self> {
+        // Before memory is taken: headers of files from strangers ask for it.
         let end = offset.checked_add(length as u64);
         if end.is_none_or(|end| file.metadata().is_ok_and(|m| m.len() < end)) {
             return Err(ErrorKind::UnexpectedEof.into());
         }
-        // SAFETY: the range lies inside the file, checked above, and the map is read-only. That
-        // nobody shortens or rewrites the file meanwhile is what the documentation asks of the user.
-        let map = match unsafe { MmapOptions::new().offset(offset).len(length).map(file) } {
-            Ok(map) => map,
-            Err(why) if cannot_map(&why) => {
-                return Self::filled(length, |bytes| file.read_exact_at(bytes, offset));
-            }
-            Err(why) => return Err(why),
-        };
-        // Advice only: where a system refuses it, reading is slower and otherwise the same.
-        let _ = map.advise(Advice::WillNeed);
-        Ok(Self { map, of_file: true })
+        Self::filled(length, |bytes| file.read_exact_at(bytes, offset))
+    }
+
+    /// Whether others can change it: it is a file's.
+    pub(crate) fn is_file(&self) -> bool {
+        self.file.is_some()
     }
 
     /// Releases the pages of a range for now, if they are a file's.
     pub(crate) fn forget(&self, range: Range<usize>) {
-        if self.of_file {
+        if self.is_file() {
             // SAFETY: the map is shared with a file and never written, so the same bytes are read
             // again when they are asked for.
             let _ = unsafe {
@@ -84,7 +90,7 @@ impl Mapped {
         #[cfg(target_os = "linux")]
         let _ = map.advise(Advice::HugePage); // fewer, cheaper page faults
         fill(&mut map)?;
-        Ok(Self { map: map.make_read_only()?, of_file: false })
+        Ok(Self { map: map.make_read_only()?, file: None })
     }
 }
 
@@ -115,7 +121,10 @@ mod tests {
             return;
         };
         let file = File::open(path).unwrap();
-        assert_eq!(*Mapped::range(&file, 0, text.len()).unwrap(), text[..]);
-        assert_eq!(*Mapped::range(&file, 1, text.len() - 1).unwrap(), text[1..]);
+        // SAFETY: sysfs refuses, so there is no map.
+        let refused = unsafe { MmapOptions::new().len(text.len()).map(&file) };
+        assert!(refused.is_err_and(|why| cannot_map(&why)));
+        assert_eq!(*Mapped::read(&file, 0, text.len()).unwrap(), text[..]);
+        assert_eq!(*Mapped::read(&file, 1, text.len() - 1).unwrap(), text[1..]);
     }
 }

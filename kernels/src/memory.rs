@@ -21,7 +21,7 @@ pub(crate) struct Home {
     pub(crate) _buffers: Vec<Buffer>,
     pub(crate) _context: Context,
     pub(crate) backend: Arc<Backend>,
-    /// The mapped file that a buffer points into, if it was not copied.
+    /// The file in memory that a buffer points into, if it was not copied.
     pub(crate) _file: Option<Gguf>,
     /// What the buffer of packed weights points into.
     pub(crate) _packed: Option<Mapped>,
@@ -141,11 +141,11 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Leaves the file's tensors where it is mapped, for the CPU.
+    /// The file's tensors for the CPU, in the layout that they have in the file.
     ///
     /// # Errors
     /// [`Error::Format`] if there are none, [`Error::Tensor`] if one holds a number that is not finite,
-    /// [`Error::Memory`] if there is no room for a copy of a file that cannot be used where it is.
+    /// [`Error::Memory`] if there is no room.
     pub fn load(file: &Gguf, backend: &Arc<Backend>) -> Result<Self> {
         Self::new(file, backend, &|_| false, &[], &|_, _| false)
     }
@@ -221,10 +221,11 @@ impl Weights {
             }
             left = others;
         }
-        let mut mapped = None;
+        let mut in_place = None;
         if !left.is_empty() {
-            let buffer = map(file, backend, &left);
-            mapped = buffer.is_some().then(|| file.clone());
+            // What is mapped is copied: a policy must not change, or end, with its file.
+            let buffer = if file.is_mapped() { None } else { point_into(file, backend, &left) };
+            in_place = buffer.is_some().then(|| file.clone());
             let copied = match buffer {
                 Some(buffer) => Some(vec![buffer]),
                 None => Layout::plain(backend).copy(file, backend, &left),
@@ -236,7 +237,7 @@ impl Weights {
             _buffers: buffers,
             _context: context,
             backend,
-            _file: mapped,
+            _file: in_place,
             _packed: packed,
             _parts: None,
         });
@@ -306,8 +307,8 @@ impl Weights {
     }
 }
 
-/// Points the tensors into the file's own bytes, which the CPU reads where they are mapped.
-fn map(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buffer> {
+/// Points the tensors into the file's own bytes, unless they are not aligned.
+fn point_into(file: &Gguf, backend: &Arc<Backend>, tensors: &[Entry<'_>]) -> Option<Buffer> {
     let start = tensors.iter().map(|(info, _)| info.range.start).min()?;
     let end = tensors.iter().map(|(info, _)| info.range.end).max()?;
     let base = file.bytes()[start..end].as_ptr();

@@ -55,7 +55,7 @@ fn a_file_without_tensors_is_no_model() {
     assert!(error.contains("test.gguf") && error.contains("it holds no tensors"), "{error}");
 }
 
-/// A mapped file is used where it lies, built-in bytes that start anywhere are copied.
+/// Files are copied, and so are built-in bytes that are not aligned.
 #[test]
 fn mapped_and_copied_weights_hold_the_files_numbers() {
     let data = numbers(64, 1);

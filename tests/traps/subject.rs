@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use openvla::image::RgbImage;
 use openvla::{Config, Network};
 use openvla_convert::Conversion;
-use openvla_convert::mapping::MappedTensor;
+use openvla_convert::mapper::MappedTensor;
 use openvla_convert::plan::PlannedTensor;
 use openvla_example::{COMMITTED, table_image};
 use openvla_kernels::{ALIGNMENT, Backend, DType, Gguf, Header, Shape, TensorInfo};

@@ -14,9 +14,9 @@ use tokio::time::{timeout, timeout_at};
 use crate::auth::{Token, check_origin};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
+use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
-use crate::queue::{Client, Meta};
 use crate::turns::Turns;
 
 /// The state that all requests share.

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::oneshot;
 
 use crate::error::{Code, Error};
+use crate::meta::Meta;
 use crate::metrics::Metrics;
 use crate::observation::{Answer, Observation};
 use crate::policy::ModelInfo;
-use crate::queue::{Dropped, Evicted, Limits, Meta, Queue, Refused, Ticket};
+use crate::queue::{Dropped, Evicted, Limits, Queue, Refused, Ticket};
 
 /// The queue and the model's state, shared by requests and the worker. Clones share them too.
 #[derive(Clone)]
@@ -261,7 +262,7 @@ impl State {
                 Error::new(Code::Stale, message).hint(hint)
             }
             Refused::OutOfOrder(why) => Error::new(Code::OutOfOrder, why)
-                .hint("a program that begins anew needs a new X-Client-Id, or --session-s of rest"),
+                .hint("a program that starts again should send X-Epoch, a number that is then higher, such as the time of its start"),
         }
     }
 }

@@ -21,7 +21,8 @@
 //! | `numpy` | numpy's arrays in JSON and msgpack |
 //! | `observation` | observations and answers, which all protocols share |
 //! | `engine` | the queue between requests and the worker |
-//! | `queue`, `recent` | the queue's rules: order, deadlines, memory of clients; no clock of their own |
+//! | `meta` | the metadata of a request: whose it is, and what it says about time |
+//! | `queue`, `order`, `recent` | the queue's rules: deadlines, which observation is older, memory of clients; no clock of their own |
 //! | `turns` | fair queueing of the decoding of bodies and images |
 //! | `worker` | the thread that owns the model |
 //! | `policy` | the interface of a model to the worker |
@@ -46,11 +47,13 @@ pub mod error;
 pub mod field;
 pub mod json;
 pub mod message;
+pub mod meta;
 pub mod metrics;
 pub mod numpy;
 pub mod observation;
 pub mod openpi;
 pub mod options;
+pub mod order;
 pub mod plain;
 pub mod policy;
 pub mod queue;

@@ -9,7 +9,7 @@ use openvla::{Timing, Unconstrained};
 use serde::Serialize;
 
 use crate::error::{Code, Error};
-use crate::queue::{Client, Meta};
+use crate::meta::{Client, Meta};
 use crate::safety;
 
 /// Images of a robot's cameras, an instruction and, if the model reads it, the arm's state.
@@ -61,6 +61,8 @@ impl Observation {
 pub struct Headers {
     /// `X-Client-Id`: the robot's name. Without it, the connection counts as the client.
     pub client_id: Option<String>,
+    /// `X-Epoch`: a number that is higher each time the client's program starts.
+    pub epoch: Option<u64>,
     /// `X-Seq`: the client's own count.
     pub seq: Option<u64>,
     /// `X-Timestamp`: when the picture was taken, in seconds since 1970.
@@ -80,6 +82,7 @@ impl Headers {
     pub fn of(headers: &HeaderMap) -> Result<Self, Error> {
         Ok(Self {
             client_id: header(headers, "x-client-id", "a name")?,
+            epoch: header(headers, "x-epoch", "a whole number")?,
             seq: header(headers, "x-seq", "a whole number")?,
             timestamp: header(headers, "x-timestamp", "seconds since 1970")?,
             deadline_ms: header(headers, "x-deadline-ms", "milliseconds")?,
@@ -121,8 +124,16 @@ impl Headers {
             }
             None => default_deadline,
         };
-        let (seq, timestamp) = (self.seq, self.timestamp);
-        Ok(Meta { client, seq, timestamp, arrived, deadline: arrived + deadline })
+        let Self { epoch, seq, timestamp, .. } = self;
+        Ok(Meta {
+            client,
+            connection,
+            epoch,
+            seq,
+            timestamp,
+            arrived,
+            deadline: arrived + deadline,
+        })
     }
 }
 

@@ -58,6 +58,7 @@ static OFT: Schema = Schema {
         "n_actions",
         "unnorm_key",
         "client_id",
+        "epoch",
         "seq",
         "timestamp",
         "deadline_ms",
@@ -320,6 +321,7 @@ impl Websocket {
 fn headers(step: &mut message::Message<'_>) -> Result<Headers, Error> {
     Ok(Headers {
         client_id: step.option("client_id", Field::text)?,
+        epoch: step.option("epoch", Field::integer)?,
         seq: step.option("seq", Field::integer)?,
         timestamp: step.option("timestamp", Field::float)?,
         deadline_ms: step.option("deadline_ms", Field::integer)?,

@@ -9,31 +9,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::meta::{Client, Meta};
+use crate::order::Order;
 use crate::recent::Recent;
-
-/// Who sent an observation.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Client {
-    /// A client that names itself.
-    Named(String),
-    /// A client without a name, by the number of its connection.
-    Connection(u64),
-}
-
-/// The metadata of a request.
-#[derive(Debug, Clone)]
-pub struct Meta {
-    /// The client.
-    pub client: Client,
-    /// The client's own count.
-    pub seq: Option<u64>,
-    /// The client's clock when it looked, in seconds since 1970.
-    pub timestamp: Option<f64>,
-    /// When the request arrived.
-    pub arrived: Instant,
-    /// When its answer becomes useless.
-    pub deadline: Instant,
-}
 
 /// The queue's rules.
 #[derive(Debug, Clone)]
@@ -42,7 +20,7 @@ pub struct Limits {
     pub waiting: usize,
     /// How old an observation's timestamp may be when it arrives.
     pub max_age: Option<Duration>,
-    /// For how long a silent client's last `seq` and `timestamp` are remembered.
+    /// For how long a silent client's order is remembered.
     pub memory: Duration,
 }
 
@@ -53,7 +31,7 @@ pub enum Refused {
     Full,
     /// It is older than allowed, by this much.
     Stale(Duration),
-    /// The client sent the same or a higher `seq` or `timestamp` before.
+    /// The client sent a newer one before.
     OutOfOrder(String),
 }
 
@@ -77,7 +55,7 @@ pub type Evicted<T> = Vec<(T, Dropped)>;
 pub struct Queue<T> {
     limits: Limits,
     waiting: VecDeque<Waiting<T>>,
-    seen: Recent<Client, Seen>,
+    seen: Recent<Client, Order>,
     tickets: Ticket,
 }
 
@@ -86,12 +64,6 @@ struct Waiting<T> {
     ticket: Ticket,
     meta: Meta,
     item: T,
-}
-
-#[derive(Debug, Default)]
-struct Seen {
-    seq: Option<u64>,
-    timestamp: Option<f64>,
 }
 
 impl<T> Queue<T> {
@@ -128,16 +100,16 @@ impl<T> Queue<T> {
                 return Err(Refused::Stale(age - max));
             }
         }
-        self.check_order(&meta, now)?;
+        if let Some(seen) = self.seen.get(&meta.client, now) {
+            seen.check(&meta).map_err(Refused::OutOfOrder)?;
+        }
         let same = |waiting: &Waiting<T>| waiting.meta.client == meta.client;
         let index = self.waiting.iter().position(same);
         let in_time = self.waiting.iter().filter(|waiting| waiting.meta.deadline > now).count();
         if index.is_none() && in_time >= self.limits.waiting {
             return Err(Refused::Full);
         }
-        let seen = self.seen.entry(meta.client.clone(), now);
-        seen.seq = meta.seq.or(seen.seq);
-        seen.timestamp = meta.timestamp.or(seen.timestamp);
+        self.seen.entry(meta.client.clone(), now).note(&meta);
         self.tickets += 1;
         let ticket = self.tickets;
         let new = Waiting { ticket, meta, item };
@@ -176,22 +148,6 @@ impl<T> Queue<T> {
         }
         late
     }
-
-    fn check_order(&mut self, meta: &Meta, now: Instant) -> Result<(), Refused> {
-        let Some(seen) = self.seen.get(&meta.client, now) else { return Ok(()) };
-        if let (Some(new), Some(old)) = (meta.seq, seen.seq)
-            && new <= old
-        {
-            return Err(Refused::OutOfOrder(format!("seq {new} came after seq {old}")));
-        }
-        if let (Some(new), Some(old)) = (meta.timestamp, seen.timestamp)
-            && new < old
-        {
-            let why = format!("it was made {:.3} s before one that came earlier", old - new);
-            return Err(Refused::OutOfOrder(why));
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -208,7 +164,8 @@ mod tests {
 
     fn meta(client: &str, now: Instant) -> Meta {
         let client = Client::Named(client.into());
-        Meta { client, seq: None, timestamp: None, arrived: now, deadline: now + SECOND }
+        let (arrived, deadline) = (now, now + SECOND);
+        Meta { client, connection: 0, epoch: None, seq: None, timestamp: None, arrived, deadline }
     }
 
     fn next(queue: &mut Queue<&'static str>, now: Instant) -> Option<&'static str> {
@@ -273,7 +230,7 @@ mod tests {
         let (mut queue, now) = (queue(8), Instant::now());
         let at = |seq, timestamp| Meta { seq, timestamp, ..meta("a", now) };
         queue.push(at(Some(5), Some(100.0)), "5", now, 100.0).unwrap();
-        for (seq, timestamp) in [(Some(5), None), (Some(4), Some(101.0)), (Some(6), Some(99.9))] {
+        for (seq, timestamp) in [(Some(5), None), (Some(4), Some(100.0)), (Some(6), Some(99.9))] {
             let refused = queue.push(at(seq, timestamp), "old", now, 100.0).unwrap_err();
             assert!(matches!(refused, Refused::OutOfOrder(_)), "{seq:?} {timestamp:?}");
         }

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use crate::queue::{Client, Ticket};
+use crate::meta::Client;
+use crate::queue::Ticket;
 use crate::recent::Recent;
 
 /// The most refusals that count against a client.

@@ -13,9 +13,9 @@ use openvla::image::{Rgb, RgbImage};
 
 use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
+use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Observation, Times, UNSURE};
 use crate::policy::{ModelInfo, Policy};
-use crate::queue::{Client, Meta};
 use crate::recent::Recent;
 use crate::safety::Safety;
 

@@ -91,6 +91,24 @@ fn old_observations_are_refused() {
 }
 
 #[test]
+fn a_program_that_starts_again_is_served_at_its_first_request() {
+    let server = Server::start(&[]);
+    let at = |seq: u64, epoch: &str| {
+        server.step("x", &[ARM, ("x-seq", &seq.to_string()), ("x-epoch", epoch)])
+    };
+    for seq in 1..20 {
+        assert_eq!(at(seq, "7").status, 200);
+    }
+    assert_eq!(at(1, "8").status, 200);
+    let late = at(20, "7").assert_error(409, "out_of_order");
+    assert!(late["hint"].as_str().unwrap().contains("X-Epoch"), "{late}");
+    assert_eq!(at(2, "8").status, 200);
+    // Without epochs, on connections of its own.
+    let dog = |seq: u64| server.step("x", &[("x-client-id", "dog"), ("x-seq", &seq.to_string())]);
+    assert_eq!([dog(0), dog(1), dog(2), dog(0), dog(1)].map(|answer| answer.status), [200; 5]);
+}
+
+#[test]
 fn who_goes_away_leaves_the_line() {
     let server = Server::start(&[]);
     let busy = server.step_beside("wait", &[]);

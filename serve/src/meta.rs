@@ -1,0 +1,31 @@
+//! The metadata of a request: whose it is, and what it says about time.
+
+use std::time::Instant;
+
+/// Who sent an observation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Client {
+    /// A client that names itself.
+    Named(String),
+    /// A client without a name, by the number of its connection.
+    Connection(u64),
+}
+
+/// The metadata of a request.
+#[derive(Debug, Clone)]
+pub struct Meta {
+    /// The client.
+    pub client: Client,
+    /// The number of its connection, in the order in which they were opened.
+    pub connection: u64,
+    /// Which run of the client's program it is, if the client says so: higher is later.
+    pub epoch: Option<u64>,
+    /// The client's own count.
+    pub seq: Option<u64>,
+    /// The client's clock when it looked, in seconds since 1970.
+    pub timestamp: Option<f64>,
+    /// When the request arrived.
+    pub arrived: Instant,
+    /// When its answer becomes useless.
+    pub deadline: Instant,
+}

@@ -1,6 +1,6 @@
 //! What the towers, the projector and the Llama share.
 
-use openvla_kernels::{Builder, DType, State, Tensor, Weight, Weights, shape};
+use openvla_kernels::{Builder, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 
@@ -8,7 +8,11 @@ use crate::Result;
 pub(crate) struct Linear {
     weight: Weight,
     bias: Weight,
+    joint: Option<Joint>,
 }
+
+/// A bias with what else is constant behind its matrix: where it is, and its first element.
+type Joint = (State, usize);
 
 impl Linear {
     /// `NAME.weight [n_in, n_out]` of any type and `NAME.bias [n_out]` in f32.
@@ -16,6 +20,7 @@ impl Linear {
         Ok(Self {
             weight: w.take(&format!("{name}.weight"), shape(&[n_in, n_out]))?,
             bias: w.take_f32(&format!("{name}.bias"), shape(&[n_out]))?,
+            joint: None,
         })
     }
 
@@ -24,9 +29,41 @@ impl Linear {
         &self.weight
     }
 
-    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
-        g.weight(&self.weight).mul_mat(x) + g.weight(&self.bias)
+    /// Elements of its bias.
+    pub fn n_out(&self) -> usize {
+        self.weight.shape()[1]
     }
+
+    /// From now on takes its bias from `biases`, where it begins at `start`: a [`JointBias`].
+    pub fn join(&mut self, biases: &State, start: usize) {
+        self.joint = Some((biases.clone(), start));
+    }
+
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+        self.product(g, x) + self.bias(g)
+    }
+
+    /// Without its bias.
+    fn product<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+        g.weight(&self.weight).mul_mat(x)
+    }
+
+    fn bias<'g>(&self, g: &'g Builder) -> Tensor<'g> {
+        match &self.joint {
+            Some((biases, start)) => g.state(biases).slice(0, *start, self.n_out()),
+            None => g.weight(&self.bias),
+        }
+    }
+}
+
+/// A linear layer with a neighbor whose constant part may become part of its bias: a sum or a product less in every
+/// pass.
+pub(crate) trait JointBias {
+    /// The linear layer.
+    fn linear(&mut self) -> &mut Linear;
+
+    /// What its bias becomes, `[n_out]`.
+    fn joint_bias<'g>(&self, g: &'g Builder) -> Tensor<'g>;
 }
 
 /// Matrices `[n_in, n_i]` that are multiplied by the same rows: in as few products as their types and
@@ -101,8 +138,6 @@ impl LayerNorm {
 pub(crate) struct NormedLinear {
     norm: LayerNorm,
     linear: Linear,
-    /// Of the joint bias: where it is, and its first element.
-    joint: Option<(State, usize)>,
 }
 
 impl NormedLinear {
@@ -114,37 +149,67 @@ impl NormedLinear {
         eps: f32,
     ) -> Result<Self> {
         let norm = LayerNorm::load(w, norm, n_in, eps)?;
-        Ok(Self { norm, linear: Linear::load(w, linear, n_in, n_out)?, joint: None })
-    }
-
-    /// The matrix' type.
-    pub fn dtype(&self) -> DType {
-        self.linear.weight.dtype()
-    }
-
-    /// Elements of its bias.
-    pub fn n_out(&self) -> usize {
-        self.linear.weight.shape()[1]
-    }
-
-    /// What LayerNorm's bias becomes behind the matrix, with the linear layer's own: a sum less in every pass.
-    pub fn joint_bias<'g>(&self, g: &'g Builder) -> Tensor<'g> {
-        let [weight, bias, beta] = [&self.linear.weight, &self.linear.bias, &self.norm.bias]
-            .map(|weight| g.weight(weight));
-        weight.mul_mat(beta) + bias
-    }
-
-    /// From now on takes its joint bias from `biases`, where it begins at `start`.
-    pub fn join(&mut self, biases: &State, start: usize) {
-        self.joint = Some((biases.clone(), start));
+        Ok(Self { norm, linear: Linear::load(w, linear, n_in, n_out)? })
     }
 
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
-        let Some((biases, start)) = &self.joint else {
-            return self.linear.build(g, self.norm.build(g, x));
+        let normed = match self.linear.joint {
+            Some(_) => self.norm.scaled(g, x),
+            None => self.norm.build(g, x),
         };
-        let bias = g.state(biases).slice(0, *start, self.n_out());
-        g.weight(&self.linear.weight).mul_mat(self.norm.scaled(g, x)) + bias
+        self.linear.build(g, normed)
+    }
+}
+
+impl JointBias for NormedLinear {
+    fn linear(&mut self) -> &mut Linear {
+        &mut self.linear
+    }
+
+    /// With LayerNorm's bias behind the matrix.
+    fn joint_bias<'g>(&self, g: &'g Builder) -> Tensor<'g> {
+        let beta = g.weight(&self.norm.bias);
+        self.linear.product(g, beta) + g.weight(&self.linear.bias)
+    }
+}
+
+/// The linear layer at the end of a branch, LayerScale if there is one, and the sum with what the branch began with:
+/// `x [n_in, n], residual [n_out, n] → residual + scale·(W·x + b) [n_out, n]`
+pub(crate) struct ResidualLinear {
+    linear: Linear,
+    scale: Option<Weight>,
+}
+
+impl ResidualLinear {
+    pub fn new(linear: Linear, scale: Option<Weight>) -> Self {
+        Self { linear, scale }
+    }
+
+    /// Whether there is a neighbor that may be joined with the bias.
+    pub fn is_scaled(&self) -> bool {
+        self.scale.is_some()
+    }
+
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, residual: Tensor<'g>) -> Tensor<'g> {
+        let (product, linear) = (self.linear.product(g, x), &self.linear);
+        let product = match &self.scale {
+            Some(scale) if linear.joint.is_some() => product * g.weight(scale),
+            Some(scale) => return residual + (product + linear.bias(g)) * g.weight(scale),
+            None => product,
+        };
+        product.sum_with_bias(residual, linear.bias(g))
+    }
+}
+
+impl JointBias for ResidualLinear {
+    fn linear(&mut self) -> &mut Linear {
+        &mut self.linear
+    }
+
+    /// Scaled.
+    fn joint_bias<'g>(&self, g: &'g Builder) -> Tensor<'g> {
+        let bias = g.weight(&self.linear.bias);
+        self.scale.as_ref().map_or(bias, |scale| bias * g.weight(scale))
     }
 }
 

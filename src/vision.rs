@@ -15,7 +15,7 @@ use openvla_kernels::{Backend, Builder, DType, Graph, State, Tensor, Weight, Wei
 
 use crate::Result;
 use crate::config::{Config, TowerConfig};
-use crate::layers::{Linear, NormedLinear};
+use crate::layers::{JointBias, Linear, NormedLinear, ResidualLinear};
 
 /// What a block's rows are multiplied by, on top of 1, and what is then added to them: `[dim]` both.
 pub(crate) type Modulation<'g> = Option<[Tensor<'g>; 2]>;
@@ -41,29 +41,26 @@ impl Vision {
         Ok(vision)
     }
 
-    /// Adds what is constant in each LayerNorm to the bias after it, once and for all. Not before matrices of full
-    /// precision, whose point is to give the reference's numbers.
+    /// Computes once and for all what is constant behind matrices. Not behind those of full precision, whose point is
+    /// to give the reference's numbers.
     fn join_biases(&mut self, backend: &Arc<Backend>) -> Result<()> {
         let blocks = self.towers.iter_mut().flat_map(|tower| &mut tower.blocks);
-        let mut layers: Vec<_> = blocks.flat_map(Block::normed).collect();
-        layers.retain(|layer| layer.dtype() != DType::F32);
+        let mut layers: Vec<_> = blocks.flat_map(Block::joinable).collect();
+        layers.retain_mut(|layer| layer.linear().weight().dtype() != DType::F32);
         if layers.is_empty() {
             return Ok(());
         }
-        let n: usize = layers.iter().map(|layer| layer.n_out()).sum();
-        let biases = State::zeros(backend, DType::F32, shape(&[n]))?;
-        let mut starts = Vec::new();
-        let mut end = 0;
+        let sizes: Vec<_> = layers.iter_mut().map(|layer| layer.linear().n_out()).collect();
+        let biases = State::zeros(backend, DType::F32, shape(&[sizes.iter().sum()]))?;
+        let starts: Vec<usize> = (0..sizes.len()).map(|i| sizes[..i].iter().sum()).collect();
         let mut graph = Graph::build(backend, 8 * layers.len(), |g| {
-            for layer in &layers {
-                starts.push(end);
-                g.store_in(layer.joint_bias(g), g.state(&biases).slice(0, end, layer.n_out()));
-                end += layer.n_out();
+            for ((layer, start), n) in layers.iter().zip(&starts).zip(&sizes) {
+                g.store_in(layer.joint_bias(g), g.state(&biases).slice(0, *start, *n));
             }
         })?;
         graph.compute()?;
         for (layer, start) in layers.iter_mut().zip(starts) {
-            layer.join(&biases, start);
+            layer.linear().join(&biases, start);
         }
         Ok(())
     }
@@ -130,8 +127,8 @@ impl Tower {
         let [side, _, channels, dim] = kernel.shape();
         let patches = rgb.patches(kernel); // [3 · patch², n_patch]
         let x = kernel.reshape(&[side * side * channels, dim]).mul_mat(patches);
-        let x = x + g.weight(&self.bias) + g.weight(&self.position); // [dim, n_patch]
-        let (mut x, n_patch) = (x, x.shape()[1]);
+        let n_patch = x.shape()[1];
+        let mut x = x.sum_with_bias(g.weight(&self.position), g.weight(&self.bias)); // [dim, n_patch]
         if let Some(prefix) = &self.prefix {
             x = g.weight(prefix).concat(x, 1); // [dim, n_prefix + n_patch]
         }
@@ -145,54 +142,58 @@ impl Tower {
 /// A pre-norm transformer block. DINOv2 scales both of its branches, SigLIP neither.
 struct Block {
     qkv: NormedLinear,
-    out: Linear,
+    out: ResidualLinear,
     up: NormedLinear,
-    down: Linear,
-    scales: Option<[Weight; 2]>,
+    down: ResidualLinear,
     n_head: usize,
 }
 
 impl Block {
     fn load(w: &mut Weights, t: &TowerConfig, i: usize) -> Result<Self> {
         let (dim, name) = (t.dim, |part: &str| format!("{}.blk.{i}.{part}", t.name));
-        let mut scale = |part| w.take_f32(&name(part), shape(&[dim]));
-        // The scales stay apart from the weights before them: with gammas near 1e-5, where DINOv2
-        // starts, folding them in would underflow f16.
-        let scales =
-            if t.layer_scale { Some([scale("ls1.weight")?, scale("ls2.weight")?]) } else { None };
         let mut normed = |[norm, linear]: [&str; 2], n_out| {
             NormedLinear::load(w, [&name(norm), &name(linear)], [dim, n_out], t.eps)
         };
         let (qkv, up) = (normed(["ln1", "attn_qkv"], 3 * dim)?, normed(["ln2", "ffn_up"], t.n_ff)?);
+        // The scales stay apart from the weights before them: with gammas near 1e-5, where DINOv2
+        // starts, folding them in would underflow f16.
+        let mut residual = |linear: &str, n_in, scale: &str| {
+            let linear = Linear::load(w, &name(linear), n_in, dim)?;
+            let scale = t.layer_scale.then(|| w.take_f32(&name(scale), shape(&[dim])));
+            Ok::<_, crate::Error>(ResidualLinear::new(linear, scale.transpose()?))
+        };
+        let out = residual("attn_out", dim, "ls1.weight")?;
         Ok(Self {
             qkv,
-            out: Linear::load(w, &name("attn_out"), dim, dim)?,
+            out,
             up,
-            down: Linear::load(w, &name("ffn_down"), t.n_ff, dim)?,
-            scales,
+            down: residual("ffn_down", t.n_ff, "ls2.weight")?,
             n_head: t.n_head,
         })
     }
 
-    fn normed(&mut self) -> [&mut NormedLinear; 2] {
-        [&mut self.qkv, &mut self.up]
+    /// What has a neighbor to be joined with.
+    fn joinable(&mut self) -> Vec<&mut dyn JointBias> {
+        let mut layers: Vec<&mut dyn JointBias> = vec![&mut self.qkv, &mut self.up];
+        for residual in [&mut self.out, &mut self.down] {
+            if residual.is_scaled() {
+                layers.push(residual);
+            }
+        }
+        layers
     }
 
     /// `[dim, n] → [dim, n]`
     fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, film: Modulation<'g>) -> Tensor<'g> {
-        let scaled = |branch: Tensor<'g>, i: usize| match &self.scales {
-            Some(scales) => branch * g.weight(&scales[i]),
-            None => branch,
-        };
-        let mut x = x + scaled(self.attention(g, x), 0);
+        let mut x = self.out.build(g, self.attention(g, x), x);
         if let Some([scale, shift]) = film {
             x = x + x * scale + shift;
         }
         let hidden = self.up.build(g, x).gelu_erf(); // [n_ff, n]
-        x + scaled(self.down.build(g, hidden), 1)
+        self.down.build(g, hidden, x)
     }
 
-    /// LayerNorm, then every token looks at every other. `[dim, n] → [dim, n]`
+    /// LayerNorm, then every token looks at every other: what is to be multiplied and added. `[dim, n] → [dim, n]`
     fn attention<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
         let [dim, n, ..] = x.shape();
         let head_dim = dim / self.n_head;
@@ -202,7 +203,6 @@ impl Block {
         let [q, k, v] =
             [q, kv.slice(2, 0, 1), kv.slice(2, 1, 1)].map(|part| part.permute([0, 2, 3, 1]));
         let scale = (head_dim as f32).sqrt().recip();
-        let y = q.flash_attention(k, v, None, scale); // [head_dim, n_head, n]
-        self.out.build(g, y.reshape(&[dim, n]))
+        q.flash_attention(k, v, None, scale).reshape(&[dim, n])
     }
 }

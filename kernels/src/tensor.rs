@@ -30,6 +30,25 @@ impl<'g> std::ops::Mul for Tensor<'g> {
 }
 
 impl<'g> Tensor<'g> {
+    /// `self + other + bias`: rows `[k, n]` both, and a vector `[k]` that repeats over them. In one launch on CUDA,
+    /// which adds several terms at once where all on the right sides are of one layout: so the bias is on the left.
+    pub fn sum_with_bias(self, other: Self, bias: Self) -> Self {
+        let [k, n, one, also_one] = self.shape();
+        assert_eq!((one, also_one), (1, 1), "sum_with_bias: {:?} is no matrix", self.shape());
+        assert_eq!(self.shape(), other.shape(), "sum_with_bias: shapes differ");
+        assert_eq!(bias.shape(), [k, 1, 1, 1], "sum_with_bias: the bias' shape");
+        bias.rows("sum_with_bias");
+        let (context, raw) = bias.args();
+        // SAFETY: live, and the view has all of its elements.
+        let mut rows = self.builder.node(unsafe { sys::ggml_view_1d(context, raw, k as i64, 0) });
+        // The bias as `n` rows that are the same memory. ggml makes no view of more elements than what it views has,
+        // but sums take any strides.
+        // SAFETY: the view is live and nobody else's, and rows that are no bytes apart are where the first is.
+        let header = unsafe { rows.raw.as_mut() };
+        (header.ne[1], header.nb[1]) = (n as i64, 0);
+        rows + self + other
+    }
+
     /// Matrix product: `[k, m] · [k, n] → [m, n]`. `self` is the weight, `x` the activations.
     /// Further dimensions of `self` repeat over those of `x`.
     pub fn mul_mat(self, x: Tensor<'g>) -> Tensor<'g> {

@@ -66,6 +66,11 @@ fn sums_and_products_repeat_their_right_side() {
     assert_close("add", &got, &twin(|x, y| x + y), 1e-7);
     let got = compute(&[5, 3], |g| g.state(&a) * g.state(&b));
     assert_close("mul", &got, &twin(|x, y| x * y), 1e-7);
+    let other = state(&[5, 3], &numbers(5 * 3, 3));
+    let mut want = twin(|x, y| x + y);
+    want.iter_mut().zip(numbers(5 * 3, 3)).for_each(|(sum, x)| *sum += f64::from(x));
+    let got = compute(&[5, 3], |g| g.state(&a).sum_with_bias(g.state(&other), g.state(&b)));
+    assert_close("sum_with_bias", &got, &want, 1e-7);
 }
 
 #[test]

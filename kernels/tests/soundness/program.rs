@@ -56,8 +56,9 @@ impl Machine {
 }
 
 /// What a program does.
-pub const OPS: [&str; 18] = [
+pub const OPS: [&str; 19] = [
     "add",
+    "sum_with_bias",
     "mul",
     "mul_mat",
     "norm",
@@ -228,6 +229,11 @@ impl<'a> Program<'a> {
         let repeats = |y: Node<'g>| (0..4).all(|i| dims[i].is_multiple_of(y.tensor.shape()[i]));
         match op {
             "add" => f32(x + self.pick(pool, |y| is_f32(y) && repeats(y)).tensor),
+            "sum_with_bias" => {
+                let other = self.pick(pool, |y| is_f32(y) && y.tensor.shape() == dims).tensor;
+                let bias = |y: Node<'g>| is_f32(y) && y.tensor.shape() == [dims[0], 1, 1, 1];
+                f32(x.sum_with_bias(other, self.pick(pool, bias).tensor))
+            }
             "mul" => f32(x * self.pick(pool, |y| is_f32(y) && repeats(y)).tensor),
             "mul_mat" => {
                 let fits = |w: [usize; 4]| w[0] == dims[0] && dims[2].is_multiple_of(w[2]);

@@ -24,7 +24,7 @@ use crate::statistics::Scale;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
-pub use network::OftNetwork;
+pub use network::{Hidden, OftNetwork};
 
 /// What a robot sees, and the state of its arm.
 #[derive(Debug, Clone, Copy, Default)]
@@ -62,12 +62,14 @@ pub struct Chunk {
 pub struct ChunkTiming {
     /// Images to planes.
     pub preprocess: f64,
-    /// Planes to patch features.
+    /// Instruction to ids, FiLM's vectors if it is another than before, planes to patch features.
     pub vision: f64,
     /// Patch features to soft tokens.
     pub projector: f64,
-    /// Instruction to ids, state to a row, the Llama over all rows, and the head.
+    /// State to a row, and the Llama over all rows.
     pub llama: f64,
+    /// Hidden rows to actions.
+    pub head: f64,
     /// Everything.
     pub total: f64,
 }
@@ -132,14 +134,16 @@ impl OpenVlaOft {
         let soft = self.network.project(&features)?; // [4096, 256 · n_camera]
         let projector = clock.lap();
         let state: Vec<f32> = normalized_state.iter().map(|x| *x as f32).collect();
-        let output = self.network.actions(&ids, &soft, &state)?;
+        let hidden = self.network.forward(&ids, &soft, &state)?; // [4096, n_action · chunk]
         let llama = clock.lap();
+        let output = self.network.actions(&hidden)?;
+        let head = clock.lap();
 
         let (normalized, tokens) = self.decode(&output)?;
-        let (head, scale) = (self.oft().head, &dataset.action);
-        let actions = normalized.iter().map(|action| unnormalize(scale, head, action)).collect();
+        let (kind, scale) = (self.oft().head, &dataset.action);
+        let actions = normalized.iter().map(|action| unnormalize(scale, kind, action)).collect();
         let total = milliseconds(start.elapsed());
-        let timing_ms = ChunkTiming { preprocess, vision, projector, llama, total };
+        let timing_ms = ChunkTiming { preprocess, vision, projector, llama, head, total };
         Ok(Chunk { actions, normalized, tokens, normalized_state, unnorm_key: key, timing_ms })
     }
 

@@ -134,7 +134,8 @@ fn stages(goldens: &Runs, policy: &mut OpenVlaOft, case: &Value, encoding: &str)
     let state: Vec<f32> = want
         .get("proprio_normalized")
         .map_or(Vec::new(), |x| x.iter().map(|x| *x as f32).collect());
-    let got = network.actions(&ids, &soft, &state).unwrap();
+    let hidden = network.forward(&ids, &soft, &state).unwrap();
+    let got = network.actions(&hidden).unwrap();
     if oft.head == openvla::OftHead::L1 {
         worst[2] = assert_close(id, encoding, 2, &as_f64(&got), &want["normalized_actions"]);
     }

@@ -2,7 +2,8 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | [`workload`] | a model, the picture and the instruction that every measurement uses |
+//! | [`workload`] | a model, the pictures and the instruction that every measurement uses |
+//! | [`subject`] | a policy of either kind, as stages |
 //! | [`work`] | the bytes and operations of each stage, computed |
 //! | [`machine`] | what this machine is, and what it reaches at best |
 //! | [`measure`] | the measurement |
@@ -20,6 +21,7 @@ pub mod plot;
 pub mod project;
 pub mod report;
 pub mod results;
+pub mod subject;
 pub mod types;
 pub mod work;
 pub mod workload;

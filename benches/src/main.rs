@@ -12,11 +12,11 @@ use openvla_bench::compare::compare;
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
-use openvla_bench::workload::ModelFile;
+use openvla_bench::workload::{INSTRUCTION, ModelFile};
 use openvla_bench::{plot, project, report, types};
 use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
-/// Measures an OpenVLA model stage by stage, against what this machine reaches at best.
+/// Measures an OpenVLA or OpenVLA-OFT model stage by stage, against what this machine reaches at best.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Args {
@@ -34,6 +34,9 @@ struct Measure {
     /// Control steps to measure, after two that do not count
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
+    /// What the robot is asked to do: its words are rows of the Llama's pass
+    #[arg(long, value_name = "TEXT", default_value = INSTRUCTION)]
+    instruction: String,
     #[command(flatten)]
     device: DeviceArgs,
     /// How to print the result: for people, or in full
@@ -140,7 +143,7 @@ impl Measure {
         let model = ModelFile::find(self.model)?;
         let mut options = self.device.options();
         options.draft = Draft::Auto; // where there is a session
-        let results = measure(&model.path, &options, self.repetitions.into())?;
+        let results = measure(&model.path, &options, &self.instruction, self.repetitions.into())?;
         Ok(match self.output {
             Format::Md => report::markdown(&results),
             Format::Csv => report::csv(&results),

@@ -6,20 +6,21 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use openvla::{Action, Options, Session, Timing};
+use openvla::{Options, Session};
 use openvla_convert::inspect::{Inspection, inspect};
 use rustix::fs::Advice;
 
 use crate::machine::{self, Origin, disk_bytes};
 use crate::results::{Load, Memory, Model, Results, Stage, Summary, VERSION};
-use crate::work::{self, Work};
+use crate::subject::{Part, Sample, Subject};
+use crate::work::Work;
 use crate::workload::Workload;
 
 /// Measures `n` control steps of a model file.
 ///
 /// # Errors
-/// What is wrong with the file, or if a step gives other tokens than the one before it.
-pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
+/// What is wrong with the file, or if a step gives other numbers than the one before it.
+pub fn measure(model: &Path, options: &Options, instruction: &str, n: usize) -> Result<Results> {
     let gpus = options.devices.gpus()?;
     let free: Vec<usize> = gpus.iter().map(|gpu| gpu.memory().0).collect();
     let origin = Origin::now("openvla-bench", options)?;
@@ -29,28 +30,34 @@ pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
     let progress = ProgressBar::new(2 * n as u64 + 4).with_style(style).with_message("steps");
     progress.tick();
     forget(model)?;
-    let (load_cold, workload, wanted) = load(model, options)?;
-    drop(workload);
+    let (load_cold, subject, wanted) = load(model, options, instruction)?;
+    drop(subject);
     progress.inc(1);
-    let (load_warm, mut workload, first) = load(model, options)?;
+    let (load_warm, mut subject, first) = load(model, options, instruction)?;
     progress.inc(1);
     check(&first, &wanted, "opened again")?;
-    let mut timings = Vec::with_capacity(n);
+    let mut samples = Vec::with_capacity(n);
     for i in 0..n {
-        let action = workload.act()?;
-        check(&action, &wanted, &format!("in repetition {}", i + 1))?;
-        timings.push(action.timing_ms);
+        let sample = subject.act()?;
+        check(&sample, &wanted, &format!("in repetition {}", i + 1))?;
+        samples.push(sample);
         progress.inc(1);
     }
-    let (drafted_step, drafted_passes) = drafted(&mut workload, n, &progress)?;
+    let mut stages = stages(&subject, &file, &samples);
+    let drafted = match &mut subject {
+        Subject::OpenVla(workload) => Some(drafted(workload, n, &progress)?),
+        Subject::Oft(_) => None, // nothing is decoded step by step
+    };
     let peak_bytes = machine::peak_bytes();
-    let (mut stages, mut memory) = (stages(&workload, &file, &timings), memory(&workload, &file));
+    let mut memory = memory(&subject, &file);
     for (gpu, free) in gpus.iter().zip(free) {
         let component = format!("{}: taken, as its driver says", gpu.name);
         memory.push(Memory { component, bytes: free.saturating_sub(gpu.memory().0) as u64 });
     }
-    stages.push(drafted_step);
-    drop(workload); // gives its memory back
+    let (drafted_step, drafted_passes) = drafted.unzip();
+    stages.extend(drafted_step);
+    let chunks = subject.chunks();
+    drop(subject); // gives its memory back
     let limits = machine::limits(options)?;
     progress.finish_and_clear();
     Ok(Results {
@@ -61,6 +68,7 @@ pub fn measure(model: &Path, options: &Options, n: usize) -> Result<Results> {
             r#type: file.r#type.map(str::to_owned),
             bytes: file.file_bytes,
             parameters: parameters(&file),
+            chunks,
         },
         load_cold,
         load_warm,
@@ -82,47 +90,38 @@ fn forget(model: &Path) -> Result<()> {
 }
 
 /// Opens a model and takes the first step.
-fn load(model: &Path, options: &Options) -> Result<(Load, Workload, Action)> {
+fn load(model: &Path, options: &Options, instruction: &str) -> Result<(Load, Subject, Sample)> {
     let (start, before) = (Instant::now(), disk_bytes());
-    let mut workload = Workload::open(model, options)?;
-    let open_ms = start.elapsed().as_secs_f64() * 1e3;
-    let action = workload.act()?;
+    let mut subject = Subject::open(model, options, instruction)?;
+    let open_ms = milliseconds(start);
+    let start = Instant::now();
+    let sample = subject.act()?;
+    let first_step_ms = milliseconds(start);
     let disk_bytes = disk_bytes().zip(before).map(|(after, before)| after - before);
-    Ok((Load { open_ms, first_step_ms: action.timing_ms.total, disk_bytes }, workload, action))
+    Ok((Load { open_ms, first_step_ms, disk_bytes }, subject, sample))
 }
 
-/// The same input gives the same tokens, or a time says nothing.
-fn check(action: &Action, wanted: &Action, when: &str) -> Result<()> {
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// The same input gives the same numbers, or a time says nothing.
+fn check(sample: &Sample, wanted: &Sample, when: &str) -> Result<()> {
     ensure!(
-        action.tokens == wanted.tokens,
+        sample.given == wanted.given,
         "the model gave {:?} at first and {:?} {when}; do tests pass on this machine?",
-        wanted.tokens,
-        action.tokens
+        wanted.given,
+        sample.given
     );
     Ok(())
 }
 
-fn stages(workload: &Workload, file: &Inspection, timings: &[Timing]) -> Vec<Stage> {
-    let (n_row, n_step) = (workload.n_row(), workload.n_step());
-    let config = workload.policy.config();
-    let n_patch = config.n_patch();
-    let token = work::decode_step(config, file, n_row);
-    let stage = |name: &str, rows, work, ms: fn(&Timing) -> f64, parts: usize| {
-        let samples: Vec<f64> = timings.iter().map(|t| ms(t) / parts as f64).collect();
-        Stage { name: name.to_owned(), rows, ms: Summary::new(&samples), work }
+fn stages(subject: &Subject, file: &Inspection, samples: &[Sample]) -> Vec<Stage> {
+    let stage = |(i, Part { name, rows, work }): (usize, Part)| {
+        let ms: Vec<f64> = samples.iter().map(|sample| sample.ms[i]).collect();
+        Stage { name: name.to_owned(), rows, ms: Summary::new(&ms), work }
     };
-    let (vision, projector) = (work::vision(config, file), work::projector(config, file));
-    let (prefill, decode) = (work::prefill(config, file, n_row), token * n_step);
-    let all = [vision, projector, prefill, decode].into_iter().sum();
-    vec![
-        stage("preprocess", None, Work::default(), |t| t.preprocess, 1),
-        stage("vision", Some(n_patch), vision, |t| t.vision, 1),
-        stage("projector", Some(n_patch), projector, |t| t.projector, 1),
-        stage("prefill", Some(n_row), prefill, |t| t.prefill, 1),
-        stage("decode_token", Some(1), token, |t| t.decode, n_step.max(1)),
-        stage("decode", Some(n_step), decode, |t| t.decode, 1),
-        stage("step", None, all, |t| t.total, 1),
-    ]
+    subject.stages(file).into_iter().enumerate().map(stage).collect()
 }
 
 /// The best that drafts can do: the same picture again, whose tokens are guessed from the step
@@ -148,20 +147,24 @@ fn parameters(file: &Inspection) -> u64 {
     own.map(|group| group.parameters).sum()
 }
 
-fn memory(workload: &Workload, file: &Inspection) -> Vec<Memory> {
+fn memory(subject: &Subject, file: &Inspection) -> Vec<Memory> {
     let weights = |of: &dyn Fn(&str) -> bool| {
         file.tensors.iter().filter(|group| of(&group.component)).map(|group| group.bytes).sum()
     };
-    let towers: Vec<_> = workload.policy.config().towers.iter().map(|t| t.name.clone()).collect();
+    let towers: Vec<_> = subject.config().towers.iter().map(|t| t.name.clone()).collect();
     let is_tower = |name: &str| towers.iter().any(|tower| tower == name);
+    let is_oft = |name: &str| ["oft_head", "state_projector"].contains(&name);
+    let is_llama = |name: &str| !is_tower(name) && name != "projector" && !is_oft(name);
     let of_file = [
         ("weights: vision", weights(&is_tower)),
         ("weights: projector", weights(&|name| name == "projector")),
-        ("weights: Llama", weights(&|name| !is_tower(name) && name != "projector")),
+        ("weights: Llama", weights(&is_llama)),
+        ("weights: OpenVLA-OFT's head, state", weights(&is_oft)),
     ];
     let mut memory: Vec<_> =
         of_file.map(|(component, bytes)| Memory { component: component.to_owned(), bytes }).into();
-    for usage in workload.policy.usage() {
+    memory.retain(|part| part.bytes > 0);
+    for usage in subject.usage() {
         for (what, bytes) in [
             ("weights", usage.weights),
             ("keys, values, states", usage.states),

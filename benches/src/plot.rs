@@ -1,7 +1,7 @@
 //! Results as a picture: control steps per second by machine and type, as Figure 6 of the OpenVLA
 //! paper (arXiv 2406.09246) has them.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -25,14 +25,19 @@ pub const COLORS: [RGBColor; 7] = [
 ];
 
 /// An SVG with a bar for each result, grouped by machine. `all` is sorted, as
-/// [`Results::read_all`] gives it.
+/// [`Results::read_all`] gives it. Results of OpenVLA-OFT are left out: a step of theirs is several actions.
 ///
 /// # Errors
-/// If a result lacks the whole step, or the picture cannot be drawn.
+/// If no result is left, one lacks the whole step, or the picture cannot be drawn.
 pub fn svg(all: &[Results]) -> Result<String> {
-    let groups: Vec<&[Results]> =
+    let all: Vec<&Results> = all.iter().filter(|r| r.model.chunks.is_none()).collect();
+    ensure!(
+        !all.is_empty(),
+        "there is no result of an OpenVLA; `table` shows those of OpenVLA-OFT"
+    );
+    let groups: Vec<&[&Results]> =
         all.chunk_by(|a, b| a.machine_label() == b.machine_label()).collect();
-    let mut types: Vec<&str> = all.iter().map(Results::type_name).collect();
+    let mut types: Vec<&str> = all.iter().map(|r| r.type_name()).collect();
     types.sort_unstable();
     types.dedup();
     let hz: Vec<f64> = all.iter().map(|r| Ok(r.stage("step")?.hz())).collect::<Result<_>>()?;

@@ -19,7 +19,7 @@
 //! kernels that were made for Ampere what other cards do, and that steps are replayed as captured graphs. A
 //! stage that takes more than the table's longer time on a card proves one of these wrong.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::report::{row, significant};
 use crate::results::Results;
@@ -146,8 +146,12 @@ fn stages(from: &Results, card: &Card, peak: f64, rates: Rates) -> Result<Vec<Pr
 /// A Markdown table of projections for the named cards, or for all that are known.
 ///
 /// # Errors
-/// If a card is unknown, or the file is of F32.
+/// If a card is unknown, or the file is of F32 or an OpenVLA-OFT's.
 pub fn table(from: &Results, names: &[String]) -> Result<String> {
+    ensure!(
+        from.model.chunks.is_none(),
+        "projections are for OpenVLA, and this result is of an OpenVLA-OFT, whose launches were not counted"
+    );
     let mut cards = Vec::new();
     for name in names {
         let Some(card) = CARDS.iter().find(|card| card.name.eq_ignore_ascii_case(name)) else {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use indicatif::HumanCount;
 
-use crate::results::{Load, Results, Stage};
+use crate::results::{Chunks, Load, Results, Stage};
 
 /// One measurement as Markdown, as llama-bench prints it, with what it was measured on above.
 pub fn markdown(r: &Results) -> String {
@@ -107,26 +107,55 @@ pub fn csv(r: &Results) -> String {
     out
 }
 
-/// Many measurements as Markdown, one in a line: what the README shows.
+/// Many measurements as Markdown, one in a line: what the README shows. Those of OpenVLA-OFT have a table of their own.
 ///
 /// # Errors
 /// If one lacks a stage.
 pub fn table(all: &[Results]) -> Result<String> {
-    let mut out = "| machine | type | Hz | step | preprocess | vision | projector | prefill | \
-        decode | memory at its peak |\n"
-        .to_owned();
-    out += "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n";
-    for r in all {
-        let mut cells =
-            vec![r.machine_label(), r.type_name().to_owned(), significant(r.stage("step")?.hz())];
-        for name in ["step", "preprocess", "vision", "projector", "prefill", "decode"] {
-            cells.push(format!("{} ms", significant(r.stage(name)?.ms.p50)));
+    let (oft, openvla): (Vec<_>, Vec<_>) = all.iter().partition(|r| r.model.chunks.is_some());
+    let mut tables = Vec::new();
+    if !openvla.is_empty() {
+        let mut out = "| machine | type | Hz | step | preprocess | vision | projector | prefill | \
+            decode | memory at its peak |\n"
+            .to_owned();
+        out += "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n";
+        for r in openvla {
+            let hz = significant(r.stage("step")?.hz());
+            let mut cells = vec![r.machine_label(), r.type_name().to_owned(), hz];
+            cells.extend(times(r, ["preprocess", "vision", "projector", "prefill", "decode"])?);
+            row(&mut out, &cells);
         }
-        let peak = r.peak_bytes.map(|n| format!("{:.2} GB", n as f64 / 1e9));
-        cells.push(peak.unwrap_or_else(|| "not known".to_owned()));
-        row(&mut out, &cells);
+        tables.push(out);
     }
-    Ok(out)
+    if !oft.is_empty() {
+        let mut out =
+            "| machine | OpenVLA-OFT | rows | actions per second | step | preprocess | vision | \
+            projector | forward | head | memory at its peak |\n"
+                .to_owned();
+        out += "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n";
+        for r in oft {
+            let Some(Chunks { cameras, actions }) = r.model.chunks else { continue };
+            let s = if cameras == 1 { "" } else { "s" };
+            let what = format!("{}, {cameras} camera{s}, chunks of {actions}", r.type_name());
+            let rows = r.stage("forward")?.rows.unwrap_or_default();
+            let rate = significant(actions as f64 * r.stage("step")?.hz());
+            let mut cells = vec![r.machine_label(), what, rows.to_string(), rate];
+            cells.extend(times(r, ["preprocess", "vision", "projector", "forward", "head"])?);
+            row(&mut out, &cells);
+        }
+        tables.push(out);
+    }
+    Ok(tables.join("\n"))
+}
+
+/// Cells of the whole step, the stages and the memory.
+fn times(r: &Results, stages: [&str; 5]) -> Result<Vec<String>> {
+    let ms = |name| Ok(format!("{} ms", significant(r.stage(name)?.ms.p50)));
+    let mut cells: Vec<String> =
+        std::iter::once("step").chain(stages).map(ms).collect::<Result<_>>()?;
+    let peak = r.peak_bytes.map(|n| format!("{:.2} GB", n as f64 / 1e9));
+    cells.push(peak.unwrap_or_else(|| "not known".to_owned()));
+    Ok(cells)
 }
 
 /// A line of a Markdown table.

@@ -28,10 +28,10 @@ pub struct Results {
     pub load_warm: Load,
     /// Control steps that were measured; all gave the same tokens.
     pub repetitions: usize,
-    /// In order, then the whole step, then the whole step drafted.
+    /// In order, then the whole step, then the whole step drafted where there are drafts.
     pub stages: Vec<Stage>,
-    /// Passes of the Llama in a drafted step, on average; 7 without drafts.
-    pub drafted_passes: f64,
+    /// Passes of the Llama in a drafted step, on average; 7 without drafts. Null for an OpenVLA-OFT, whose step is one.
+    pub drafted_passes: Option<f64>,
     /// Where the device's memory goes.
     pub memory: Vec<Memory>,
     /// The most that the process had until the last step, mapped files among it. Null where it is not known.
@@ -51,6 +51,18 @@ pub struct Model {
     pub bytes: u64,
     /// Of the model, padding included.
     pub parameters: u64,
+    /// Of an OpenVLA-OFT.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<Chunks>,
+}
+
+/// What an OpenVLA-OFT sees and gives in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunks {
+    /// Cameras.
+    pub cameras: usize,
+    /// Actions of a chunk.
+    pub actions: usize,
 }
 
 /// How long it takes until a model acts.
@@ -67,7 +79,8 @@ pub struct Load {
 /// One stage of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stage {
-    /// `preprocess`, `vision`, `projector`, `prefill`, `decode_token`, `decode`, `step` or `drafted_step`.
+    /// `preprocess`, `vision`, `projector`, then `prefill`, `decode_token`, `decode`, or of an OpenVLA-OFT `forward` and
+    /// `head`; `step`, `drafted_step`.
     pub name: String,
     /// Rows that it computes: patches, prompt rows, tokens. Null where there are none.
     pub rows: Option<usize>,
@@ -190,9 +203,11 @@ impl Results {
 
     /// Holds what the tables and pictures rely on.
     fn check(&self) -> Result<()> {
-        for name in
-            ["preprocess", "vision", "projector", "prefill", "decode_token", "decode", "step"]
-        {
+        let of_kind: &[&str] = match self.model.chunks {
+            Some(_) => &["forward", "head"],
+            None => &["prefill", "decode_token", "decode"],
+        };
+        for name in ["preprocess", "vision", "projector", "step"].iter().chain(of_kind) {
             let stage = self.stage(name)?;
             ensure!(
                 stage.ms.p50 > 0.0 && stage.ms.p50.is_finite(),

@@ -7,7 +7,7 @@
 use std::iter::Sum;
 use std::ops::{Add, Mul};
 
-use openvla::{Config, LlamaConfig, TowerConfig};
+use openvla::{Config, LlamaConfig, OftConfig, OftHead, TowerConfig};
 use openvla_convert::inspect::Inspection;
 use serde::{Deserialize, Serialize};
 
@@ -42,17 +42,17 @@ impl Sum for Work {
     }
 }
 
-/// Both towers over one image.
-pub fn vision(config: &Config, file: &Inspection) -> Work {
-    let flop = config.towers.iter().map(|t| tower(config, t)).sum::<usize>() as u64;
+/// Both towers over the images of `n_camera` cameras.
+pub fn vision(config: &Config, file: &Inspection, n_camera: usize) -> Work {
+    let flop = config.towers.iter().map(|t| tower(config, t)).sum::<usize>() * n_camera;
     let is_tower = |name: &str| config.towers.iter().any(|t| t.name == name);
-    Work { bytes: weights(file, is_tower), flop }
+    Work { bytes: weights(file, is_tower), flop: flop as u64 }
 }
 
-/// The projector over the patches of one image.
-pub fn projector(config: &Config, file: &Inspection) -> Work {
+/// The projector over the patches of those images.
+pub fn projector(config: &Config, file: &Inspection, n_camera: usize) -> Work {
     let products: usize = config.projector.windows(2).map(|w| w[0] * w[1]).sum();
-    let flop = (2 * products * config.n_patch()) as u64;
+    let flop = (2 * products * config.n_patch() * n_camera) as u64;
     Work { bytes: weights(file, |name| name == "projector"), flop }
 }
 
@@ -66,6 +66,34 @@ pub fn decode_step(config: &Config, file: &Inspection, n_row: usize) -> Work {
     let c = &config.llama;
     let cache = 2 * 2 * n_row * c.n_head_kv * c.head_dim() * c.n_layer;
     llama(config, file, 1, n_row) + Work { bytes: cache as u64, flop: 0 }
+}
+
+/// An OpenVLA-OFT's Llama over `n_row` rows, each of which looks at every other; behind the last layer's keys and values
+/// it computes the actions' rows alone. With the projector of the arm's state.
+pub fn forward(config: &Config, file: &Inspection, n_row: usize, oft: &OftConfig) -> Work {
+    let (c, n_slot) = (&config.llama, oft.n_slot());
+    let kv = c.n_head_kv * c.head_dim();
+    let layer = |n: usize| {
+        let (qkv, rest) = ((c.dim + 2 * kv) * c.dim, (c.dim + 3 * c.n_ff) * c.dim);
+        2 * (qkv * n_row + rest * n) + attention(c.dim, n, n_row)
+    };
+    let state = if oft.n_state > 0 { 2 * c.dim * (oft.n_state + c.dim) } else { 0 };
+    let flop = (c.n_layer - 1) * layer(n_row) + layer(n_slot) + state;
+    let read = |name: &str| ["llama", "state_projector"].contains(&name);
+    Work { bytes: weights(file, read), flop: flop as u64 }
+}
+
+/// An OpenVLA-OFT's head over the rows of a chunk.
+pub fn head(config: &Config, file: &Inspection, oft: &OftConfig) -> Work {
+    let dim = config.llama.dim;
+    let flop = match oft.head {
+        OftHead::L1 => 2 * dim * (dim * oft.n_action + 2 * dim + oft.n_action) * oft.chunk,
+        OftHead::Tokens => {
+            2 * dim * (config.llama.n_vocab + config.actions.n_bin as usize) * oft.n_slot()
+        }
+    };
+    let read = |name: &str| ["oft_head", "head", "action_head"].contains(&name);
+    Work { bytes: weights(file, read), flop: flop as u64 }
 }
 
 fn tower(config: &Config, t: &TowerConfig) -> usize {

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use openvla::{Bounds, Statistics};
+use openvla::{Bounds, OftConfig, Statistics};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -378,6 +378,16 @@ impl StatisticsText {
     /// Names where they come from, and what is wrong.
     pub fn parse(&self) -> Result<Statistics> {
         self.parse_with(Bounds::Quantiles, false)
+    }
+
+    /// The same with the bounds and the scale of the arm's state that an OpenVLA-OFT run needs.
+    ///
+    /// # Errors
+    /// As [`StatisticsText::parse`].
+    pub fn parse_for(&self, oft: Option<&OftConfig>) -> Result<Statistics> {
+        let needs = oft.map(|oft| (oft.bounds, oft.n_state > 0));
+        let (bounds, with_state) = needs.unwrap_or_default();
+        self.parse_with(bounds, with_state)
     }
 
     /// The same with other bounds, and with the scale of the arm's state.

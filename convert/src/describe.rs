@@ -31,6 +31,13 @@ pub struct Pictures {
     pub center_crop: bool,
 }
 
+impl Pictures {
+    /// What the reference's policy does to them, which for OpenVLA-OFT runs is more than for an OpenVLA.
+    pub fn of_policy(is_run: bool) -> Self {
+        Self { profile: if is_run { Profile::Oft } else { Profile::Raw }, center_crop: is_run }
+    }
+}
+
 /// The metadata of a checkpoint with tensors of these `shapes`, mapped by `mapping`.
 ///
 /// # Errors

@@ -205,12 +205,11 @@ impl Conversion {
             }
             None => None,
         };
-        let (bounds, has_state) =
-            oft.as_ref().map(|oft| (oft.bounds, oft.n_state > 0)).unwrap_or_default();
-        let parsed = statistics.parse_with(bounds, has_state).with_context(cannot)?;
+        let parsed = statistics.parse_for(oft.as_ref()).with_context(cannot)?;
+        let of_policy = Pictures::of_policy(is_run);
         let pictures = Pictures {
-            profile: options.profile.unwrap_or(if is_run { Profile::Oft } else { Profile::Raw }),
-            center_crop: options.center_crop.unwrap_or(is_run),
+            profile: options.profile.unwrap_or(of_policy.profile),
+            center_crop: options.center_crop.unwrap_or(of_policy.center_crop),
         };
         let config = describe::describe(&info, parsed, &shapes, &mapping, oft, pictures, encoding);
         let mut config = config.with_context(cannot)?;
@@ -239,7 +238,7 @@ impl Conversion {
     /// [`RandomWeights`].
     ///
     /// # Errors
-    /// If there is no space for temporary files of a few megabytes.
+    /// If there is no space for temporary files of a few megabytes, or an OpenVLA-OFT with so many cameras cannot be.
     pub fn random(spec: &Spec, encoding: Encoding, n_threads: usize) -> Result<Self> {
         let root = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let dir = root.path().join(spec.folder());
@@ -248,18 +247,16 @@ impl Conversion {
         let info = CheckpointInfo::open(&dir)?;
         let tensors = spec.tensors();
         let shapes: Shapes = tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-        let mapping = mapping::mapping(&info.config, &shapes, false)?;
+        let options = spec.variant.run();
+        let mapping = mapping::mapping(&info.config, &shapes, options.is_some())?;
         let statistics = StatisticsText::of(&info)?;
-        let parsed = statistics.parse()?;
-        let mut config = describe::describe(
-            &info,
-            parsed,
-            &shapes,
-            &mapping,
-            None,
-            Pictures::default(),
-            encoding,
-        )?;
+        let run = mapping.run.zip(options);
+        let oft = run.map(|(run, options)| oft::configure_with(run, &statistics, &options));
+        let oft = oft.transpose()?;
+        let parsed = statistics.parse_for(oft.as_ref())?;
+        let pictures = Pictures::of_policy(oft.is_some());
+        let config = describe::describe(&info, parsed, &shapes, &mapping, oft, pictures, encoding);
+        let mut config = config?;
         config.general.source.fingerprint = Some(format!("{:016x}", spec.seed));
         let plan = plan::plan(&mapping, encoding, &[])?;
         let weights = Box::new(RandomWeights::new(tensors, spec.seed, n_threads));
@@ -296,12 +293,12 @@ impl Conversion {
         let llama = &self.config.llama;
         let rows = self.config.n_patch() + PROMPT_ROWS;
         let cache = 2 * 2 * llama.n_head_kv * llama.head_dim() * llama.n_layer * rows;
-        let weights = self.data_bytes();
-        format!(
-            "{}on the device: {weights} bytes of weights, {cache} of KV cache at {rows} tokens, \
-             and intermediate results\n",
-            plan::summary(&self.plan)
-        )
+        let (plan, weights) = (plan::summary(&self.plan), self.data_bytes());
+        let cache = match self.config.oft {
+            Some(_) => String::new(), // its one pass needs none
+            None => format!(", {cache} of KV cache at {rows} tokens,"),
+        };
+        format!("{plan}on the device: {weights} bytes of weights{cache} and intermediate results\n")
     }
 
     /// Writes the file. `progress` counts bytes: first those read for the reference cases, if there

@@ -59,6 +59,12 @@ impl Platform {
         self.constants().name
     }
 
+    /// Numbers of an action, and of the arm's state.
+    pub fn lengths(self) -> [usize; 2] {
+        let Constants { n_action, n_state, .. } = self.constants();
+        [n_action, n_state]
+    }
+
     fn constants(self) -> Constants {
         let (name, [chunk, n_action, n_state, n_camera], bounds) = match self {
             Self::Libero => ("libero", [8, 7, 8, 2], Bounds::Quantiles),

@@ -41,7 +41,7 @@ pub fn write_settings(dir: &Path, spec: &Spec) -> Result<()> {
     let sizes = spec.size.sizes();
     let pieces = vocabulary::pieces(&sizes);
     write_tokenizer(dir, &pieces)?;
-    if spec.variant == Variant::OpenVla {
+    if spec.variant != Variant::V01 {
         write_fast_tokenizer(dir, &pieces)?;
     }
     config::write(dir, spec.variant, &sizes)?;

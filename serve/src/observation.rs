@@ -208,7 +208,7 @@ impl From<Chunk> for Motion {
         let mut timing = Timing::default();
         (timing.preprocess, timing.vision, timing.projector) =
             (of.preprocess, of.vision, of.projector);
-        (timing.prefill, timing.total) = (of.llama, of.total);
+        (timing.prefill, timing.total) = (of.llama + of.head, of.total);
         Self {
             actions: chunk.actions,
             normalized: chunk.normalized,

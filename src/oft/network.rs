@@ -22,7 +22,7 @@ use openvla_kernels::{
 use super::film::Film;
 use super::head::Head;
 use crate::Result;
-use crate::config::{Config, LlamaConfig};
+use crate::config::{Config, LlamaConfig, OftConfig};
 use crate::encoder::{Encoder, Features, SoftTokens};
 use crate::layers::{Linear, RmsNorm};
 use crate::llama::{Layer, TABLES, device_ids};
@@ -38,17 +38,22 @@ pub struct OftNetwork {
     film_ids: Vec<i32>,
     model: Model,
     pass: Option<Pass>,
+    head: HeadPass,
     observer: Observer,
 }
 
-/// The Llama, and what comes after it.
+/// Hidden rows, on the device until the next pass: the Llama ran.
+#[derive(Debug)]
+#[must_use]
+pub struct Hidden(());
+
+/// The Llama, and what it reads besides soft tokens.
 struct Model {
     config: LlamaConfig,
     embedding: Weight,
     state: Option<StateProjector>,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Head,
     n_slot: usize,
     stop: i32,
     /// `[n_state]`, if the model reads a state.
@@ -68,6 +73,13 @@ struct Pass {
     graph: Graph,
     /// The prompt's, then the stop token.
     ids: State,
+}
+
+/// The head's graph.
+struct HeadPass {
+    graph: Graph,
+    /// What the Llama leaves for it: `[dim, n_slot]`.
+    hidden: State,
     out: State,
 }
 
@@ -93,6 +105,7 @@ impl OftNetwork {
         let film = if oft.film { Some(Film::load(&mut weights, config, backend)?) } else { None };
         let projector = Projector::load(&mut weights, config)?;
         let model = Model::load(&mut weights, config, backend)?;
+        let head = HeadPass::build(&Head::load(&mut weights, config, oft)?, config, oft, backend)?;
         weights.finish()?;
         let encoder = Encoder::new(
             backend,
@@ -109,6 +122,7 @@ impl OftNetwork {
             film_ids: Vec::new(),
             model,
             pass: None,
+            head,
             observer,
         })
     }
@@ -137,20 +151,20 @@ impl OftNetwork {
         self.encoder.project()
     }
 
-    /// Llama and head: a prompt, the soft tokens after its first id, and the normalized state, to what the head makes
-    /// of them: `[n_action, chunk]` numbers, or `[n_vocab, n_action · chunk]` logits of action tokens.
+    /// Llama: a prompt, the soft tokens after its first id, and the normalized state, to the rows that the head takes.
     ///
     /// # Errors
     /// [`crate::Error::InstructionTooLong`], or [`crate::Error::Kernels`] if the device has no room or fails.
     ///
     /// # Panics
     /// If there are fewer than two ids, one is not a row of the embedding, or the state has another length.
-    pub fn actions(&mut self, ids: &[u32], _: &SoftTokens, state: &[f32]) -> Result<Vec<f32>> {
+    pub fn forward(&mut self, ids: &[u32], _: &SoftTokens, state: &[f32]) -> Result<Hidden> {
         assert!(ids.len() > 1, "a prompt is BOS and more");
         let ids = self.model.with_stop(ids);
         if self.pass.as_ref().is_none_or(|pass| pass.ids.shape()[0] != ids.len()) {
             self.pass = None; // gives its memory back before the next takes some
-            self.pass = Some(self.model.pass(&self.backend, ids.len(), self.encoder.soft())?);
+            let (soft, hidden) = (self.encoder.soft(), &self.head.hidden);
+            self.pass = Some(self.model.pass(&self.backend, ids.len(), soft, hidden)?);
         }
         let pass = self.pass.as_mut().expect("built above");
         pass.ids.write(&ids);
@@ -159,7 +173,16 @@ impl OftNetwork {
             None => assert!(state.is_empty(), "the model reads no state"),
         }
         pass.graph.compute()?;
-        Ok(pass.out.read())
+        Ok(Hidden(()))
+    }
+
+    /// Head: hidden rows to `[n_action, chunk]` numbers, or `[n_vocab, n_action · chunk]` logits of action tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernels`] if the device fails.
+    pub fn actions(&mut self, _: &Hidden) -> Result<Vec<f32>> {
+        self.head.graph.compute()?;
+        Ok(self.head.out.read())
     }
 
     /// What vision left for the projector: `[Σ dim, n_patch · n_camera]`.
@@ -195,7 +218,6 @@ impl Model {
             state: has_state.then(|| StateProjector::load(w, oft.n_state, c.dim)).transpose()?,
             layers: (0..c.n_layer).map(|i| Layer::load(w, c, i)).collect::<Result<_>>()?,
             norm: RmsNorm::load(w, "output_norm", c.dim, c.eps)?,
-            head: Head::load(w, config, oft)?,
             n_slot: oft.n_slot(),
             stop: config.vocabulary.eos as i32,
             input: has_state.then(input).transpose()?,
@@ -210,8 +232,14 @@ impl Model {
         ids
     }
 
-    /// Builds the graph for prompts of `n_id` ids, the stop token included.
-    fn pass(&self, backend: &Arc<Backend>, n_id: usize, soft: &State) -> Result<Pass> {
+    /// Builds the graph for prompts of `n_id` ids, the stop token included, which stores `hidden`.
+    fn pass(
+        &self,
+        backend: &Arc<Backend>,
+        n_id: usize,
+        soft: &State,
+        hidden: &State,
+    ) -> Result<Pass> {
         let c = &self.config;
         let n_soft = soft.shape()[1];
         let n_row = n_id + n_soft + usize::from(self.state.is_some()) + self.n_slot;
@@ -227,8 +255,7 @@ impl Model {
         }
         // The first row that is taken is the prompt's last, as with any next-token prediction.
         let first = n_row - 1 - self.n_slot - 1;
-        let out = State::beside(self.head.weight(), DType::F32, self.head.shape(self.n_slot))?;
-        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer + Head::MAX_NODES;
+        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), g.state(soft));
             let last = self.layers.len() - 1;
@@ -237,9 +264,9 @@ impl Model {
                 let positions = g.state(&positions[&layer.keys().device()]);
                 layer.build_bidirectional(g, x, positions, taken, c)
             });
-            self.head.build(g, self.norm.build(g, x), &out);
+            g.store(self.norm.build(g, x), hidden);
         })?;
-        Ok(Pass { graph, ids, out })
+        Ok(Pass { graph, ids })
     }
 
     /// `emb(BOS) | soft tokens | state | emb(the prompt's other ids) | zeros | emb(stop)`: `[dim, n_row]`
@@ -251,6 +278,17 @@ impl Model {
             x = x.concat(projector.build(g, g.state(input)), 1);
         }
         x.concat(rows(1, n_id - 2), 1).concat(g.state(&self.slots), 1).concat(rows(n_id - 1, 1), 1)
+    }
+}
+
+impl HeadPass {
+    fn build(head: &Head, c: &Config, oft: &OftConfig, backend: &Arc<Backend>) -> Result<Self> {
+        let beside = |shape| State::beside(head.weight(), DType::F32, shape);
+        let hidden = beside(shape(&[c.llama.dim, oft.n_slot()]))?;
+        let out = beside(head.shape(oft.n_slot()))?;
+        let graph =
+            Graph::build(backend, Head::MAX_NODES, |g| head.build(g, g.state(&hidden), &out))?;
+        Ok(Self { graph, hidden, out })
     }
 }
 

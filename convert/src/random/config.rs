@@ -49,7 +49,7 @@ struct Names {
 
 fn names(variant: Variant) -> Names {
     match variant {
-        Variant::OpenVla => Names {
+        Variant::OpenVla | Variant::Oft { .. } => Names {
             towers: &[DINOV2, SIGLIP],
             arch_specifier: "no-align+fused-gelu-mlp",
             hf_llm_id: "meta-llama/Llama-2-7b-hf",

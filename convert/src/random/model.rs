@@ -5,6 +5,7 @@
 
 use super::size::{Llama, Sizes, Tower};
 use super::spec::{Spec, Variant};
+use crate::run_files;
 
 /// The prefixes of the first tower's tensors, and the second's.
 const TOWERS: [&str; 2] = ["vision_backbone.featurizer", "vision_backbone.fused_featurizer"];
@@ -56,7 +57,7 @@ fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
     let Sizes { dinov2, siglip, llama, entry, .. } = sizes;
     let mut list = List { tensors: Vec::new(), entry: *entry };
     match variant {
-        Variant::OpenVla => {
+        Variant::OpenVla | Variant::Oft { .. } => {
             list.dinov2(TOWERS[0], dinov2);
             list.siglip(TOWERS[1], siglip);
             let features = dinov2.dim + siglip.dim;
@@ -71,6 +72,9 @@ fn tensors(variant: Variant, sizes: &Sizes) -> Vec<Tensor> {
         }
     }
     list.llama(sizes);
+    if let Variant::Oft { .. } = variant {
+        list.run(llama.dim, *entry);
+    }
     list.tensors
 }
 
@@ -189,5 +193,21 @@ impl List {
             rows(Sizes::PADDING_ROWS, std),
         ];
         self.push("language_model.lm_head.weight", &[n_row, dim], head);
+    }
+
+    /// The PyTorch files of an OpenVLA-OFT run: an L1 head, whose actions are about -1..1, and the state's projector.
+    fn run(&mut self, dim: usize, entry: f32) {
+        let [n_action, n_state] = Variant::PLATFORM.lengths();
+        let head = |part: &str| format!("{}model.{part}", run_files::HEAD);
+        self.norm(&head("layer_norm1"), n_action * dim);
+        self.linear(&head("fc1"), dim, n_action * dim, 1.5);
+        for block in 0..2 {
+            self.norm(&head(&format!("mlp_resnet_blocks.{block}.ffn.0")), dim);
+            self.linear(&head(&format!("mlp_resnet_blocks.{block}.ffn.1")), dim, dim, 1.0);
+        }
+        self.norm(&head("layer_norm2"), dim);
+        self.linear(&head("fc2"), n_action, dim, 0.5);
+        self.linear(&format!("{}fc1", run_files::STATE), dim, n_state, 1.0);
+        self.linear(&format!("{}fc2", run_files::STATE), dim, dim, entry);
     }
 }

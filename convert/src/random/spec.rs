@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 
 use super::size::Size;
+use crate::oft::{Platform, RunOptions};
 
 /// Which published checkpoint to imitate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -14,6 +15,25 @@ pub enum Variant {
     /// Like `openvla-v01-7b`: SigLIP alone, image letterboxed, the Vicuna prompt, a projector of
     /// two layers, `tokenizer.model` alone, and three data sets of 7, 6 and 14 dimensions.
     V01,
+    /// Like OpenVLA-OFT's runs for LIBERO: as `OpenVla`, with an L1 head, a projector of the arm's state, and this many
+    /// cameras. A model file alone: a checkpoint would have PyTorch's files too, which nothing here writes.
+    #[value(skip)]
+    Oft {
+        /// The third-person one, then those on wrists.
+        n_camera: usize,
+    },
+}
+
+impl Variant {
+    /// The platform of an OpenVLA-OFT run, whose constants the sizes of its tensors are.
+    pub(crate) const PLATFORM: Platform = Platform::Libero;
+
+    /// What no file of an OpenVLA-OFT run says.
+    pub(crate) fn run(self) -> Option<RunOptions> {
+        let Self::Oft { n_camera } = self else { return None };
+        let (platform, n_camera) = (Some(Self::PLATFORM), Some(n_camera));
+        Some(RunOptions { platform, n_camera, ..RunOptions::default() })
+    }
 }
 
 /// All that a random checkpoint depends on.
@@ -43,6 +63,7 @@ impl Spec {
         match (self.size, self.variant) {
             (Size::Full, Variant::OpenVla) => "openvla-7b",
             (Size::Full, Variant::V01) => "openvla-v01-7b",
+            (Size::Full, Variant::Oft { .. }) => "openvla-7b-oft",
             _ => "openvla-example",
         }
     }

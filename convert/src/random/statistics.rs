@@ -54,6 +54,18 @@ const SIX_AXES: [(f64, f64); 6] = [
     (-0.3141, 0.2875),
 ];
 
+/// Position and rotation of the gripper, and its two fingers: the state of LIBERO's runs.
+const STATE: [(f64, f64); 8] = [
+    (-0.45, 0.22),
+    (-0.31, 0.38),
+    (0.01, 1.27),
+    (1.44, 3.69),
+    (-1.92, 2.45),
+    (-1.24, 1.11),
+    (0.0018, 0.0403),
+    (-0.0399, -0.0014),
+];
+
 /// Joint angles of two arms. One joint never moved: its range is empty.
 const TWO_ARMS: [(f64, f64); 14] = [
     (-0.412, 0.395),
@@ -77,6 +89,10 @@ pub fn write(dir: &Path, variant: Variant) -> Result<()> {
     let tabletop = Statistics::new(&TABLETOP, Some(&[6]), 48_213, 612);
     let sets = match variant {
         Variant::OpenVla => BTreeMap::from([("example_tabletop", tabletop)]),
+        Variant::Oft { .. } => {
+            let with_state = Statistics { proprio: Axes::new(&STATE, None), ..tabletop };
+            BTreeMap::from([("example_tabletop", with_state)])
+        }
         Variant::V01 => BTreeMap::from([
             ("example_bimanual", Statistics::new(&TWO_ARMS, Some(&[6, 13]), 91_440, 305)),
             ("example_six_axes", Statistics::new(&SIX_AXES, None, 20_117, 240)),

@@ -77,8 +77,8 @@ pub mod format {}
 pub use action::{ActionSpace, argmax};
 pub use any_policy::Policy;
 pub use config::{
-    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, General, Gripper, LlamaConfig,
-    OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,
+    ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, Expected, General, Gripper,
+    LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,
 };
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use encoder::{Features, SoftTokens};

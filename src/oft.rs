@@ -8,6 +8,7 @@
 mod film;
 mod head;
 mod network;
+pub mod streamed;
 
 use std::path::Path;
 use std::time::Instant;
@@ -157,6 +158,13 @@ impl OpenVlaOft {
         self.config.oft.as_ref().expect("`load` refuses others")
     }
 
+    /// Rows of a pass for a prompt of `n_id` ids: pictures, state, actions and the stop token included.
+    pub fn n_row(&self, n_id: usize) -> usize {
+        let oft = self.oft();
+        let n_patch = self.config.n_patch() * oft.cameras.len();
+        n_patch + usize::from(oft.n_state > 0) + n_id + oft.n_slot() + 1
+    }
+
     /// What the model takes on each device: the GPUs, then the CPU.
     pub fn usage(&self) -> Vec<Usage> {
         self.network.usage()
@@ -221,9 +229,9 @@ type Tokens = Vec<Vec<u32>>;
 /// What keeps a dimension of no width from dividing by zero. ref: `_unnormalize_actions`, `normalize_proprio`
 const WIDTH: f64 = 1e-8;
 
-/// An action to the data set's units. ref: `_unnormalize_actions`, which computes `0.5 * (x + 1)` in the precision
+/// An action that a `head` returned to the data set's units. ref: `_unnormalize_actions`, which computes `0.5 * (x + 1)` in the precision
 /// of `x`: what a head gives is f32, centers of bins are f64.
-fn unnormalize(scale: &Scale, head: OftHead, action: &[f64]) -> Vec<f64> {
+pub fn unnormalize(scale: &Scale, head: OftHead, action: &[f64]) -> Vec<f64> {
     let share = |x: f64| match head {
         OftHead::L1 => f64::from(0.5 * (x as f32 + 1.0)),
         OftHead::Tokens => 0.5 * (x + 1.0),
@@ -234,8 +242,11 @@ fn unnormalize(scale: &Scale, head: OftHead, action: &[f64]) -> Vec<f64> {
     action.iter().zip(scale.dimensions()).map(unnormalize).collect()
 }
 
-/// The arm's state in -1..1. ref: `normalize_proprio`
-fn normalized_state(state: Option<&[f64]>, scale: Option<&Scale>) -> Result<Vec<f64>> {
+/// The arm's state in -1..1; empty if there is no `scale`, so that nobody reads it. ref: `normalize_proprio`
+///
+/// # Errors
+/// [`Error::Observation`] if the state is missing, has another length or is not finite.
+pub fn normalized_state(state: Option<&[f64]>, scale: Option<&Scale>) -> Result<Vec<f64>> {
     let refused = |why: String| Err(Error::Observation { why });
     let (Some(scale), Some(state)) = (scale, state) else {
         return match scale {

@@ -16,15 +16,17 @@ use crate::error::{Error, Result};
 use crate::layers::RmsNorm;
 use crate::llama::{Layer, LayerCache, Rows, TABLES, mask_row};
 use crate::projector::Projector;
-use crate::vision::Tower;
+use crate::vision::{Modulation, Tower};
 
 /// What a motion depends on.
 #[derive(Debug, Clone)]
 pub struct Case {
-    /// Normalised planes `[size, size, 3 · n_tower]`.
+    /// Normalised planes `[size, size, 3 · n_tower · n_camera]`.
     pub planes: Vec<f32>,
     /// The prompt: BOS and more.
     pub ids: Vec<u32>,
+    /// The arm's state in -1..1: `[n_state]`.
+    pub state: Vec<f32>,
 }
 
 /// What a case comes to.
@@ -58,14 +60,15 @@ pub fn decode<E: From<Error>>(
         let mut weights = load(part(&format!("{}.", tower.name))?)?;
         let tower = Tower::load(&mut weights, config, tower)?;
         for (case, features) in cases.iter().zip(&mut features) {
-            features.push(run.tower(&tower, i, &case.planes)?);
+            features.push(run.tower(&tower, i, &case.planes, &|_, _| None)?);
         }
     }
     let projector = Projector::load(&mut load(part("projector.")?)?, config)?;
     let soft = features.iter().map(|towers| run.project(&projector, &join(towers, config)));
     let soft: Vec<_> = soft.collect::<Result<_>>()?;
     drop(projector); // gives its memory back
-    let embedding = Embedding::of(&part("token_embd.")?, config, cases)?;
+    let ids = cases.iter().flat_map(|case| case.ids.iter().copied()).chain(config.actions.ids());
+    let embedding = Embedding::of(&part("token_embd.")?, config, ids)?;
     let norm = RmsNorm::load(
         &mut load(part("output_norm.")?)?,
         "output_norm",
@@ -101,15 +104,18 @@ pub fn decode<E: From<Error>>(
     Ok(sequences.into_iter().map(|sequence| sequence.decoded).collect())
 }
 
+/// FiLM's scale and shift of a block.
+pub(crate) type TowerFilm<'f> = dyn for<'g> Fn(&'g Builder, usize) -> Modulation<'g> + 'f;
+
 /// Runs graphs that are used once.
-struct OneShot<'a> {
-    config: &'a Config,
-    backend: &'a Arc<Backend>,
+pub(crate) struct OneShot<'a> {
+    pub config: &'a Config,
+    pub backend: &'a Arc<Backend>,
 }
 
 impl OneShot<'_> {
     /// `x` of the shape `from` to the elements of `to`.
-    fn once(
+    pub fn once(
         &self,
         max_nodes: usize,
         x: &[f32],
@@ -127,39 +133,50 @@ impl OneShot<'_> {
         Ok(output.read())
     }
 
-    /// Planes to the features of one tower, `[dim, n_patch]`.
-    fn tower(&self, tower: &Tower, i: usize, planes: &[f32]) -> Result<Vec<f32>> {
+    /// Planes to the features of one tower, `[dim, n_patch · n_camera]`.
+    pub fn tower(
+        &self,
+        tower: &Tower,
+        i: usize,
+        planes: &[f32],
+        film: &TowerFilm<'_>,
+    ) -> Result<Vec<f32>> {
         let size = self.config.preprocess.size as usize;
         let from = [size, size, 3 * self.config.towers.len()];
         let to = [self.config.towers[i].dim, self.config.n_patch()];
-        self.once(tower.max_nodes(), planes, &from, &to, |g, planes| {
-            tower.build(g, planes.slice(2, 3 * i, 3), &|_| None)
-        })
+        let mut features = Vec::new();
+        for planes in planes.chunks(from.iter().product()) {
+            features.extend(self.once(tower.max_nodes(), planes, &from, &to, |g, planes| {
+                tower.build(g, planes.slice(2, 3 * i, 3), &|block| film(g, block))
+            })?);
+        }
+        Ok(features)
     }
 
-    /// Features to soft tokens, `[dim, n_patch]`.
-    fn project(&self, projector: &Projector, features: &[f32]) -> Result<Vec<f32>> {
-        let n_patch = self.config.n_patch();
+    /// Features to soft tokens, `[dim, n_patch · n_camera]`.
+    pub fn project(&self, projector: &Projector, features: &[f32]) -> Result<Vec<f32>> {
+        let n_patch = features.len() / self.config.projector[0];
         let from = [self.config.projector[0], n_patch];
         let to = [self.config.llama.dim, n_patch];
         self.once(projector.max_nodes(), features, &from, &to, |g, x| projector.build(g, x))
     }
 }
 
-/// The towers' channels side by side: `[Σ dim, n_patch]`.
-fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
+/// The towers' channels side by side: `[Σ dim, n_patch · n_camera]`.
+pub(crate) fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
     let rows = |patch: usize| {
         let towers = towers.iter().zip(&config.towers);
         towers.flat_map(move |(x, tower)| &x[patch * tower.dim..][..tower.dim])
     };
-    (0..config.n_patch()).flat_map(rows).copied().collect()
+    let n_patch = towers[0].len() / config.towers[0].dim;
+    (0..n_patch).flat_map(rows).copied().collect()
 }
 
 /// The rows of the embedding that cases and motions need, by id.
-struct Embedding(BTreeMap<u32, Vec<f32>>);
+pub(crate) struct Embedding(BTreeMap<u32, Vec<f32>>);
 
 impl Embedding {
-    fn of(file: &Gguf, config: &Config, cases: &[Case]) -> Result<Self> {
+    pub fn of(file: &Gguf, config: &Config, ids: impl Iterator<Item = u32>) -> Result<Self> {
         let table = file
             .tensor(TABLES[0])
             .filter(|t| t.dtype == DType::F32 && t.shape[0] == config.llama.dim);
@@ -169,12 +186,16 @@ impl Embedding {
         let row_bytes = 4 * config.llama.dim;
         let bytes = &file.bytes()[table.range.clone()];
         let row = |id: u32| DType::F32.decode(&bytes[id as usize * row_bytes..][..row_bytes]);
-        let ids = cases.iter().flat_map(|case| case.ids.iter().copied());
-        Ok(Self(ids.chain(config.actions.ids()).map(|id| (id, row(id))).collect()))
+        Ok(Self(ids.map(|id| (id, row(id))).collect()))
+    }
+
+    /// `[dim]`
+    pub fn row(&self, id: u32) -> &[f32] {
+        &self.0[&id]
     }
 
     /// `[emb(BOS)] + soft tokens + emb(the other ids)`: `[dim, n_row]`
-    fn prompt(&self, case: &Case, soft: &[f32]) -> Vec<f32> {
+    pub fn prompt(&self, case: &Case, soft: &[f32]) -> Vec<f32> {
         let (bos, rest) = case.ids.split_first().expect("a prompt has BOS");
         let rest = rest.iter().flat_map(|id| &self.0[id]);
         self.0[bos].iter().chain(soft).chain(rest).copied().collect()

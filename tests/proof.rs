@@ -2,6 +2,8 @@
 //! wrong where the file is.
 
 mod common;
+#[path = "common/oft_runs.rs"]
+mod oft_runs;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,7 @@ use openvla_example::{COMMITTED, Size, Spec, Variant};
 use openvla_kernels::Gguf;
 
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/example/openvla-example");
+const OFT_EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/example/openvla-tabletop-oft");
 
 /// Converts with reference cases.
 fn proven(checkpoint: &Path, encoding: &str, dir: &Path) -> PathBuf {
@@ -45,9 +48,65 @@ fn streamed_as_whole(checkpoint: &Path) {
     let report = report(&proven(checkpoint, "F32", dir.path())).unwrap();
     assert_eq!(report.cases.len(), 2);
     for case in &report.cases {
-        assert_eq!(case.tokens, case.expected_tokens, "{}", checkpoint.display());
-        assert!(case.logits_error < 1e-5, "{}: {case:?}", checkpoint.display());
+        let choice = case.choice.as_ref().unwrap();
+        assert_eq!(choice.tokens, choice.expected_tokens, "{}", checkpoint.display());
+        assert!(case.error < 1e-5, "{}: {case:?}", checkpoint.display());
     }
+}
+
+/// Of an OpenVLA-OFT run: two cameras and a state, or three cameras and the Llama's own head.
+#[test]
+fn streaming_computes_what_a_pass_of_all_cameras_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let trained = report(&proven(Path::new(OFT_EXAMPLE), "F32", dir.path())).unwrap();
+    let tokens = dir.path().join("tokens.gguf");
+    let mut options = openvla_convert::Options { proof: true, n_threads: 1, ..of("F32") };
+    options.run.chunk = Some(2);
+    options.run.n_camera = Some(3);
+    let conversion = Conversion::new(Path::new(EXAMPLE), &options).unwrap();
+    conversion.write(&tokens, &indicatif::ProgressBar::hidden()).unwrap();
+    let tokens = report(&tokens).unwrap();
+    assert_chunks(&trained, &["table", "table mirrored"], 8);
+    assert_chunks(&tokens, &["table", "table mirrored", "table turned"], 0);
+    let choice = tokens.cases[0].choice.as_ref().unwrap();
+    assert_eq!((choice.tokens.len(), choice.agreement), (14, 1.0), "{choice:?}");
+}
+
+/// What is reported of a file in f32 whose first case has these pictures and a state of `n_state` numbers.
+fn assert_chunks(report: &Verification, images: &[&str], n_state: usize) {
+    assert_eq!(report.cases.len(), 2);
+    let [first, second] = [&report.cases[0], &report.cases[1]];
+    assert_eq!(first.images, images);
+    assert!(first.state.len() == n_state && (n_state == 0 || first.state != second.state));
+    for case in &report.cases {
+        assert_eq!(case.action_off.len(), 7);
+        assert!(case.error < 1e-5, "{case:?}");
+    }
+}
+
+/// Numbers of the header that no checksum covers.
+#[test]
+fn a_chunk_that_depends_on_other_pictures_or_another_state_is_not_sound() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = proven(Path::new(OFT_EXAMPLE), "F32", dir.path());
+    let elements = |bytes: &[u8], key: &str| {
+        // After a key: its kind, the elements' kind, their number (u64), the elements.
+        bytes.windows(key.len()).position(|w| w == key.as_bytes()).unwrap() + key.len() + 16
+    };
+    for key in ["openvla.proof.states", "openvla.proof.actions"] {
+        let other = changed(&path, |bytes| {
+            let at = elements(bytes, key);
+            bytes[at..at + 4].copy_from_slice(&0.14_f32.to_le_bytes());
+        });
+        let report = report(&other).unwrap();
+        assert!(report.damaged.is_empty() && !report.sound, "{key}: {report:?}");
+    }
+    let other = changed(&path, |bytes| {
+        let at = elements(bytes, "openvla.proof.actions");
+        bytes[at..at + 4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    });
+    let said = format!("{:#}", report(&other).unwrap_err());
+    assert!(said.contains("openvla.proof.actions"), "{said}");
 }
 
 mod shared {
@@ -60,6 +119,24 @@ mod shared {
             streamed_as_whole(&common::shared().join(checkpoint));
         }
     }
+
+    /// With FiLM, one camera and three, a chunk of 25, the Llama's own head, and an adapter that is merged.
+    #[test]
+    #[ignore = "needs ../shared/golden"]
+    fn streaming_computes_what_a_pass_of_the_references_runs_does() {
+        let runs = oft_runs::Runs::open();
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["A", "B", "C", "D", "E", "G", "H"] {
+            let path = dir.path().join(format!("{name}.gguf"));
+            let options = openvla_convert::Options { proof: true, n_threads: 1, ..of("F32") };
+            runs.convert_with(name, options, &path);
+            let report = report(&path).unwrap();
+            for case in &report.cases {
+                assert!(case.error < 1e-5, "{name}: {case:?}");
+                eprintln!("{name}: {:.1e}", case.error);
+            }
+        }
+    }
 }
 
 #[test]
@@ -70,7 +147,7 @@ fn narrower_files_are_measured_against_f32() {
     let error = |encoding: &str| {
         let report = report(&proven(&wide, encoding, dir.path())).unwrap();
         assert!(report.sound && report.damaged.is_empty(), "{report:?}");
-        let errors = report.cases.iter().map(|case| case.logits_error);
+        let errors = report.cases.iter().map(|case| case.error);
         let worst = errors.fold(0.0, f64::max);
         eprintln!("{encoding}: {worst:.1e}");
         worst

@@ -73,8 +73,6 @@ use crate::plan::{Encoding, Override, PlannedTensor};
 use crate::random::{RandomWeights, Spec};
 use crate::weights::{CheckpointWeights, TensorSource};
 
-/// An upper bound of the reference cases' size, for the check of free disk space.
-const PROOF_BYTES: usize = 1 << 20;
 /// Tokens of an instruction and an action, rounded up, for the estimate of the KV cache.
 const PROMPT_ROWS: usize = 64;
 
@@ -190,8 +188,7 @@ impl Conversion {
                 statistics
             }
         };
-        let Options { encoding, n_threads, .. } = *options;
-        let proof = options.proof && !is_run;
+        let Options { encoding, n_threads, proof, .. } = *options;
         let mapping = mapping::mapping(&info.config, &shapes, is_run).with_context(cannot)?;
         for name in mapping.tensors.iter().flat_map(|tensor| &tensor.sources) {
             tensors.check_type(name)?;
@@ -309,7 +306,7 @@ impl Conversion {
     pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
         let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
         let header = self.header(&proof);
-        let cases = if self.proof { PROOF_BYTES } else { 0 };
+        let cases = if self.proof { proof::bytes_written(&self.config) } else { 0 };
         let n_byte = (header.encode().len() + header.data_bytes() + cases) as u64;
         let mut file = AtomicFile::create(out, n_byte)?;
         if self.proof {

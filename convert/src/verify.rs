@@ -1,13 +1,16 @@
 //! Checks that a model file, on this machine, acts as its checkpoint does: by every tensor's checksum, and
 //! by the reference cases that the converter stored in the file.
 //!
-//! Each decode step of a case continues the reference's tokens, so that one wrong choice counts once.
+//! Each decode step of an OpenVLA's case continues the reference's tokens, so that one wrong choice counts once.
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use indicatif::ProgressBar;
-use openvla::{Config, OpenVla, Options, Proof, ProofCase, argmax};
+use openvla::oft::{OpenVlaOft, unnormalize};
+use openvla::streamed::Case;
+use openvla::tokenizer::Tokenizer;
+use openvla::{Config, Expected, OftHead, OpenVla, Options, Policy, Proof, ProofCase, argmax};
 use openvla_kernels::{DType, Gguf, TensorInfo};
 use serde::Serialize;
 
@@ -24,8 +27,8 @@ pub struct Verification {
     pub damaged: Vec<String>,
     /// The reference cases.
     pub cases: Vec<CaseReport>,
-    /// Quantization alone does not cause larger errors of the logits than this.
-    pub logits_error_limit: f64,
+    /// Quantization alone does not cause larger errors of the cases than this.
+    pub error_limit: f64,
     /// Whether all checks passed.
     pub sound: bool,
 }
@@ -33,25 +36,37 @@ pub struct Verification {
 /// The result of one case.
 #[derive(Debug, Serialize)]
 pub struct CaseReport {
-    /// The built-in image's name.
-    pub image: String,
+    /// The built-in images' names, one for each camera.
+    pub images: Vec<String>,
     /// The instruction.
     pub instruction: String,
+    /// The arm's state in the data set's units, if the model reads one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub state: Vec<f32>,
     /// The data set whose units the actions have.
     pub unnorm_key: String,
+    /// Of a model that chooses tokens.
+    #[serde(flatten)]
+    pub choice: Option<Choice>,
+    /// The difference of each dimension in the data set's units: the largest one of a chunk.
+    pub action_off: Vec<f64>,
+    /// The relative error, root mean square of the differences over that of the reference: of the normalized actions
+    /// where the head computes those; else of the action tokens' logits at the worst step, each step centered on its
+    /// mean.
+    pub error: f64,
+}
+
+/// The tokens of one case.
+#[derive(Debug, Serialize)]
+pub struct Choice {
     /// The checkpoint's tokens in f32.
     pub expected_tokens: Vec<u32>,
     /// This file's tokens.
     pub tokens: Vec<u32>,
-    /// The fraction of dimensions with equal tokens.
+    /// The fraction of equal tokens.
     pub agreement: f64,
-    /// The difference of each dimension in bins, of 256.
+    /// The difference of each token in bins, of 256.
     pub bins_off: Vec<u32>,
-    /// The difference of each dimension in the data set's units.
-    pub action_off: Vec<f64>,
-    /// The worst step's relative error of the action tokens' logits: root mean square of the
-    /// differences over that of the reference's logits, each step centered on its mean.
-    pub logits_error: f64,
 }
 
 /// Checks a file on the device that `options` name.
@@ -76,22 +91,28 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     };
     let damaged: Vec<String> =
         file.tensors().iter().zip(&proof.checksums).filter_map(damaged).collect();
-    let logits_error_limit = limit(&file);
+    let error_limit = limit(&file);
     drop(file); // frees its pages before the model is loaded
     let mut cases = Vec::new();
     if damaged.is_empty() && !proof.cases.is_empty() {
-        let mut policy = OpenVla::open(path, options)?;
-        let run = proof.cases.iter().map(|case| replay(&mut policy, case));
-        cases = run.collect::<Result<Vec<_>>>()?;
+        let mut policy = Policy::open(path, options)?;
+        let tokenizer = Tokenizer::new(&config.vocabulary)?;
+        for case in &proof.cases {
+            let input = proof::input(&config, &tokenizer, case)?;
+            let output = match &mut policy {
+                Policy::OpenVla(policy) => steps(policy, case, &input)?,
+                Policy::Oft(policy) => chunk(policy, &input)?,
+            };
+            cases.push(compare(&config, case, &output)?);
+        }
     }
-    let sound = damaged.is_empty() && cases.iter().all(|c| c.logits_error <= logits_error_limit);
+    let sound = damaged.is_empty() && cases.iter().all(|case| case.error <= error_limit);
     let n_checksum = proof.checksums.len();
     let file = path.display().to_string();
-    Ok(Verification { file, n_checksum, damaged, cases, logits_error_limit, sound })
+    Ok(Verification { file, n_checksum, damaged, cases, error_limit, sound })
 }
 
-/// The relative error of logits that the file's coarsest type can cause: the worst that
-/// `tests/golden.rs` allows on random networks, and far more than a trained model shows.
+/// The relative error that the file's coarsest type can cause: the worst that `tests/golden.rs` and `tests/oft.rs` allow on random networks, and far more than a trained model shows.
 fn limit(file: &Gguf) -> f64 {
     let of = |dtype: DType| match dtype {
         DType::F32 => 1e-2,
@@ -103,56 +124,111 @@ fn limit(file: &Gguf) -> f64 {
     file.tensors().iter().map(|tensor| of(tensor.dtype)).fold(0.0, f64::max)
 }
 
-fn replay(policy: &mut OpenVla, case: &ProofCase) -> Result<CaseReport> {
-    let image = proof::image(&case.image)?;
-    ensure!(
-        proof::image_hash(&image) == case.image_hash,
-        "this version's image {:?} differs from the one that the file was made with",
-        case.image
-    );
-    let config = policy.config();
-    let actions = config.actions;
-    let (_, dataset) = config.statistics.select(Some(&case.unnorm_key))?;
-    let dataset = dataset.clone();
-    let planes = config.preprocess.planes(&image)?;
-    let prompt = policy.prompt_ids(&case.instruction)?;
+/// What a model computes of a case, as [`Expected`] has it.
+type Output = Vec<Vec<f32>>;
+
+/// Logits of the action ids, by step. Each step continues the expected tokens.
+fn steps(policy: &mut OpenVla, case: &ProofCase, input: &Case) -> Result<Output> {
+    let Expected::Tokens { tokens, .. } = &case.expected else {
+        bail!("its reference cases are another model's");
+    };
+    let rows = policy.config().actions.rows();
     let network = policy.network();
-    let features = network.encode(&planes)?;
+    let features = network.encode(&input.planes)?;
     let soft = network.project(&features)?;
-    let mut sequence = network.prefill(&prompt, &soft)?;
-    let (mut tokens, mut worst) = (Vec::new(), 0.0_f64);
-    for (step, (expected, wanted)) in case.tokens.iter().zip(&case.logits).enumerate() {
-        let logits = sequence.logits();
-        tokens.push(argmax(logits, actions.ids(), step)?);
-        worst = worst.max(relative_error(&logits[actions.rows()], wanted));
-        if step + 1 < case.tokens.len() {
-            sequence.step(*expected)?;
+    let mut sequence = network.prefill(&input.ids, &soft)?;
+    let mut output = vec![sequence.logits()[rows.clone()].to_vec()];
+    for token in &tokens[..tokens.len() - 1] {
+        output.push(sequence.step(*token)?[rows.clone()].to_vec());
+    }
+    Ok(output)
+}
+
+/// Normalized actions, or logits of the action ids by token.
+fn chunk(policy: &mut OpenVlaOft, input: &Case) -> Result<Output> {
+    let (config, oft) = (policy.config(), policy.oft());
+    let (n_vocab, rows) = (config.llama.n_vocab, config.actions.rows());
+    let is_l1 = oft.head == OftHead::L1;
+    let network = policy.network();
+    let features = network.encode(&input.planes, &input.ids)?;
+    let soft = network.project(&features)?;
+    let hidden = network.forward(&input.ids, &soft, &input.state)?;
+    let output = network.actions(&hidden)?;
+    if is_l1 {
+        return Ok(vec![output]);
+    }
+    Ok(output.chunks(n_vocab).map(|logits| logits[rows.clone()].to_vec()).collect())
+}
+
+fn compare(config: &Config, case: &ProofCase, output: &Output) -> Result<CaseReport> {
+    let (choice, normalized, error) = match &case.expected {
+        Expected::Actions(wanted) => {
+            let [got, wanted] = [&output[0], wanted].map(|x| as_f64(x));
+            let error = relative_error(&got, &wanted);
+            (None, [got, wanted], error)
+        }
+        Expected::Tokens { tokens: wanted, logits } => {
+            let errors = output.iter().zip(logits).map(|(got, wanted)| {
+                relative_error(&centered(&as_f64(got)), &centered(&as_f64(wanted)))
+            });
+            let error = errors.fold(0.0, f64::max);
+            let choice = choice(config, wanted, output)?;
+            let normalized =
+                [&choice.tokens, wanted].map(|tokens| config.actions.normalized(tokens));
+            (Some(choice), normalized, error)
+        }
+    };
+    let (_, dataset) = config.statistics.select(Some(&case.unnorm_key))?;
+    let n_action = config.oft.as_ref().map_or(normalized[0].len(), |oft| oft.n_action);
+    let [got, wanted] = normalized.each_ref().map(|all| {
+        all.chunks(n_action).map(|action| match &config.oft {
+            Some(oft) => unnormalize(&dataset.action, oft.head, action),
+            None => dataset.action.unnormalize(action),
+        })
+    });
+    let mut action_off = vec![0.0; n_action];
+    for (got, wanted) in got.zip(wanted) {
+        for ((off, got), wanted) in action_off.iter_mut().zip(got).zip(wanted) {
+            *off = (got - wanted).abs().max(*off);
         }
     }
-    let action = |tokens: &[u32]| dataset.action.unnormalize(&actions.normalized(tokens));
-    let pairs = || tokens.iter().zip(&case.tokens);
-    let off =
-        action(&tokens).iter().zip(action(&case.tokens)).map(|(a, b)| (a - b).abs()).collect();
     Ok(CaseReport {
-        image: case.image.clone(),
+        images: case.images.clone(),
         instruction: case.instruction.clone(),
+        state: case.state.clone(),
         unnorm_key: case.unnorm_key.clone(),
-        agreement: pairs().filter(|(a, b)| a == b).count() as f64 / tokens.len() as f64,
-        bins_off: pairs().map(|(a, b)| actions.bin(*a).abs_diff(actions.bin(*b))).collect(),
-        expected_tokens: case.tokens.clone(),
-        tokens,
-        action_off: off,
-        logits_error: worst,
+        choice,
+        action_off,
+        error,
     })
 }
 
-/// Of logits centered on their mean, since a constant added to all of them changes nothing.
-fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
-    let centered = |x: &[f32]| {
-        let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len() as f64;
-        x.iter().map(|x| f64::from(*x) - mean).collect::<Vec<_>>()
+fn choice(config: &Config, wanted: &[u32], logits: &Output) -> Result<Choice> {
+    let actions = config.actions;
+    let token = |(step, logits): (usize, &Vec<f32>)| {
+        Ok(actions.ids().start + argmax(logits, 0..actions.n_bin, step)?)
     };
-    let (got, wanted) = (centered(got), centered(wanted));
-    let wrong: f64 = got.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum();
+    let tokens: Vec<u32> = logits.iter().enumerate().map(token).collect::<Result<_>>()?;
+    let pairs = || tokens.iter().zip(wanted);
+    Ok(Choice {
+        expected_tokens: wanted.to_vec(),
+        agreement: pairs().filter(|(a, b)| a == b).count() as f64 / tokens.len() as f64,
+        bins_off: pairs().map(|(a, b)| actions.bin(*a).abs_diff(actions.bin(*b))).collect(),
+        tokens,
+    })
+}
+
+fn as_f64(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// Less their mean: a constant added to all logits changes nothing.
+fn centered(logits: &[f64]) -> Vec<f64> {
+    let mean = logits.iter().sum::<f64>() / logits.len() as f64;
+    logits.iter().map(|x| x - mean).collect()
+}
+
+fn relative_error(got: &[f64], wanted: &[f64]) -> f64 {
+    let wrong: f64 = got.iter().zip(wanted).map(|(a, b)| (a - b).powi(2)).sum();
     (wrong / wanted.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt()
 }

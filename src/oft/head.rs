@@ -68,7 +68,7 @@ impl Head {
 }
 
 impl Mlp {
-    fn load(w: &mut Weights, dim: usize, oft: &OftConfig) -> Result<Self> {
+    pub fn load(w: &mut Weights, dim: usize, oft: &OftConfig) -> Result<Self> {
         let (n_in, n_action) = (dim * oft.n_action, oft.n_action);
         let name = |part: &str| format!("oft.head.{part}");
         let mut block = |i: usize| {
@@ -87,7 +87,7 @@ impl Mlp {
     }
 
     /// `[dim, n_action · chunk] → [n_action, chunk]`
-    fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
+    pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Tensor<'g> {
         let steps = x.reshape(&[x.shape()[0] * self.oft.n_action, self.oft.chunk]);
         let x = self.fc1.build(g, self.norm1.build(g, steps)).relu(); // [dim, chunk]
         let x = self

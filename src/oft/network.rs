@@ -63,7 +63,7 @@ struct Model {
 }
 
 /// The arm's state to one row. ref: openvla-oft `ProprioProjector`
-struct StateProjector {
+pub(super) struct StateProjector {
     fc1: Linear,
     fc2: Linear,
 }
@@ -293,7 +293,10 @@ impl HeadPass {
 }
 
 impl StateProjector {
-    fn load(w: &mut Weights, n_state: usize, dim: usize) -> Result<Self> {
+    /// More than the graph nodes that [`StateProjector::build`] makes.
+    pub const MAX_NODES: usize = 16;
+
+    pub fn load(w: &mut Weights, n_state: usize, dim: usize) -> Result<Self> {
         Ok(Self {
             fc1: Linear::load(w, "oft.state.fc1", n_state, dim)?,
             fc2: Linear::load(w, "oft.state.fc2", dim, dim)?,
@@ -301,7 +304,7 @@ impl StateProjector {
     }
 
     /// `[n_state] → [dim, 1]`
-    fn build<'g>(&self, g: &'g Builder, state: Tensor<'g>) -> Tensor<'g> {
+    pub fn build<'g>(&self, g: &'g Builder, state: Tensor<'g>) -> Tensor<'g> {
         self.fc2.build(g, self.fc1.build(g, state).gelu_erf())
     }
 }

@@ -28,6 +28,11 @@ impl Runs {
 
     /// Converts a variant, from a folder in the published form.
     pub fn convert(&self, name: &str, encoding: &str, out: &Path) {
+        self.convert_with(name, encoding.parse::<Encoding>().unwrap().into(), out);
+    }
+
+    /// The same with options of how.
+    pub fn convert_with(&self, name: &str, mut options: Options, out: &Path) {
         let variant = &self.index["variants"][name];
         let files = tempfile::tempdir().unwrap();
         let (run, base) = (files.path().join("run"), files.path().join("base"));
@@ -38,7 +43,6 @@ impl Runs {
             let to = if adapter.is_some() && is_base { &base } else { &run };
             symlink(self.dir.join(from.as_str().unwrap()), to.join(name)).unwrap();
         }
-        let mut options: Options = encoding.parse::<Encoding>().unwrap().into();
         if let Some(adapter) = adapter {
             symlink(self.dir.join(adapter), run.join("lora_adapter")).unwrap();
             options.base = Some(base);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use openvla::cli::DeviceArgs;
-use openvla_convert::verify::{Verification, verify};
+use openvla_convert::verify::{Choice, Verification, verify};
 
 /// Checks a model file: every tensor's checksum, and what it computes on this machine against what
 /// the checkpoint computed in f32.
@@ -35,9 +35,9 @@ pub fn run(args: &Verify) -> Result<()> {
     ensure!(report.damaged.is_empty(), "{} is damaged; write or download it again", report.file);
     ensure!(
         report.sound,
-        "{} does not act as its checkpoint: logits are off by more than {} of their size",
+        "{} does not act as its checkpoint: what it computes is off by more than {} of its size",
         report.file,
-        report.logits_error_limit
+        report.error_limit
     );
     Ok(())
 }
@@ -56,20 +56,23 @@ fn describe(report: &Verification) -> String {
         line(format_args!("no reference cases: it was converted with --no-proof"));
     }
     for case in cases {
-        let n = case.tokens.len();
-        let same = case.bins_off.iter().filter(|off| **off == 0).count();
-        let most = case.bins_off.iter().max().unwrap_or(&0);
-        line(format_args!("{:?} on {:?}", case.instruction, case.image));
-        line(format_args!(
-            "  tokens: {same} of {n} as in f32, the others off by {most} bins at most"
-        ));
+        let images: Vec<String> = case.images.iter().map(|name| format!("{name:?}")).collect();
+        line(format_args!("{:?} on {}", case.instruction, images.join(", ")));
+        if let Some(Choice { bins_off, .. }) = &case.choice {
+            let (n, most) = (bins_off.len(), bins_off.iter().max().unwrap_or(&0));
+            let same = bins_off.iter().filter(|off| **off == 0).count();
+            line(format_args!(
+                "  tokens: {same} of {n} as in f32, the others off by {most} bins at most"
+            ));
+        }
+        let what = if case.choice.is_some() { "logits" } else { "normalized actions" };
         line(format_args!(
             "  action: off by {:?} in units of {}",
             case.action_off, case.unnorm_key
         ));
         line(format_args!(
-            "  logits: off by {:.2e} of their size, {:.0e} is possible for such a file",
-            case.logits_error, report.logits_error_limit
+            "  {what}: off by {:.2e} of their size, {:.0e} is possible for such a file",
+            case.error, report.error_limit
         ));
     }
     text

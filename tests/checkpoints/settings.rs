@@ -329,7 +329,7 @@ fn statistics_are_needed_and_their_own_file_wins() {
 #[test]
 fn every_broken_file_is_named() {
     let names = |variant| match variant {
-        Variant::OpenVla => ["tokenizer.json", INDEX],
+        Variant::OpenVla | Variant::Oft { .. } => ["tokenizer.json", INDEX],
         Variant::V01 => ["added_tokens.json", "tokenizer.model"],
     };
     let always =

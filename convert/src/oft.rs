@@ -132,6 +132,9 @@ pub fn configure(run: RunTensors, n_action: usize, options: &RunOptions) -> Resu
         .with_context(|| unknown("how many cameras it sees", "--cameras N"))?;
     let bounds = agreed(options.bounds, &possible, |platform| platform.bounds)
         .with_context(|| unknown("what -1 and 1 stand for", "--bounds q99|min-max"))?;
+    // Checked before each gets a name.
+    let most = OftConfig::MAX_CAMERAS;
+    ensure!((1..=most).contains(&n_camera), "--cameras is {n_camera}; 1 to {most} can be");
     let cameras = camera_names(n_camera);
     Ok(OftConfig { chunk, n_action, n_state, cameras, bounds, head, film })
 }
@@ -243,6 +246,15 @@ mod tests {
         let platform = |platform| RunOptions { platform: Some(platform), ..RunOptions::default() };
         assert_eq!(taken(7, 0, platform(Platform::Libero)).unwrap(), (8, 2, Bounds::Quantiles));
         assert!(error(14, 14, platform(Platform::Libero)).contains("actions of 7"));
+    }
+
+    #[test]
+    fn no_robot_has_a_billion_cameras() {
+        for n in [0, 1_000_000_000] {
+            let cameras = RunOptions { n_camera: Some(n), ..RunOptions::default() };
+            let error = taken(7, 8, cameras).unwrap_err().to_string();
+            assert_eq!(error, format!("--cameras is {n}; 1 to 8 can be"));
+        }
     }
 
     #[test]

@@ -51,10 +51,11 @@ mod key {
 const MAX_CHUNK: usize = 256;
 /// More than any robot of the data sets has.
 const MAX_NUMBERS: usize = 64;
-/// More than any robot of the data sets carries.
-const MAX_CAMERAS: usize = 8;
 
 impl OftConfig {
+    /// The most cameras: more than any robot of the data sets carries.
+    pub const MAX_CAMERAS: usize = 8;
+
     /// Rows of a pass that are actions.
     pub fn n_slot(&self) -> usize {
         self.chunk * self.n_action
@@ -94,7 +95,7 @@ impl OftConfig {
             (key::CHUNK, self.chunk, [1, MAX_CHUNK]),
             (key::N_ACTION, self.n_action, [1, MAX_NUMBERS]),
             (key::N_STATE, self.n_state, [0, MAX_NUMBERS]),
-            (key::CAMERAS, self.cameras.len(), [1, MAX_CAMERAS]),
+            (key::CAMERAS, self.cameras.len(), [1, Self::MAX_CAMERAS]),
         ] {
             demand((least..=most).contains(&n), || {
                 format!("`{key}` is {n}; {least} to {most} is possible")

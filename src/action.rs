@@ -41,6 +41,17 @@ impl ActionSpace {
         (edge(bin) + edge(bin + 1)) / 2.0
     }
 
+    /// The best ids by the logits of the action ids alone, `[n_bin]` for each step.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] names the step.
+    pub fn best(self, logits: &[Vec<f32>]) -> Result<Vec<u32>> {
+        let id = |(step, logits): (usize, &Vec<f32>)| {
+            Ok(self.ids().start + argmax(logits, 0..self.n_bin, step)?)
+        };
+        logits.iter().enumerate().map(id).collect()
+    }
+
     /// The motion in -1..1 that tokens stand for: the centers of their bins.
     pub fn normalized(self, tokens: &[u32]) -> Vec<f64> {
         tokens.iter().map(|id| self.center(self.bin(*id))).collect()

@@ -104,7 +104,7 @@ impl OpenVlaOft {
         Ok(Self { config, tokenizer, network, decoding: options.decoding })
     }
 
-    /// What the cameras see, what was asked for and the state of its arm, to a chunk of actions.
+    /// One control step: pictures, instruction and the state of the arm, to a chunk of actions.
     ///
     /// `unnorm_key` names the data set whose units state and actions are in; it may be left out where there is one.
     ///
@@ -199,7 +199,7 @@ impl OpenVlaOft {
         Err(Error::Observation { why })
     }
 
-    /// Actions as the head returns them, and the their ids if it gives tokens.
+    /// Actions as the head returns them, and their ids if it chooses tokens.
     fn decode(&self, output: &[f32]) -> Result<(Vec<Vec<f64>>, Option<Tokens>)> {
         let (oft, actions) = (self.oft(), self.config.actions);
         if oft.head == OftHead::L1 {
@@ -229,8 +229,8 @@ type Tokens = Vec<Vec<u32>>;
 /// What keeps a dimension of no width from dividing by zero. ref: `_unnormalize_actions`, `normalize_proprio`
 const WIDTH: f64 = 1e-8;
 
-/// An action that a `head` returned to the data set's units. ref: `_unnormalize_actions`, which computes `0.5 * (x + 1)` in the precision
-/// of `x`: what a head gives is f32, centers of bins are f64.
+/// An action that a `head` returned, to the data set's units. ref: `_unnormalize_actions`, which computes
+/// `0.5 * (x + 1)` in the precision of `x`: what an L1 head returns is f32, centers of bins are f64.
 pub fn unnormalize(scale: &Scale, head: OftHead, action: &[f64]) -> Vec<f64> {
     let share = |x: f64| match head {
         OftHead::L1 => f64::from(0.5 * (x as f32 + 1.0)),

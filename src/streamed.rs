@@ -63,10 +63,7 @@ pub fn decode<E: From<Error>>(
             features.push(run.tower(&tower, i, &case.planes, &|_, _| None)?);
         }
     }
-    let projector = Projector::load(&mut load(part("projector.")?)?, config)?;
-    let soft = features.iter().map(|towers| run.project(&projector, &join(towers, config)));
-    let soft: Vec<_> = soft.collect::<Result<_>>()?;
-    drop(projector); // gives its memory back
+    let soft = run.project(&mut load(part("projector.")?)?, &features)?;
     let ids = cases.iter().flat_map(|case| case.ids.iter().copied()).chain(config.actions.ids());
     let embedding = Embedding::of(&part("token_embd.")?, config, ids)?;
     let norm = RmsNorm::load(
@@ -153,17 +150,26 @@ impl OneShot<'_> {
         Ok(features)
     }
 
-    /// Features to soft tokens, `[dim, n_patch · n_camera]`.
-    pub fn project(&self, projector: &Projector, features: &[f32]) -> Result<Vec<f32>> {
-        let n_patch = features.len() / self.config.projector[0];
-        let from = [self.config.projector[0], n_patch];
-        let to = [self.config.llama.dim, n_patch];
-        self.once(projector.max_nodes(), features, &from, &to, |g, x| projector.build(g, x))
+    /// Features of each case's towers to its soft tokens, `[dim, n_patch · n_camera]`.
+    pub fn project(
+        &self,
+        weights: &mut Weights,
+        features: &[Vec<Vec<f32>>],
+    ) -> Result<Vec<Vec<f32>>> {
+        let projector = Projector::load(weights, self.config)?;
+        let soft = |towers: &Vec<Vec<f32>>| {
+            let features = join(towers, self.config);
+            let n_patch = features.len() / self.config.projector[0];
+            let (from, to) =
+                ([self.config.projector[0], n_patch], [self.config.llama.dim, n_patch]);
+            self.once(projector.max_nodes(), &features, &from, &to, |g, x| projector.build(g, x))
+        };
+        features.iter().map(soft).collect()
     }
 }
 
 /// The towers' channels side by side: `[Σ dim, n_patch · n_camera]`.
-pub(crate) fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
+fn join(towers: &[Vec<f32>], config: &Config) -> Vec<f32> {
     let rows = |patch: usize| {
         let towers = towers.iter().zip(&config.towers);
         towers.flat_map(move |(x, tower)| &x[patch * tower.dim..][..tower.dim])

@@ -33,7 +33,7 @@ pub fn svg(all: &[Results]) -> Result<String> {
     let all: Vec<&Results> = all.iter().filter(|r| r.model.chunks.is_none()).collect();
     ensure!(
         !all.is_empty(),
-        "there is no result of an OpenVLA; `table` shows those of OpenVLA-OFT"
+        "none of these is a result of OpenVLA; `table` shows those of OpenVLA-OFT"
     );
     let groups: Vec<&[&Results]> =
         all.chunk_by(|a, b| a.machine_label() == b.machine_label()).collect();

@@ -235,7 +235,7 @@ impl Conversion {
     /// [`RandomWeights`].
     ///
     /// # Errors
-    /// If there is no space for temporary files of a few megabytes, or an OpenVLA-OFT with so many cameras cannot be.
+    /// If temporary files of a few megabytes cannot be written, or an OpenVLA-OFT has too many cameras.
     pub fn random(spec: &Spec, encoding: Encoding, n_threads: usize) -> Result<Self> {
         let root = tempfile::tempdir().context("cannot make a folder for temporary files")?;
         let dir = root.path().join(spec.folder());

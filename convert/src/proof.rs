@@ -6,7 +6,7 @@ use openvla::image::{RgbImage, imageops};
 use openvla::oft::{self, normalized_state};
 use openvla::streamed::{self, Case};
 use openvla::tokenizer::Tokenizer;
-use openvla::{Config, Dataset, Expected, OftHead, ProofCase, Scale, argmax};
+use openvla::{Config, Dataset, Expected, OftHead, ProofCase, Scale};
 use openvla_kernels::{Backend, Gguf};
 use sha2::{Digest, Sha256};
 use twox_hash::XxHash64;
@@ -167,11 +167,7 @@ fn expected_chunk(config: &Config, output: Vec<f32>) -> Result<Expected> {
         ensure!(output.iter().all(|x| x.is_finite()), "it computes actions that are not finite");
         return Ok(Expected::Actions(output));
     }
-    let n_bin = config.actions.n_bin;
-    let logits: Vec<Vec<f32>> = output.chunks(n_bin as usize).map(<[f32]>::to_vec).collect();
-    let token = |(step, logits): (usize, &Vec<f32>)| {
-        Ok(config.actions.ids().start + argmax(logits, 0..n_bin, step)?)
-    };
-    let tokens = logits.iter().enumerate().map(token).collect::<Result<_>>()?;
-    Ok(Expected::Tokens { tokens, logits })
+    let n_bin = config.actions.n_bin as usize;
+    let logits: Vec<Vec<f32>> = output.chunks(n_bin).map(<[f32]>::to_vec).collect();
+    Ok(Expected::Tokens { tokens: config.actions.best(&logits)?, logits })
 }

@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use openvla::oft::{OpenVlaOft, unnormalize};
 use openvla::streamed::Case;
 use openvla::tokenizer::Tokenizer;
-use openvla::{Config, Expected, OftHead, OpenVla, Options, Policy, Proof, ProofCase, argmax};
+use openvla::{Config, Expected, OftHead, OpenVla, Options, Policy, Proof, ProofCase};
 use openvla_kernels::{DType, Gguf, TensorInfo};
 use serde::Serialize;
 
@@ -112,7 +112,8 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     Ok(Verification { file, n_checksum, damaged, cases, error_limit, sound })
 }
 
-/// The relative error that the file's coarsest type can cause: the worst that `tests/golden.rs` and `tests/oft.rs` allow on random networks, and far more than a trained model shows.
+/// The relative error that the file's coarsest type can cause: the worst that `tests/golden.rs` and `tests/oft.rs`
+/// allow on random networks, and far more than a trained model shows.
 fn limit(file: &Gguf) -> f64 {
     let of = |dtype: DType| match dtype {
         DType::F32 => 1e-2,
@@ -205,10 +206,7 @@ fn compare(config: &Config, case: &ProofCase, output: &Output) -> Result<CaseRep
 
 fn choice(config: &Config, wanted: &[u32], logits: &Output) -> Result<Choice> {
     let actions = config.actions;
-    let token = |(step, logits): (usize, &Vec<f32>)| {
-        Ok(actions.ids().start + argmax(logits, 0..actions.n_bin, step)?)
-    };
-    let tokens: Vec<u32> = logits.iter().enumerate().map(token).collect::<Result<_>>()?;
+    let tokens = actions.best(logits)?;
     let pairs = || tokens.iter().zip(wanted);
     Ok(Choice {
         expected_tokens: wanted.to_vec(),

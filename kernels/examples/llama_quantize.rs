@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let path = |path: &String| CString::new(path.as_str()).expect("arguments have no zero bytes");
     let (from, to) = (path(from), path(to));
     let Ok(file_type) = file_type.parse() else {
-        eprintln!("error: {file_type} is not a number of a llama_ftype");
+        eprintln!("error: {file_type} is not a llama_ftype");
         return ExitCode::from(2);
     };
     // SAFETY: gives a struct by value.

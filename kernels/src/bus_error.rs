@@ -48,7 +48,7 @@ pub fn exit_on_bus_error() {
 extern "C" fn on_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: SA_SIGINFO passes a valid structure, which for SIGBUS has an address.
     let address = unsafe { (*info).si_addr() }.addr();
-    let Ok(maps) = MAPS.try_lock() else { return };
+    let maps = MAPS.lock().unwrap_or_else(PoisonError::into_inner);
     let Some((.., path)) = maps.iter().find(|(start, end, _)| (*start..*end).contains(&address))
     else {
         return;

@@ -14,9 +14,10 @@ use crate::{Error, Result};
 /// Read-only memory: a map of a file where possible, else its own. Dropping it gives its pages back.
 #[derive(Debug)]
 pub struct Mapped {
-    map: Mmap,
-    /// If it is a file's, where the system finds again what was forgotten.
+    /// If it is a file's, where the system finds again what was forgotten. Dropped before the map, whose addresses
+    /// may then be another's.
     file: Option<Registered>,
+    map: Mmap,
 }
 
 impl Mapped {
@@ -121,7 +122,7 @@ mod tests {
             return;
         };
         let file = File::open(path).unwrap();
-        // SAFETY: sysfs refuses, so there is no map.
+        // SAFETY: sysfs refuses, so nothing is mapped.
         let refused = unsafe { MmapOptions::new().len(text.len()).map(&file) };
         assert!(refused.is_err_and(|why| cannot_map(&why)));
         assert_eq!(*Mapped::read(&file, 0, text.len()).unwrap(), text[..]);

@@ -34,7 +34,7 @@ impl<'g> Tensor<'g> {
     /// which adds several terms at once where all on the right sides are of one layout: so the bias is on the left.
     pub fn sum_with_bias(self, other: Self, bias: Self) -> Self {
         let [k, n, one, also_one] = self.shape();
-        assert_eq!((one, also_one), (1, 1), "sum_with_bias: {:?} is no matrix", self.shape());
+        assert_eq!((one, also_one), (1, 1), "sum_with_bias: {:?} is not a matrix", self.shape());
         assert_eq!(self.shape(), other.shape(), "sum_with_bias: shapes differ");
         assert_eq!(bias.shape(), [k, 1, 1, 1], "sum_with_bias: the bias' shape");
         bias.rows("sum_with_bias");

@@ -67,7 +67,9 @@ fn products_and_sums() {
         two("mul: [4, 3, 3, 1] does not repeat over [4, 3, 1, 1]", &a, &third, |a, b| a * b),
         two("sum_with_bias: shapes differ", &a, &b, |a, b| a.sum_with_bias(b, a)),
         two("sum_with_bias: the bias' shape", &a, &b, |a, b| a.sum_with_bias(a, b)),
-        two("sum_with_bias: [4, 3, 3, 1] is no matrix", &a, &third, |a, b| b.sum_with_bias(b, a)),
+        two("sum_with_bias: [4, 3, 3, 1] is not a matrix", &a, &third, |a, b| {
+            b.sum_with_bias(b, a)
+        }),
         two("add: operands are not f32", &a, &half, |a, half| a + half),
         one("mul_mat: operands have gaps", &column, |x| {
             let row = x.permute([1, 0, 2, 3]);

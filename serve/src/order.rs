@@ -31,26 +31,18 @@ struct Count {
     connections: [u64; 2],
 }
 
-/// What an observation is to those before it.
-enum Place {
-    /// It follows them.
-    Next,
-    /// It is the first of a program that started again.
-    First,
-}
-
 impl Order {
     /// Whether an observation may follow those before it.
     ///
     /// # Errors
     /// Says what it came after.
     pub fn check(&self, meta: &Meta) -> Result<(), String> {
-        self.place(meta).map(drop)
+        self.starts_again(meta).map(drop)
     }
 
     /// Remembers an observation that was accepted.
     pub fn note(&mut self, meta: &Meta) {
-        if let Ok(Place::First) = self.place(meta) {
+        if self.starts_again(meta) == Ok(true) {
             *self = Self::default();
         }
         self.epoch = meta.epoch.or(self.epoch);
@@ -63,12 +55,13 @@ impl Order {
         }
     }
 
-    fn place(&self, meta: &Meta) -> Result<Place, String> {
+    /// Whether it is the first observation of a program that started again.
+    fn starts_again(&self, meta: &Meta) -> Result<bool, String> {
         match (meta.epoch, self.epoch) {
             (Some(new), Some(old)) if new < old => {
                 return Err(format!("epoch {new} came after epoch {old}"));
             }
-            (Some(new), old) if Some(new) != old => return Ok(Place::First),
+            (Some(new), old) if Some(new) != old => return Ok(true),
             _ => {}
         }
         let age = meta.timestamp.zip(self.timestamp).map(|(new, old)| old - new);
@@ -78,7 +71,7 @@ impl Order {
         let (Some(seq), Some(Count { first, last, connections: [oldest, newest] })) =
             (meta.seq, self.count)
         else {
-            return Ok(Place::Next);
+            return Ok(false);
         };
         let is_back = seq <= last;
         let is_first = match (meta.epoch, age) {
@@ -87,13 +80,13 @@ impl Order {
             (None, None) => seq <= first && meta.connection > newest,
         };
         if is_back && is_first {
-            Ok(Place::First)
+            Ok(true)
         } else if is_back {
             Err(format!("seq {seq} came after seq {last}"))
         } else if (meta.epoch, age) == (None, None) && meta.connection < oldest {
             Err("it came over a connection of the program that ran before".to_owned())
         } else {
-            Ok(Place::Next)
+            Ok(false)
         }
     }
 }

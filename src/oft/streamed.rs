@@ -11,8 +11,7 @@ use crate::config::{Config, OftConfig, OftHead};
 use crate::error::{Error, Result};
 use crate::layers::RmsNorm;
 use crate::llama::Layer;
-use crate::projector::Projector;
-use crate::streamed::{Case, Embedding, OneShot, join};
+use crate::streamed::{Case, Embedding, OneShot};
 use crate::vision::Tower;
 
 /// Runs all cases through each part before the next is asked for, so that every part is asked for once. Returns what
@@ -52,12 +51,7 @@ pub fn outputs<E: From<Error>>(
             })?);
         }
     }
-    let projector = Projector::load(&mut load(part("projector.")?)?, config)?;
-    let mut soft = Vec::new();
-    for towers in &features {
-        soft.push(run.project(&projector, &join(towers, config))?);
-    }
-    drop(projector); // gives its memory back
+    let mut soft = run.project(&mut load(part("projector.")?)?, &features)?;
     if oft.n_state > 0 {
         let mut weights = load(part("oft.state.")?)?;
         let projector = StateProjector::load(&mut weights, oft.n_state, c.dim)?;

@@ -14,7 +14,7 @@ use openvla::Config;
 use openvla_convert::export::Export;
 use openvla_kernels::Gguf;
 
-/// Touched before any of our own backends, since both set ggml's log.
+/// Initialized before any of our own backends, because both set ggml's log callback.
 static LLAMA_CPP: LazyLock<LlamaBackend> = LazyLock::new(|| {
     let mut backend = LlamaBackend::init().unwrap();
     backend.void_logs();

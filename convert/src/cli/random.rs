@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use openvla::OftConfig;
 use openvla::cli::{Threads, output_file, say};
 use openvla_convert::Conversion;
 use openvla_convert::oft;
@@ -24,7 +25,7 @@ pub struct Random {
     oft: bool,
     /// Cameras of an OpenVLA-OFT
     #[arg(long, value_name = "N", default_value_t = 2, requires = "oft")]
-    #[arg(value_parser = clap::value_parser!(u8).range(1..=8))]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=OftConfig::MAX_CAMERAS as i64))]
     cameras: u8,
     /// Seed of the weights
     #[arg(long, default_value_t = Spec::EXAMPLE.seed)]

@@ -9,7 +9,7 @@ use half::bf16;
 use image::{DynamicImage, RgbImage};
 use openvla::{OpenVla, Options};
 use openvla_convert::Conversion;
-use openvla_convert::imatrix::collect::Collector;
+use openvla_convert::imatrix::collect::{Collector, Sources};
 use openvla_convert::mapper::Role;
 use openvla_example::{COMMITTED, Spec, Variant, table_image};
 use openvla_kernels::{DType, Gguf};
@@ -95,7 +95,8 @@ impl Subject {
             scene.save(images.join(format!("{i}.png"))).unwrap();
         }
         std::fs::write(&lines, CALIBRATION.join("\n")).unwrap();
-        let calibration = Collector::new(model, &images, &lines, options()).unwrap();
+        let sources = Sources { images, instructions: lines, ..Sources::default() };
+        let calibration = Collector::new(model, &sources, options()).unwrap();
         calibration.write(&out, &indicatif::ProgressBar::hidden()).unwrap();
         out
     }

@@ -90,7 +90,7 @@ impl CheckpointInfo {
         let run = RunFiles::find(&shown, &names)?;
         let config_dir = base.unwrap_or(dir);
         if let Some(base) = base {
-            check_unmerged(dir, base, &names)?;
+            check_unmerged(dir, base)?;
         }
         recognize::check_checkpoint(&config_dir.display().to_string(), &list_folder(config_dir)?)?;
         let path = config_dir.join("config.json");
@@ -123,14 +123,16 @@ impl CheckpointInfo {
     }
 }
 
-/// Checks that `dir` is an OpenVLA-OFT run whose adapter was not merged, and that `base` is not a run itself.
-fn check_unmerged(dir: &Path, base: &Path, names: &[String]) -> Result<()> {
-    let has = |name: &str| names.iter().any(|found| found == name);
-    ensure!(
-        !has(WEIGHTS) && !has(INDEX),
-        "{} holds weights, into which its adapter is merged already; leave out --base, or the adapter counts twice",
-        dir.display()
-    );
+/// Whether a folder has weights; an OpenVLA-OFT run that was not merged has none.
+///
+/// # Errors
+/// As [`list_folder`].
+pub fn has_weights(dir: &Path) -> Result<bool> {
+    Ok(list_folder(dir)?.iter().any(|name| [WEIGHTS, INDEX].contains(&name.as_str())))
+}
+
+/// Checks that `dir` is a run with an adapter, and that `base` is not a run itself.
+fn check_unmerged(dir: &Path, base: &Path) -> Result<()> {
     ensure!(
         dir.join(ADAPTER_FOLDER).is_dir(),
         "{} holds neither weights nor {ADAPTER_FOLDER}/; is the run complete?",
@@ -232,8 +234,11 @@ impl Checkpoint {
     }
 }
 
-/// The tensors that are used, and warnings about files that are not.
-fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
+/// The tensors of a folder that are used, and warnings about files that are not.
+///
+/// # Errors
+/// Names what is missing or damaged.
+pub fn read_weights(dir: &Path) -> Result<(Tensors, Vec<String>)> {
     let names = list_folder(dir)?;
     recognize::check_weights(&dir.display().to_string(), &names)?;
     let mut tensors = Tensors::default();

@@ -150,22 +150,32 @@ fn general(
     let single = mapping.towers.len() == 1;
     let version = if single { "v0.1" } else { "v1.0" }.to_owned();
     let finetune = finetune(info.adapter.as_ref().unwrap_or(&info.name));
+    let is_run = mapping.run.is_some();
+    let basename = if is_run { "OpenVLA-OFT" } else { "OpenVLA" };
     let tuned = finetune.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
     // Both supported backbones, Llama-2 and Vicuna 1.5, are under Llama 2's license, and models derived
     // from them inherit it, whatever a model card says.
     // ref: README of openvla/openvla, "License"
     let text = |text: &str| Some(text.to_owned());
     General {
-        name: format!("OpenVLA {size_label}{tuned} {version}"),
-        basename: "OpenVLA".to_owned(),
-        description: text("Robot policy: a camera image and an instruction in, a motion out."),
+        name: format!("{basename} {size_label}{tuned} {version}"),
+        basename: basename.to_owned(),
+        description: text(if is_run {
+            "Robot policy: camera images and an instruction in, a chunk of actions out."
+        } else {
+            "Robot policy: a camera image and an instruction in, a motion out."
+        }),
         organization: is_official(info, finetune.as_ref()).then(|| "OpenVLA".to_owned()),
         license: text("llama2"),
         license_name: text(
             "Llama 2 Community License, which the weights inherit; OpenVLA's own part is MIT",
         ),
         license_link: text("https://ai.meta.com/llama/license/"),
-        repo_url: text("https://github.com/openvla/openvla"),
+        repo_url: text(if is_run {
+            "https://github.com/moojink/openvla-oft"
+        } else {
+            "https://github.com/openvla/openvla"
+        }),
         source: info.hub_revision.as_ref().map(source).unwrap_or_default(),
         base_models: match finetune {
             Some(_) => base_models(&size_label, &version),
@@ -213,7 +223,13 @@ fn base_models(size_label: &str, version: &str) -> Vec<BaseModel> {
 fn finetune(name: &str) -> Option<String> {
     let letter = |c: char| c.is_alphanumeric() || !(c.is_ascii() || c.is_whitespace());
     let name: String = name.chars().map(|c| if letter(c) { c } else { '-' }).collect();
-    let known = ["openvla-7b-finetuned-", "openvla-v01-7b", "openvla-7b", "openvla"];
+    let known = [
+        "openvla-7b-oft-finetuned-",
+        "openvla-7b-finetuned-",
+        "openvla-v01-7b",
+        "openvla-7b",
+        "openvla",
+    ];
     let rest = known.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(&name);
     let words: Vec<&str> = rest.split('-').filter(|word| !word.is_empty()).collect();
     (!words.is_empty()).then(|| words.join("-"))
@@ -235,6 +251,7 @@ mod tests {
             ("openvla-7b", None),
             ("openvla-v01-7b", None),
             ("openvla-7b-finetuned-libero-spatial", Some("libero-spatial")),
+            ("openvla-7b-oft-finetuned-libero-10", Some("libero-10")),
             ("openvla-7b+my_data+b16+lora-r32", Some("my-data-b16-lora-r32")),
             ("my_robot--run.3", Some("my-robot-run-3")),
             ("抓取", Some("抓取")),

@@ -9,7 +9,8 @@
 //! | `general` | `openvla::General`: `name`, `version`, `license`, `source`, … |
 //! | `parameters`, `tensor_bytes` | of all tensors, including zeros of padding |
 //! | `tensors` | by component and type: `component`, `type`, `tensors`, `parameters`, `bytes` |
-//! | `image` | `size`, `patch_size`, `resize`, `letterbox_fill`, `towers` of `name`, `mean`, `std` |
+//! | `image` | `profile`, `center_crop`, `size`, `patch_size`, `resize`, `letterbox_fill`, `towers` of `name`, `mean`, `std` |
+//! | `oft` | of an OpenVLA-OFT: `chunk`, `action_length`, `state_length`, `cameras` in order, `bounds`, `head`, `film` |
 //! | `prompt` | `template`, `suffix_token_id`, `context_length` |
 //! | `actions` | `token_end`, `token_count` |
 //! | `datasets` | action cards by data set: `dimensions` of `name`, `unit`, `q01`, `q99`, |
@@ -20,7 +21,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use openvla::{ActionCard, Config, General, Resize, Statistics};
+use openvla::{ActionCard, Config, General, OftConfig, Resize, Statistics};
 use openvla_kernels::Gguf;
 use serde::Serialize;
 
@@ -40,6 +41,8 @@ pub struct Inspection {
     pub tensor_bytes: u64,
     pub tensors: Vec<Component>,
     pub image: Image,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oft: Option<Oft>,
     pub prompt: Prompt,
     pub actions: Actions,
     pub datasets: BTreeMap<String, ActionCard>,
@@ -66,12 +69,31 @@ pub struct Component {
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the module's table describes them")]
 pub struct Image {
+    pub profile: &'static str,
+    pub center_crop: bool,
     pub size: u32,
     pub patch_size: usize,
     pub resize: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub letterbox_fill: Option<[u8; 3]>,
     pub towers: Vec<Tower>,
+}
+
+/// What an OpenVLA-OFT sees and gives.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub struct Oft {
+    pub chunk: usize,
+    pub action_length: usize,
+    /// 0 if it reads no state.
+    pub state_length: usize,
+    pub cameras: Vec<String>,
+    pub bounds: String,
+    pub head: String,
+    pub film: bool,
+    /// One line for people.
+    #[serde(skip)]
+    pub summary: String,
 }
 
 /// How one tower's input is normalized.
@@ -118,6 +140,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         tensor_bytes: tensors.iter().map(|group| group.bytes).sum(),
         tensors,
         image: image(&config),
+        oft: config.oft.as_ref().map(oft),
         prompt: Prompt {
             template: config.prompt.template,
             suffix_token_id: config.prompt.suffix,
@@ -141,6 +164,8 @@ fn image(config: &Config) -> Image {
     let resize = config.preprocess.resize;
     let towers = config.towers.iter().zip(&config.preprocess.towers);
     Image {
+        profile: config.preprocess.profile.name(),
+        center_crop: config.preprocess.center_crop,
         size: config.preprocess.size,
         patch_size: config.patch_size,
         resize: resize.name(),
@@ -155,6 +180,19 @@ fn image(config: &Config) -> Image {
                 std: planes.std,
             })
             .collect(),
+    }
+}
+
+fn oft(config: &OftConfig) -> Oft {
+    Oft {
+        chunk: config.chunk,
+        action_length: config.n_action,
+        state_length: config.n_state,
+        cameras: config.cameras.clone(),
+        bounds: config.bounds.as_ref().to_owned(),
+        head: config.head.as_ref().to_owned(),
+        film: config.film,
+        summary: crate::oft::summary(config),
     }
 }
 

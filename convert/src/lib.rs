@@ -12,6 +12,7 @@
 //! | [`tokenizer`] | tokenizer files to a vocabulary |
 //! | [`hub`] | a repository's files, downloaded into the Hub's cache |
 //! | [`peft`], [`lora`] | an adapter's settings, and what it adds to each tensor |
+//! | [`merged`] | how often an adapter is in a run's weights |
 //! | [`mapper`], [`mapping`] | the table: which tensors of the checkpoint become which of the file |
 //! | [`plan`] | the type of each tensor |
 //! | [`imatrix`] | importance matrices: reading them, collecting them |
@@ -41,6 +42,7 @@ pub mod interrupt;
 pub mod lora;
 pub mod mapper;
 pub mod mapping;
+pub mod merged;
 pub mod oft;
 pub mod peft;
 pub mod plan;
@@ -85,7 +87,8 @@ pub struct Options {
     pub overrides: Vec<Override>,
     /// Folder of a LoRA adapter to merge first.
     pub adapter: Option<PathBuf>,
-    /// Folder of the model that an OpenVLA-OFT run was trained from, if the run was not merged.
+    /// Folder of the model that an OpenVLA-OFT run was trained from, to merge the run's adapter into; or to check that
+    /// it was merged once, if the run has weights.
     pub base: Option<PathBuf>,
     /// What no file of an OpenVLA-OFT run says.
     pub run: RunOptions,
@@ -154,7 +157,13 @@ impl Conversion {
     /// # Errors
     /// Names what is missing, damaged, or belongs to another model.
     pub fn new(checkpoint: &Path, options: &Options) -> Result<Self> {
-        let base = options.base.as_deref();
+        let mut base = options.base.as_deref();
+        if let Some(folder) = base
+            && checkpoint::has_weights(checkpoint)?
+        {
+            merged::check(checkpoint, folder)?;
+            base = None;
+        }
         let Checkpoint { mut info, tensors, mut warnings } = Checkpoint::open(checkpoint, base)?;
         let shapes: Shapes = (tensors.entries().iter())
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))

@@ -163,6 +163,14 @@ impl Adapter {
         self.scale
     }
 
+    /// Whether it makes a difference to a tensor of the checkpoint.
+    pub fn changes(&self, weight: &str) -> bool {
+        let module = weight.strip_suffix(".weight");
+        module.is_some_and(|module| {
+            self.tensors.entries().contains_key(&format!("{PEFT_PREFIX}{module}{A}"))
+        })
+    }
+
     /// The difference that the adapter makes to a tensor of the checkpoint, if any.
     ///
     /// # Errors
@@ -170,7 +178,7 @@ impl Adapter {
     pub fn delta(&self, weight: &str) -> Result<Option<Delta>> {
         let Some(module) = weight.strip_suffix(".weight") else { return Ok(None) };
         let name = |half: &str| format!("{PEFT_PREFIX}{module}{half}");
-        if !self.tensors.entries().contains_key(&name(A)) {
+        if !self.changes(weight) {
             return Ok(None);
         }
         let half = |half: &str| {

@@ -102,7 +102,8 @@ pub fn run(args: &Convert, options: &Options) -> Result<()> {
 #[derive(clap::Args)]
 #[command(next_help_heading = "OpenVLA-OFT")]
 pub struct OftArgs {
-    /// The model that a run was trained from, if its adapter was not merged: a folder or a repository
+    /// The model that a run was trained from, a folder or a repository: to merge its adapter, or if it has weights to
+    /// check that they contain the adapter once
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "lora")]
     base: Option<PathBuf>,
     /// Defaults of the options below: libero, aloha or bridge [default: what the sizes tell]

@@ -6,7 +6,7 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::Options;
 use openvla::cli::{Threads, output_file, say};
-use openvla_convert::imatrix::collect::Collector;
+use openvla_convert::imatrix::collect::{Collector, Sources};
 
 /// Collects an importance matrix for --imatrix, which makes files of 4 and 5 bits more accurate
 ///
@@ -20,6 +20,13 @@ pub struct Imatrix {
     /// Folder of PNG, JPEG, WebP or BMP images, in the order of their names, f2 before f10
     #[arg(long, value_name = "FOLDER")]
     images: PathBuf,
+    /// OpenVLA-OFT: folder of a wrist camera's images, as many; one for each, in the order that the model was trained with
+    /// (left, right)
+    #[arg(long, value_name = "FOLDER")]
+    wrist: Vec<PathBuf>,
+    /// OpenVLA-OFT: text file with the arm's state at each image, a JSON list on each line
+    #[arg(long, value_name = "FILE")]
+    states: Option<PathBuf>,
     /// Text file with an instruction on each line; the first is for the first image, and so on; the
     /// shorter of the two lists is repeated
     #[arg(long, value_name = "FILE")]
@@ -34,8 +41,14 @@ pub struct Imatrix {
 pub fn run(args: &Imatrix) -> Result<()> {
     let mut options = Options::default();
     options.n_threads = args.threads.count();
-    let collector = Collector::new(&args.model, &args.images, &args.instructions, options)?;
-    let n = collector.pairs.len();
+    let sources = Sources {
+        images: args.images.clone(),
+        wrists: args.wrist.clone(),
+        states: args.states.clone(),
+        instructions: args.instructions.clone(),
+    };
+    let collector = Collector::new(&args.model, &sources, options)?;
+    let n = collector.n_prompt();
     // indicatif draws nothing when stderr is not a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos} of {len} prompts, {eta} left")?;
     let progress = ProgressBar::new(n as u64).with_style(style);

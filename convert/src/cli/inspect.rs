@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use indicatif::{BinaryBytes, HumanCount};
-use openvla::{ActionCard, Gripper};
+use openvla::{ActionCard, Gripper, Profile};
 use openvla_convert::inspect::{Inspection, inspect};
 
 /// With at most this many data sets, all are shown in full.
@@ -119,7 +119,14 @@ fn image(report: &Inspection, out: &mut String) -> Result<()> {
     let image = &report.image;
     let (size, patch) = (image.size, image.patch_size);
     let fill = image.letterbox_fill.map(|fill| format!(" with {fill:?}")).unwrap_or_default();
+    if let Some(oft) = &report.oft {
+        writeln!(out, "\n{}", printable(&oft.summary))?;
+    }
     writeln!(out, "\nimage: {size} x {size} by {}{fill}, patches of {patch}", image.resize)?;
+    if image.profile != Profile::Raw.name() || image.center_crop {
+        let crop = if image.center_crop { "their center cropped" } else { "not cropped" };
+        writeln!(out, "  first prepared as `{}`, {crop}", image.profile)?;
+    }
     for tower in &image.towers {
         let name = printable(&tower.name);
         writeln!(out, "  {name:<14} mean {:?}, std {:?}", tower.mean, tower.std)?;

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
 use openvla::cli::{PICTURES, is_picture};
 use openvla::image::RgbImage;
-use openvla::{OpenVla, Options};
+use openvla::oft::{Observation, normalized_state};
+use openvla::{Config, Options, Policy};
 use openvla_kernels::{DType, Header, MAX_TENSOR_NAME, Mapped, Squares, shape};
 use regex::Regex;
 
@@ -23,36 +24,57 @@ use crate::interrupt;
 /// openvla-7b's matrices.
 const MAX_BYTES: u64 = 1 << 24;
 
+/// Where prompts come from.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// The folder of the third-person camera's images.
+    pub images: PathBuf,
+    /// OpenVLA-OFT: the folders of the wrist cameras' images, in the order that the model was trained with.
+    pub wrists: Vec<PathBuf>,
+    /// OpenVLA-OFT: a file with the arm's state on each line, a JSON list.
+    pub states: Option<PathBuf>,
+    /// A file with an instruction on each line.
+    pub instructions: PathBuf,
+}
+
+/// What a robot saw at one moment.
+#[derive(Debug, Clone)]
+struct Frame {
+    /// Of each camera.
+    images: Vec<PathBuf>,
+    state: Option<Vec<f64>>,
+}
+
 /// A model, and the prompts to run it on. All of them were checked, so that none fails late.
 pub struct Collector {
-    policy: OpenVla,
-    /// Images paired with instructions, in order; the shorter of the two lists is repeated.
-    pub pairs: Vec<(PathBuf, String)>,
-    /// The names of the images' folder and the instructions' file, for the metadata.
+    policy: Policy,
+    /// Frames paired with instructions, in order; the shorter of the two lists is repeated.
+    pairs: Vec<(Frame, String)>,
+    /// The names of the images' folders and of the files, for the metadata.
     datasets: Vec<String>,
     /// Tokens of the longest prompt, image patches included.
     n_row: usize,
 }
 
 impl Collector {
-    /// Opens a model, a folder of images and a text file of instructions, one per line.
+    /// Opens a model and the sources of its prompts.
     ///
     /// # Errors
-    /// Names the file that is missing, damaged or empty, and an instruction that is too long.
-    pub fn new(
-        model: &Path,
-        images: &Path,
-        instructions: &Path,
-        mut options: Options,
-    ) -> Result<Self> {
-        let datasets = [images, instructions].map(name).to_vec();
-        let images = list(images)?;
-        for path in &images {
+    /// Names the file that is missing, damaged or empty, cameras or a state that the model has not, and an instruction
+    /// that is too long.
+    pub fn new(model: &Path, sources: &Sources, mut options: Options) -> Result<Self> {
+        let Sources { images, wrists, states, instructions } = sources;
+        let files = states.iter().chain([instructions]);
+        let datasets = [images].into_iter().chain(wrists).chain(files).map(|path| name(path));
+        let folders: Vec<Vec<PathBuf>> =
+            [images].into_iter().chain(wrists).map(|folder| list(folder)).collect::<Result<_>>()?;
+        for path in folders.iter().flatten() {
             decode(path)?;
         }
         options.observe = true;
-        let policy = OpenVla::open(model, &options)
+        let policy = Policy::open(model, &options)
             .with_context(|| format!("cannot open the model {}", model.display()))?;
+        let frames = frames(&policy, sources, &folders)?;
         let lines = read_lines(instructions)?;
         let mut n_row = 0;
         for line in &lines {
@@ -62,10 +84,15 @@ impl Collector {
                 format!("the instruction {:?} in {}", shown(), instructions.display())
             })?);
         }
-        let pairs = images.iter().cycle().zip(lines.iter().cycle());
-        let pairs = pairs.take(images.len().max(lines.len()));
-        let pairs = pairs.map(|(image, line)| (image.clone(), line.clone())).collect();
-        Ok(Self { policy, pairs, datasets, n_row })
+        let pairs = frames.iter().cycle().zip(lines.iter().cycle());
+        let pairs = pairs.take(frames.len().max(lines.len()));
+        let pairs = pairs.map(|(frame, line)| (frame.clone(), line.clone())).collect();
+        Ok(Self { policy, pairs, datasets: datasets.collect(), n_row })
+    }
+
+    /// How many prompts there are.
+    pub fn n_prompt(&self) -> usize {
+        self.pairs.len()
     }
 
     /// Runs the model on each pair and writes the file. Returns the number of matrices in it.
@@ -74,15 +101,16 @@ impl Collector {
     /// Names what cannot be computed or written. An existing file is then left unchanged.
     pub fn write(mut self, out: &Path, progress: &ProgressBar) -> Result<usize> {
         let mut file = AtomicFile::create(out, MAX_BYTES)?;
-        // Any key will do: the data sets share the network, and only the units of the actions differ.
-        let key = self.policy.config().statistics.first().0.to_owned();
-        for (path, instruction) in &self.pairs {
+        for (frame, instruction) in &self.pairs {
             interrupt::check()?;
-            let act = self.policy.act(&decode(path)?, instruction, Some(&key));
-            act.with_context(|| format!("{} and {instruction:?}", path.display()))?;
+            act(&mut self.policy, frame, instruction)
+                .with_context(|| format!("{} and {instruction:?}", frame.images[0].display()))?;
             progress.inc(1);
         }
-        let squares = self.policy.network().squares();
+        let squares = match &mut self.policy {
+            Policy::OpenVla(policy) => policy.network().squares(),
+            Policy::Oft(policy) => policy.network().squares(),
+        };
         file.append(&self.header(&squares)?.encode())?;
         for (name, Squares { sums, n_row }) in &squares {
             let sums: Vec<f32> = sums.iter().map(|sum| *sum as f32).collect();
@@ -173,14 +201,106 @@ fn read_lines(path: &Path) -> Result<Vec<String>> {
     Ok(lines)
 }
 
+/// The frames of all cameras and states. Those of one moment have the same place in each list.
+fn frames(policy: &Policy, sources: &Sources, folders: &[Vec<PathBuf>]) -> Result<Vec<Frame>> {
+    let Sources { images, wrists, states, .. } = sources;
+    let oft = policy.config().oft.as_ref();
+    let Some(oft) = oft else {
+        ensure!(
+            wrists.is_empty() && states.is_none(),
+            "--wrist and --states are for OpenVLA-OFT models; this is an OpenVLA, which sees one camera and reads no \
+             state"
+        );
+        return Ok(folders[0].iter().map(|path| Frame::alone(path.clone())).collect());
+    };
+    ensure!(
+        folders.len() == oft.cameras.len(),
+        "the model has {} cameras ({}); give a folder of images for each that is on a wrist with --wrist, {} now",
+        oft.cameras.len(),
+        oft.cameras.join(", "),
+        wrists.len()
+    );
+    let n = folders[0].len();
+    let other = folders.iter().zip([images].into_iter().chain(wrists)).find(|(f, _)| f.len() != n);
+    if let Some((found, folder)) = other {
+        bail!(
+            "{} holds {n} images and {} {}; a frame has one of each camera",
+            images.display(),
+            folder.display(),
+            found.len()
+        );
+    }
+    ensure!(
+        states.is_some() == (oft.n_state > 0),
+        "the model reads {}; {} --states",
+        if oft.n_state > 0 { "the arm's state" } else { "no state" },
+        if oft.n_state > 0 { "give one for each image with" } else { "leave out" }
+    );
+    let states = match states {
+        Some(path) => read_states(path, policy.config(), n)?.into_iter().map(Some).collect(),
+        None => vec![None; n],
+    };
+    let frame = |(i, state): (usize, Option<Vec<f64>>)| Frame {
+        images: folders.iter().map(|images: &Vec<PathBuf>| images[i].clone()).collect(),
+        state,
+    };
+    Ok(states.into_iter().enumerate().map(frame).collect())
+}
+
+impl Frame {
+    /// Of one camera, without a state.
+    fn alone(image: PathBuf) -> Self {
+        Self { images: vec![image], state: None }
+    }
+}
+
+/// A state on each of `n` lines.
+fn read_states(path: &Path, config: &Config, n: usize) -> Result<Vec<Vec<f64>>> {
+    let shown = path.display();
+    let lines = read_lines(path)?;
+    ensure!(lines.len() == n, "{shown} holds {} states for {n} images", lines.len());
+    let (_, dataset) = config.statistics.first();
+    let state = |line: &String| -> Result<Vec<f64>> {
+        let state: Vec<f64> = serde_json::from_str(line).context("a JSON list is needed")?;
+        normalized_state(Some(&state), dataset.state.as_ref())?;
+        Ok(state)
+    };
+    let lines = lines.iter().enumerate();
+    let states =
+        lines.map(|(i, line)| state(line).with_context(|| format!("line {} of {shown}", i + 1)));
+    states.collect()
+}
+
+/// Any data set will do: they share the network, and only the units of states and actions differ.
+fn act(policy: &mut Policy, frame: &Frame, instruction: &str) -> Result<()> {
+    let key = policy.config().statistics.first().0.to_owned();
+    let images: Vec<RgbImage> =
+        frame.images.iter().map(|path| decode(path)).collect::<Result<_>>()?;
+    match policy {
+        Policy::OpenVla(policy) => drop(policy.act(&images[0], instruction, Some(&key))?),
+        Policy::Oft(policy) => {
+            let images: Vec<&RgbImage> = images.iter().collect();
+            let observation = Observation { images: &images, state: frame.state.as_deref() };
+            drop(policy.act(&observation, instruction, Some(&key))?);
+        }
+    }
+    Ok(())
+}
+
 /// Tokens of a prompt, image patches included.
 ///
 /// # Errors
-/// If the prompt and the longest action exceed the context.
-fn rows(policy: &OpenVla, instruction: &str) -> openvla::Result<usize> {
+/// If the prompt and the longest action, or the chunk, exceed the context.
+fn rows(policy: &Policy, instruction: &str) -> openvla::Result<usize> {
     let config = policy.config();
-    let n_row = config.n_patch() + policy.prompt_ids(instruction)?.len();
-    config.llama.check_rows(n_row + config.statistics.longest())?;
+    let (n_row, n_more) = match policy {
+        Policy::OpenVla(policy) => {
+            let n_id = policy.prompt_ids(instruction)?.len();
+            (config.n_patch() + n_id, config.statistics.longest())
+        }
+        Policy::Oft(policy) => (policy.n_row(policy.prompt_ids(instruction)?.len()), 0),
+    };
+    config.llama.check_rows(n_row + n_more)?;
     Ok(n_row)
 }
 

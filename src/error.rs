@@ -36,6 +36,9 @@ pub enum Error {
         /// What it was opened as.
         wanted: &'static str,
     },
+    /// Drafts were asked for where nothing can be drafted.
+    #[error("an OpenVLA-OFT has nothing to draft: it computes a chunk of actions in one pass")]
+    NothingToDraft,
     /// Pictures or the arm's state are not what the model reads.
     #[error("the observation cannot be used: {why}")]
     Observation {
@@ -133,9 +136,11 @@ impl Error {
             }
             Self::InstructionTooLong { .. } => Some("say it in fewer words".into()),
             Self::OtherPolicy { .. } => Some(
-                "openvla-run, openvla-serve and `Policy::open` take either; a program that was written for one                  must be told of the other"
+                "openvla-run, openvla-serve and `Policy::open` take either; a program that was written for one \
+                 must be told of the other"
                     .into(),
             ),
+            Self::NothingToDraft => Some("leave out --draft; it is for OpenVLAs".into()),
             Self::NotFinite { .. }
             | Self::NotFiniteAction { .. }
             | Self::Kernels(openvla_kernels::Error::NotFinite { .. }) => {

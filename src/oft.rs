@@ -21,6 +21,7 @@ use crate::action::argmax;
 use crate::config::{Config, OftConfig, OftHead};
 use crate::options::{Decoding, ModelDevices, Options};
 use crate::policy::{Clock, milliseconds};
+use crate::speculative::Draft;
 use crate::statistics::Scale;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -87,7 +88,8 @@ impl OpenVlaOft {
     /// Opens a model file that `openvla-convert` wrote.
     ///
     /// # Errors
-    /// As [`crate::OpenVla::open`]; [`Error::OtherPolicy`] if it is an OpenVLA's.
+    /// As [`crate::OpenVla::open`]; [`Error::OtherPolicy`] if it is an OpenVLA's, [`Error::NothingToDraft`] if drafts
+    /// are asked for.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
         let file = Gguf::open(path.as_ref())?;
         Self::load(&file, options.config(&file)?, options)
@@ -96,6 +98,9 @@ impl OpenVlaOft {
     pub(crate) fn load(file: &Gguf, config: Config, options: &Options) -> Result<Self> {
         if config.oft.is_none() {
             return Err(Error::OtherPolicy { found: "an OpenVLA", wanted: "OpenVLA-OFT" });
+        }
+        if options.draft != Draft::Off {
+            return Err(Error::NothingToDraft);
         }
         let tokenizer = Tokenizer::new(&config.vocabulary)?;
         let devices = ModelDevices::new(file, &config, options)?;

@@ -46,6 +46,36 @@ fn the_instruction_may_come_after_options() {
 }
 
 #[test]
+fn what_an_openvla_oft_cannot_use_is_named() {
+    let [model, front, wrist, state] =
+        ["tabletop-oft.gguf", "tabletop.png", "tabletop-wrist.png", "tabletop-state.json"]
+            .map(|name| root().join("example").join(name).display().to_string());
+    let act = |args: &[&str]| {
+        openvla_run(&[&["-m", &model, &front][..], args, &["put it down"]].concat())
+    };
+    let output = act(&["--wrist", &wrist, "--state", &state, "--json"]);
+    let chunk: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(chunk["actions"].as_array().unwrap().len(), 8);
+    for (args, words) in [
+        (&[][..], "the arm's state of 8 numbers is missing"),
+        (&["--state", &state], "there are 1 pictures; the model has 2 cameras: full_image, wrist"),
+        (&["--wrist", &wrist, "--wrist", &wrist, "--state", &state], "there are 3 pictures"),
+        (&["--wrist", &wrist, "--state", "[0, 1]"], "the arm's state has 2 numbers, not 8"),
+        (&["--wrist", &wrist, "--state", "[0, 0, 0, 1e999, 0, 0, 0, 0]"], "number out of range"),
+        (&["--wrist", &wrist, "--state", "[0, 0, 0, NaN, 0, 0, 0, 0]"], "--state, such as [0.1"),
+        (&["--wrist", &wrist, "--state", "none.json"], "cannot read the state none.json"),
+        (&["--wrist", "none.png", "--state", &state], "cannot read the image none.png"),
+        (&[&front, "--wrist", &wrist, "--state", &state], "one picture of its third-person camera"),
+        (&["--wrist", &wrist, "--state", &state, "--draft", "auto"], "nothing to draft"),
+        (&["--wrist", &wrist, "--state", &state, "--unnorm-key", "x"], "this model has: tabletop"),
+    ] {
+        let output = act(args);
+        assert_fails(&output, &[words]);
+        assert_eq!(stdout(&output), "", "{args:?}");
+    }
+}
+
+#[test]
 fn programs_read_one_object() {
     let output = openvla_run(&[&table(), "put eggplant into pot", "--json"]);
     let said = stdout(&output);

@@ -19,6 +19,10 @@
 //!   llama.cpp's choice.
 //! - The action head is 2 MB and decides between neighboring bins: it keeps the checkpoint's precision.
 //!   The other rows of the head only tell whether a token that is not an action would have been chosen.
+//! - OpenVLA-OFT's head has 8 bits, its state projector BF16. Alone in an F32 file, on the two reference cases of the
+//!   trained example, they move the normalized actions by 0.7 % and 0.01 % of their size; the rest at Q4_K_M moves
+//!   them by 2.5 %, with F32 in their place too. A head at IQ4_NL moves them by 4 %, for 75 MB less of 5.2 GB.
+//!   Rows of 8 numbers, a state, are in no block.
 //! - A row that is not a whole number of blocks falls back: from blocks of 256 to blocks of 32 with the
 //!   same bits or more (Q4_K and IQ4_XS to IQ4_NL, Q5_K and Q6_K to Q8_0), and from those to F16.
 //!

@@ -25,6 +25,7 @@
 //! | `queue`, `order`, `recent` | the queue's rules: deadlines, which observation is older, memory of clients; no clock of their own |
 //! | `turns` | fair queueing of the decoding of bodies and images |
 //! | `worker` | the thread that owns the model |
+//! | `description` | what is served, for clients that ask |
 //! | `policy` | the interface of a model to the worker |
 //! | `safety` | checks of every motion: finite, within bounds, near the last one |
 //! | `error` | errors and their codes |
@@ -42,6 +43,7 @@ pub mod act;
 pub mod app;
 pub mod auth;
 pub mod compat;
+pub mod description;
 pub mod engine;
 pub mod error;
 pub mod field;

@@ -20,6 +20,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{interval_at, timeout};
 
 use crate::app::{App, Connection};
+use crate::description::Description;
 use crate::error::{Code, Error};
 use crate::field::Field;
 use crate::message::{self, Schema};
@@ -36,18 +37,6 @@ const PING: Duration = Duration::from_secs(20);
 
 /// Bytes that each connection keeps to read into: an eighth of what the library would take.
 const READ_BUFFER: usize = 1 << 14;
-
-/// What the server says first.
-#[derive(Serialize)]
-struct Metadata<'a> {
-    model: &'a str,
-    image_size: u32,
-    action_horizon: usize,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cameras: Option<&'a [String]>,
-    unnorm_key: Option<&'a str>,
-    unnorm_keys: Vec<&'a str>,
-}
 
 /// What a client of an OpenVLA-OFT model sends.
 static OFT: Schema = Schema {
@@ -163,17 +152,8 @@ impl Websocket {
 
     async fn greet(&mut self) -> Result<(), Disconnected> {
         let model = self.app.engine.model().ok_or(Disconnected)?;
-        let keys: Vec<&str> = model.statistics.datasets().keys().map(String::as_str).collect();
-        let only = (keys.len() == 1).then(|| keys[0]);
-        let metadata = Metadata {
-            model: &model.name,
-            image_size: model.image_size,
-            action_horizon: model.oft.as_ref().map_or(1, |oft| oft.chunk),
-            cameras: model.oft.as_ref().map(|oft| oft.cameras.as_slice()),
-            unnorm_key: self.app.settings.unnorm_key.as_deref().or(only),
-            unnorm_keys: keys,
-        };
-        let frame = rmp_serde::to_vec_named(&metadata).map_err(|_| Disconnected)?;
+        let description = Description::new(&self.app, &model);
+        let frame = rmp_serde::to_vec_named(&description).map_err(|_| Disconnected)?;
         self.send(Message::Binary(frame.into())).await
     }
 

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Json, Router};
 
 use crate::app::{App, Arrived};
+use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
 use crate::{act, openpi, plain};
 
@@ -25,6 +26,7 @@ pub fn routes(app: Arc<App>) -> Router {
         .route("/act/", post(act::act)) // FastAPI, which serves the reference, redirects it
         .route("/v1/act", post(plain::act))
         .route("/v1/act/", post(plain::act))
+        .route("/v1/model", get(model))
         .route("/healthz", get(async || (TEXT, "OK\n")))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -45,6 +47,13 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
         return Error::new(Code::NotReady, "the server is going away").into_response();
     }
     app.engine.check_ready(app.settings.stall()).map(|()| (TEXT, "ready\n")).into_response()
+}
+
+async fn model(State(app): State<Arc<App>>) -> Response {
+    let Some(model) = app.engine.model() else {
+        return Error::new(Code::NotReady, "the model is not open yet").into_response();
+    };
+    Json(Description::new(&app, &model)).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {

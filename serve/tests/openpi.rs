@@ -307,6 +307,9 @@ fn a_model_of_chunks_reads_wrists_and_state() {
     let (mut socket, metadata) = connect(&server);
     assert_eq!(metadata["action_horizon"], 4);
     assert_eq!(metadata["cameras"][1], "left_wrist_image");
+    let described = server.get("/v1/model", &[]);
+    assert_eq!(described.json(), metadata, "others ask for it");
+    assert_eq!(metadata["state_length"], 3);
     let whole = Whole {
         image: Picture(vec![2, 3, 3]),
         wrist: Picture(vec![2, 5, 3]),

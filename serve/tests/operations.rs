@@ -18,7 +18,7 @@ fn with_a_token_only_those_who_show_it_may_ask() {
     for path in ["/healthz", "/readyz"] {
         assert_eq!(server.get(path, &[]).status, 200, "probes show nothing");
     }
-    for path in ["/", "/metrics", "/openapi.json", "/nothing"] {
+    for path in ["/", "/v1/model", "/metrics", "/openapi.json", "/nothing"] {
         let got = server.get(path, &[]);
         got.assert_error(401, "unauthorized");
         assert_eq!(got.headers["www-authenticate"], "Bearer");
@@ -110,6 +110,7 @@ fn it_is_ready_when_the_model_has_acted_and_not_before() {
     });
     assert_eq!(server.get("/healthz", &[]).text(), "OK\n");
     server.get("/readyz", &[]).assert_error(503, "not_ready");
+    server.get("/v1/model", &[]).assert_error(503, "not_ready");
     let refused = server.step("x", &[]);
     refused.assert_error(503, "not_ready");
     assert_eq!(refused.headers["retry-after"], "1");
@@ -206,7 +207,7 @@ fn the_description_names_every_route_and_every_error() {
     let server = Server::start(&[]);
     assert_eq!(server.get("/openapi.json", &[]).json(), api);
     let paths: Vec<&String> = api["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths, ["/", "/act", "/healthz", "/metrics", "/openapi.json", "/readyz", "/v1/act"]);
+    assert_eq!(paths, ["/", "/act", "/healthz", "/metrics", "/openapi.json", "/readyz", "/v1/act", "/v1/model"]);
     let codes = api["components"]["schemas"]["Error"]["properties"]["code"]["enum"].as_array();
     let mut described: Vec<&str> =
         codes.unwrap().iter().map(|code| code.as_str().unwrap()).collect();

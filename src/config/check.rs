@@ -64,7 +64,7 @@ impl Config {
             let n_state = dataset.state.as_ref().map_or(0, Scale::n);
             demand((dataset.action.n(), n_state) == (oft.n_action, oft.n_state), || {
                 format!(
-                    "its statistics of `{name}` are of {} numbers an action and {n_state} of state; the model's                      have {} and {}",
+                    "its statistics of `{name}` are of {} numbers an action and {n_state} of state; the model's have {} and {}",
                     dataset.action.n(),
                     oft.n_action,
                     oft.n_state

@@ -45,7 +45,7 @@ struct Who {
     model: Option<PathBuf>,
     /// The model of this openvla-serve instead, such as http://127.0.0.1:8000
     #[cfg(feature = "remote")]
-    #[arg(long, group = "policy", conflicts_with = "execute")]
+    #[arg(long, group = "policy")]
     url: Option<String>,
     /// File with the server's token
     #[cfg(feature = "remote")]
@@ -225,12 +225,12 @@ fn cores() -> usize {
 
 /// The server's policy, the model, or else the expert.
 fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
+    let execute = who.execute.map(usize::from);
     #[cfg(feature = "remote")]
     if let Some(url) = &who.url {
         let (token_file, unnorm_key) = (who.token_file.clone(), who.unnorm_key.clone());
-        return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key)?));
+        return Ok(Box::new(Remote::new(url.clone(), token_file, unnorm_key, execute)?));
     }
-    let execute = who.execute.map(usize::from);
     let Some(path) = &who.model else {
         return Ok(Box::new(Expert { ahead: execute.unwrap_or(1) }));
     };
@@ -247,13 +247,7 @@ fn open(who: &Who, n_threads: usize) -> Result<Box<dyn Policy + Send>> {
             );
             Box::new(OpenVlaModel::new(vla, unnorm_key)?)
         }
-        openvla::Policy::Oft(vla) => {
-            ensure!(
-                who.draft == Draft::Off,
-                "--draft is for OpenVLAs; an OpenVLA-OFT writes no tokens"
-            );
-            Box::new(OftModel::new(vla, unnorm_key, execute)?)
-        }
+        openvla::Policy::Oft(vla) => Box::new(OftModel::new(vla, unnorm_key, execute)?),
     })
 }
 

@@ -88,24 +88,8 @@ impl OftModel {
         let (name, dataset) = vla.config().statistics.select(unnorm_key.as_deref())?;
         check_actions(name, dataset.action.n())?;
         let oft = vla.oft();
-        let n_state = ArmState::default().len();
-        ensure!(
-            [0, n_state].contains(&oft.n_state),
-            "the model reads a state of {} numbers; this gripper's has {n_state}",
-            oft.n_state
-        );
-        ensure!(
-            oft.cameras.len() <= 2,
-            "the model sees {} cameras ({}); here are a front and a wrist camera",
-            oft.cameras.len(),
-            oft.cameras.join(", ")
-        );
-        let executed = executed.unwrap_or(oft.chunk);
-        ensure!(
-            (1..=oft.chunk).contains(&executed),
-            "{executed} of the {} actions of a chunk cannot be executed; say --execute 1 to {0}",
-            oft.chunk
-        );
+        check_arm(oft.n_state, &oft.cameras)?;
+        let executed = executed_of(oft.chunk, executed)?;
         Ok(Self { vla, unnorm_key, executed })
     }
 }
@@ -126,6 +110,32 @@ impl Policy for OftModel {
     fn sees_wrist(&self) -> bool {
         self.vla.oft().cameras.len() > 1
     }
+}
+
+/// Checks that a model reads what there is to see and to know of this arm.
+pub(crate) fn check_arm(n_state: usize, cameras: &[String]) -> Result<()> {
+    let n = ArmState::default().len();
+    ensure!(
+        [0, n].contains(&n_state),
+        "the model reads a state of {n_state} numbers; this gripper's has {n}"
+    );
+    ensure!(
+        cameras.len() <= 2,
+        "the model sees {} cameras ({}); here are a front and a wrist camera",
+        cameras.len(),
+        cameras.join(", ")
+    );
+    Ok(())
+}
+
+/// Actions of a `chunk` that are made before the model sees again: all where `executed` is left out.
+pub(crate) fn executed_of(chunk: usize, executed: Option<usize>) -> Result<usize> {
+    let n = executed.unwrap_or(chunk);
+    ensure!(
+        (1..=chunk).contains(&n),
+        "{n} of the {chunk} actions of a chunk cannot be executed; say --execute 1 to {chunk}"
+    );
+    Ok(n)
 }
 
 fn check_actions(name: &str, n: usize) -> Result<()> {

@@ -7,8 +7,10 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use ureq::http::Uri;
+use ureq::http::{Response, Uri};
+use ureq::{Body, RequestBuilder};
 
 /// Which server, and as whom.
 #[derive(Debug, Clone, clap::Args)]
@@ -41,6 +43,20 @@ pub struct Client {
     fields: Map<String, Value>,
 }
 
+/// What a server serves.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Model {
+    /// Sides of the square that pictures become, in pixels.
+    pub image_size: u32,
+    /// Actions of an answer.
+    pub action_horizon: usize,
+    /// Whose pictures an OpenVLA-OFT is shown, in its order; `None` of an OpenVLA.
+    pub cameras: Option<Vec<String>>,
+    /// Numbers of the arm's state that an OpenVLA-OFT reads.
+    #[serde(default)]
+    pub state_length: usize,
+}
+
 /// Why there is no motion.
 #[derive(Debug, Clone)]
 pub struct Refusal {
@@ -50,7 +66,7 @@ pub struct Refusal {
     pub why: String,
 }
 
-/// The answer's JSON object, `action` among it, or why there is none.
+/// The answer's JSON object, `action` or `actions` among it, or why there is none.
 pub type Reply = std::result::Result<Value, Refusal>;
 
 impl Client {
@@ -64,7 +80,7 @@ impl Client {
             text.with_context(|| format!("cannot read {}", path.display()))
         });
         let authorization = token.transpose()?.map(|text| format!("Bearer {}", text.trim()));
-        let url = format!("{}/v1/act", server.url.trim_end_matches('/'));
+        let url = server.url.trim_end_matches('/').to_owned();
         let proxy = ureq::Proxy::try_from_env().filter(|_| !is_loopback(&url));
         let agent = ureq::Agent::config_builder()
             .proxy(proxy)
@@ -86,6 +102,18 @@ impl Client {
         self
     }
 
+    /// Asks what is served.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn model(&self) -> std::result::Result<Model, Refusal> {
+        let url = format!("{}/v1/model", self.url);
+        let answer = self.answer(&url, self.authorized(self.agent.get(&url)).call())?;
+        let lost =
+            |error: serde_json::Error| Refusal { code: "no_answer".into(), why: error.to_string() };
+        serde_json::from_value(answer).map_err(lost)
+    }
+
     /// Asks for the motion that belongs to a picture file's bytes. `seq` counts the pictures, `taken` is when
     /// the camera took it; the server refuses what is older than what came before.
     ///
@@ -97,19 +125,32 @@ impl Client {
         let mut body = self.fields.clone();
         let seen = json!({ "image": image, "instruction": instruction, "unnorm_key": unnorm_key });
         body.extend(seen.as_object().cloned().unwrap_or_default());
-        let mut request = self
-            .agent
-            .post(&self.url)
+        let url = format!("{}/v1/act", self.url);
+        let request = self
+            .authorized(self.agent.post(&url))
             .content_type("application/json")
             .header("X-Client-Id", &self.server.client_id)
             .header("X-Seq", seq.to_string())
             .header("X-Timestamp", since.as_secs_f64().to_string())
             .header("X-Deadline-Ms", self.server.deadline_ms.to_string());
-        if let Some(authorization) = &self.authorization {
-            request = request.header("Authorization", authorization);
+        self.answer(&url, request.send(Value::Object(body).to_string()))
+    }
+
+    fn authorized<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match &self.authorization {
+            Some(authorization) => request.header("Authorization", authorization),
+            None => request,
         }
-        let lost = |error| Refusal { code: "no_answer".into(), why: self.no_answer(&error) };
-        let mut response = request.send(Value::Object(body).to_string()).map_err(lost)?;
+    }
+
+    /// The object that a server answered, or why it did not.
+    fn answer(
+        &self,
+        url: &str,
+        response: std::result::Result<Response<Body>, ureq::Error>,
+    ) -> Reply {
+        let lost = |error| Refusal { code: "no_answer".into(), why: self.no_answer(url, &error) };
+        let mut response = response.map_err(lost)?;
         let bytes = response.body_mut().read_to_vec().map_err(lost)?;
         let answer: Value = serde_json::from_slice(&bytes).unwrap_or_default();
         if response.status().is_success() {
@@ -120,14 +161,14 @@ impl Client {
     }
 
     /// Who was asked, through whom, and what came of it. A proxy's password is not shown.
-    fn no_answer(&self, error: &ureq::Error) -> String {
-        let uri = self.url.parse().unwrap_or_default();
+    fn no_answer(&self, url: &str, error: &ureq::Error) -> String {
+        let uri = url.parse().unwrap_or_default();
         let proxy = self.agent.config().proxy().filter(|proxy| !proxy.is_no_proxy(&uri));
         let through = proxy.map(|proxy| {
             let (host, port) = (proxy.host(), proxy.port());
             format!(" through the proxy {host}:{port} (no_proxy=HOST goes around it)")
         });
-        format!("{}{}: {error}", self.url, through.unwrap_or_default())
+        format!("{url}{}: {error}", through.unwrap_or_default())
     }
 }
 

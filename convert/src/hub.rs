@@ -42,9 +42,15 @@ use environment::Environment;
 pub enum Content {
     /// A whole model.
     Checkpoint,
+    /// An OpenVLA-OFT run with its adapter, and with or without weights into which that was merged.
+    Run,
     /// A LoRA adapter.
     Adapter,
 }
+
+/// The settings and the weights of an OpenVLA-OFT run's adapter: see [`crate::checkpoint::ADAPTER_FOLDER`].
+const RUN_ADAPTER: [&str; 2] =
+    ["lora_adapter/adapter_config.json", "lora_adapter/adapter_model.safetensors"];
 
 /// The folder that `source` names, or else the cache's folder of the repository of that name, after
 /// downloading what it lacks.
@@ -112,6 +118,7 @@ impl Content {
                 &["tokenizer.json", "tokenizer.model"],
                 &[INDEX, WEIGHTS],
             ],
+            Self::Run => &[&[RUN_ADAPTER[0]], &[RUN_ADAPTER[1]]],
             Self::Adapter => &[&["adapter_config.json"], &[recognize::ADAPTER_WEIGHTS]],
         }
     }
@@ -124,6 +131,7 @@ impl Content {
                     ["config.json", PREPROCESSOR, PROCESSOR, "dataset_statistics.json", INDEX];
                 [&files[..], &tokenizer::FILES[..]].concat()
             }
+            Self::Run => [&Self::Checkpoint.small_files()[..], &RUN_ADAPTER[..1]].concat(),
             Self::Adapter => vec!["adapter_config.json", "dataset_statistics.json"],
         }
     }
@@ -135,28 +143,42 @@ impl Content {
                 recognize::check_checkpoint(repository, names)?;
                 recognize::check_weights(repository, names)
             }
+            Self::Run => recognize::check_run(repository, names),
             Self::Adapter => recognize::check_adapter(repository, names),
         }
     }
 
-    /// The files with weights, by what the small files in `dir` say; `single` if there is one for all.
-    fn weights(self, dir: &Path, single: bool) -> Result<Vec<String>> {
+    /// The files with weights, by what the small files in `dir` say, of a repository with these files.
+    fn weights(self, dir: &Path, repository: &str, names: &[String]) -> Result<Vec<String>> {
+        let has = |file: &str| names.iter().any(|name| name == file);
         if self == Self::Adapter {
             return Ok(vec![recognize::ADAPTER_WEIGHTS.to_owned()]);
         }
-        CheckpointInfo::open(dir)?.config.check()?;
-        if single {
-            return Ok(vec![WEIGHTS.to_owned()]);
+        let run = RunFiles::find(repository, names)?;
+        let mut weights: Vec<String> =
+            run.iter().flat_map(RunFiles::names).map(str::to_owned).collect();
+        if self == Self::Run {
+            weights.push(RUN_ADAPTER[1].to_owned());
+            if !has(WEIGHTS) && !has(INDEX) {
+                return Ok(weights);
+            }
         }
-        Ok(Index::read(dir)?.shards().into_iter().map(str::to_owned).collect())
+        CheckpointInfo::open(dir)?.config.check()?;
+        if has(WEIGHTS) {
+            weights.push(WEIGHTS.to_owned());
+        } else {
+            weights.extend(Index::read(dir)?.shards().into_iter().map(str::to_owned));
+        }
+        Ok(weights)
     }
 }
 
 /// A revision's folder in the cache.
 fn cached(cache: &Cache, id: &RepoId, content: Content) -> Result<PathBuf> {
     let repo = cache.repo(id.repo());
-    let by_branch =
-        repo.get(content.required()[0][0]).and_then(|file| Some(file.parent()?.to_owned()));
+    let known = content.required()[0][0];
+    let above = known.split('/').count();
+    let by_branch = repo.get(known).and_then(|file| Some(file.ancestors().nth(above)?.to_owned()));
     let by_commit = Some(repo.pointer_path(id.revision)).filter(|dir| dir.is_dir());
     by_branch.or(by_commit).with_context(|| {
         format!(
@@ -194,11 +216,7 @@ fn fetch(
     for file in content.small_files().into_iter().filter_map(find) {
         snapshot.download(file)?;
     }
-    let mut weights = content.weights(&snapshot.dir, find(WEIGHTS).is_some())?;
-    if content == Content::Checkpoint {
-        let run = RunFiles::find(id.repository, &names)?;
-        weights.extend(run.iter().flat_map(RunFiles::names).map(str::to_owned));
-    }
+    let weights = content.weights(&snapshot.dir, id.repository, &names)?;
     let find = |name: &String| {
         find(name).with_context(|| format!("the repository holds no {name}, but its index does"))
     };

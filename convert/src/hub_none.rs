@@ -9,6 +9,8 @@ use anyhow::{Result, ensure};
 pub enum Content {
     /// A whole model.
     Checkpoint,
+    /// An OpenVLA-OFT run with its adapter.
+    Run,
     /// A LoRA adapter.
     Adapter,
 }

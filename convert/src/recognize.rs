@@ -102,6 +102,18 @@ pub const PRISMATIC: &str = "it is a native Prismatic run, as OpenVLA's training
      Face's format; export it with openvla's vla-scripts/extern/convert_openvla_weights_to_hf.py \
      and convert what that writes";
 
+/// Refuses what is not an OpenVLA-OFT run, with or without weights.
+///
+/// # Errors
+/// Says what to do.
+pub fn check_run(run: &str, names: &[String]) -> Result<()> {
+    ensure!(
+        RunFiles::find(run, names)?.is_some(),
+        "{run} is not an OpenVLA-OFT run, which --base is for; leave that out, or give an adapter with --lora"
+    );
+    Ok(())
+}
+
 /// Refuses what is a whole checkpoint, and adapters with weights in another format.
 ///
 /// # Errors

@@ -58,6 +58,7 @@ pub struct Convert {
 pub fn run(args: &Convert, options: &Options) -> Result<()> {
     let unpacked;
     let checkpoint = match &args.checkpoint {
+        Some(checkpoint) if options.base.is_some() => folder(checkpoint, Content::Run)?,
         Some(checkpoint) => folder(checkpoint, Content::Checkpoint)?,
         None => {
             unpacked = tempfile::tempdir()?;

@@ -150,7 +150,7 @@ impl Snapshot {
         let blob = self.blobs.join(file.hash());
         let failed = || format!("cannot download {} to {}", file.rfilename, blob.display());
         fs::create_dir_all(&self.blobs).with_context(failed)?;
-        fs::create_dir_all(&self.dir).with_context(failed)?;
+        fs::create_dir_all(link.parent().unwrap_or(&self.dir)).with_context(failed)?;
         if !whole(&blob) {
             let part = blob.with_extension("part");
             self.receive(file, &part).with_context(failed)?;
@@ -159,7 +159,8 @@ impl Snapshot {
         if link.is_symlink() || link.exists() {
             fs::remove_file(&link).with_context(failed)?; // broken, or cut off
         }
-        let target = Path::new("../../blobs").join(file.hash());
+        let up = "../".repeat(2 + file.rfilename.matches('/').count());
+        let target = Path::new(&up).join("blobs").join(file.hash());
         std::os::unix::fs::symlink(target, &link).with_context(failed)
     }
 

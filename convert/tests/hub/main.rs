@@ -299,6 +299,61 @@ fn the_token_goes_to_the_hub_alone() {
     assert_eq!(hub.requests()[0].headers["authorization"], "Bearer hf_file");
 }
 
+/// The example's OpenVLA-OFT run as it is before its adapter, which changes nothing, is merged; and the folder of the
+/// model that it was trained from.
+fn unmerged_run(user: &User) -> (Files, PathBuf) {
+    let base = user.dir.path().join("huggingface/base");
+    std::fs::create_dir_all(&base).unwrap();
+    let mut run = Files::new();
+    for entry in std::fs::read_dir(example("openvla-tabletop-oft")).unwrap() {
+        let entry = entry.unwrap();
+        let (name, bytes) =
+            (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap());
+        if !name.ends_with(".pt") {
+            std::fs::write(base.join(&name), &bytes).unwrap();
+        }
+        if name != WEIGHTS && name != "config.json" {
+            run.insert(name, bytes);
+        }
+    }
+    let zeros = [0; 2 * 96 * 2];
+    let half = |shape: [usize; 2]| TensorView::new(Dtype::BF16, shape.to_vec(), &zeros).unwrap();
+    let module = "base_model.model.language_model.model.layers.0.self_attn.q_proj";
+    let halves = [("A", [2, 96]), ("B", [96, 2])]
+        .map(|(name, shape)| (format!("{module}.lora_{name}.weight"), half(shape)));
+    run.insert(RUN_ADAPTER[1].into(), safetensors::serialize(halves, None).unwrap());
+    let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}"#;
+    run.insert(RUN_ADAPTER[0].into(), config.into());
+    (run, base)
+}
+
+const RUN_ADAPTER: [&str; 2] =
+    ["lora_adapter/adapter_config.json", "lora_adapter/adapter_model.safetensors"];
+
+#[test]
+fn a_run_that_was_not_merged_is_fetched_with_its_adapter() {
+    let mut user = User { dir: tempfile::tempdir().unwrap(), endpoint: String::new() };
+    let (run, base) = unmerged_run(&user);
+    let hub = Hub::serve(run.clone(), well);
+    user.endpoint = hub.url.clone();
+    user.assert_fails(&user.run(&[ID]), &["its adapter was not merged", "--base"]);
+    hub.requests();
+    let base = base.to_str().unwrap();
+    let convert = |offline: &str| {
+        let args = [ID, "--base", base, "--q8", "--no-proof", "-o", "run.gguf"];
+        user.command(&args).env("HF_HUB_OFFLINE", offline).output().unwrap()
+    };
+    user.assert_is(&convert("0"), "run.gguf", "openvla-tabletop-oft");
+    let bodies = hub.bodies();
+    assert!(RUN_ADAPTER.iter().all(|file| bodies.contains(&(*file).to_owned())), "{bodies:?}");
+    user.assert_is(&convert("1"), "run.gguf", "openvla-tabletop-oft");
+    assert_eq!(hub.requests().len(), 0);
+
+    let hub = Hub::serve(files(), well);
+    let user = User::of(&hub);
+    user.assert_fails(&user.run(&[ID, "--base", base]), &["not an OpenVLA-OFT run", "--lora"]);
+}
+
 #[test]
 fn what_cannot_be_converted_is_refused_before_its_weights_are_fetched() {
     let without = |name: &str| {

@@ -32,7 +32,8 @@ pub use network::{Hidden, OftNetwork};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Observation<'a> {
     /// The third-person camera's picture, then those of the wrist cameras, in the order that the model was trained
-    /// with: [`OftConfig::cameras`]. Other pictures in these places give other motions without an error.
+    /// with; [`OftConfig::in_order`] puts named ones there. Other pictures in these places give other motions without an
+    /// error.
     pub images: &'a [&'a RgbImage],
     /// The arm's state in the data set's units, if the model reads it.
     pub state: Option<&'a [f64]>,

@@ -147,6 +147,27 @@ fn every_trap_is_farther_from_the_golden_than_its_tolerance() {
     assert_eq!(known.len(), TRAPS.len(), "all traps of the script are in the table");
 }
 
+#[test]
+fn cameras_are_known_by_name() {
+    let policy = open(Bounds::Quantiles, false);
+    let oft = policy.oft();
+    assert_eq!(oft.in_order(&[("wrist_image", 1), ("full_image", 0)]).unwrap(), [0, 1]);
+    for (named, words) in [
+        (&[("full_image", 0)][..], "nothing of the camera `wrist_image`"),
+        (
+            &[("full_image", 0), ("wrist", 1)],
+            "no camera `wrist`; the model has full_image, wrist_image",
+        ),
+        (
+            &[("full_image", 0), ("wrist_image", 1), ("full_image", 2)],
+            "`full_image` is named twice",
+        ),
+    ] {
+        let said = oft.in_order(named).unwrap_err().to_string();
+        assert!(said.contains(words), "{said}");
+    }
+}
+
 /// Makes mistakes through inputs and options: the actions are those that the independent implementation has with the
 /// same mistake, so that the golden test fails on each.
 #[test]

@@ -61,6 +61,34 @@ impl OftConfig {
         self.chunk * self.n_action
     }
 
+    /// What belongs to cameras, such as pictures, in the order that the model was trained with: [`OftConfig::cameras`].
+    ///
+    /// # Errors
+    /// [`Error::Observation`] names a camera that is missing, named twice, or not the model's.
+    pub fn in_order<T: Copy>(&self, named: &[(&str, T)]) -> Result<Vec<T>> {
+        let cameras = || self.cameras.join(", ");
+        if let Some((name, _)) =
+            named.iter().find(|(name, _)| !self.cameras.iter().any(|c| c == name))
+        {
+            let why = format!("there is no camera `{name}`; the model has {}", cameras());
+            return Err(Error::Observation { why });
+        }
+        let of = |camera: &String| {
+            let mut found = named.iter().filter(|(name, _)| name == camera);
+            match (found.next(), found.next()) {
+                (Some((_, one)), None) => Ok(*one),
+                (None, _) => {
+                    Err(format!("nothing of the camera `{camera}`; the model has {}", cameras()))
+                }
+                _ => Err(format!("the camera `{camera}` is named twice")),
+            }
+        };
+        self.cameras
+            .iter()
+            .map(|camera| of(camera).map_err(|why| Error::Observation { why }))
+            .collect()
+    }
+
     /// That of a file, unless it is of an OpenVLA.
     pub(crate) fn read(file: &Gguf) -> Result<Option<Self>> {
         let Some(chunk) = optional::<u32>(file, key::CHUNK)? else { return Ok(None) };

@@ -17,10 +17,20 @@ pub struct Interrupted;
 /// # Errors
 /// If the system refuses.
 pub fn listen() -> Result<()> {
-    ctrlc::set_handler(|| REQUESTED.store(true, Ordering::Relaxed)).context(
+    ctrlc::set_handler(request).context(
         "cannot start the thread that watches signals; raise `ulimit -u` or the container's limit on \
          processes",
     )
+}
+
+/// Asks whatever converts in this program to stop, as a signal would.
+pub fn request() {
+    REQUESTED.store(true, Ordering::Relaxed);
+}
+
+/// Forgets that it was asked to, once all of it has stopped.
+pub fn forget() {
+    REQUESTED.store(false, Ordering::Relaxed);
 }
 
 /// Checks whether the program was asked to stop.

@@ -193,8 +193,33 @@ unsafe extern "C" fn end(said: *const c_char) {
     unsafe { libc::_exit(1) }
 }
 
-/// Loads ggml's modules from beside the program, else from where they were built. ggml by itself
-/// would look in the current directory too, where anything may lie.
+/// The folder of the shared library that this code is part of, if its path is absolute: where it is part of a program,
+/// the path may be a bare name.
+#[cfg(feature = "dynamic")]
+fn folder_of_library() -> Option<std::path::PathBuf> {
+    use std::ffi::{CStr, OsStr};
+    use std::os::unix::ffi::OsStrExt;
+
+    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::zeroed();
+    let here = folder_of_library as fn() -> Option<std::path::PathBuf> as *const libc::c_void;
+    // SAFETY: any address may be asked about, and there is room for the answer. Its name is a C string that stays as
+    // long as the library, which runs this.
+    let name = unsafe {
+        if libc::dladdr(here, info.as_mut_ptr()) == 0 {
+            return None;
+        }
+        let name = info.assume_init().dli_fname;
+        if name.is_null() {
+            return None;
+        }
+        CStr::from_ptr(name)
+    };
+    let path = std::path::Path::new(OsStr::from_bytes(name.to_bytes()));
+    path.parent().filter(|_| path.is_absolute()).map(std::path::Path::to_owned)
+}
+
+/// Loads ggml's modules from beside the program or the shared library that this is part of, else from where they were
+/// built. ggml by itself would look in the current directory too, where anything may lie.
 #[cfg(feature = "dynamic")]
 fn load_modules() {
     use std::ffi::CString;
@@ -204,7 +229,8 @@ fn load_modules() {
     let beside = program.as_deref().and_then(std::path::Path::parent);
     let built = std::path::Path::new(env!("OPENVLA_GGML_MODULES"));
     let path = |path: &std::path::Path| CString::new(path.as_os_str().as_bytes()).ok();
-    for folder in beside.into_iter().chain([built]) {
+    let library = folder_of_library();
+    for folder in beside.into_iter().chain(library.as_deref()).chain([built]) {
         let module = |file| Some(folder.join(file)).filter(|module| module.exists());
         let gpus = [
             (c"CUDA", module("libggml-cuda.so").and_then(|module| path(&module))),

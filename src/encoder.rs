@@ -58,11 +58,11 @@ impl Encoder {
                 let seen = g.state(&planes).slice(2, n_plane * i, n_plane);
                 let patches = g.state(&features).slice(1, n_patch * i, n_patch);
                 let film = |tower, block| film(g, tower, block);
-                g.store_in(vision.build(g, seen, &film), patches);
+                g.compute_in(vision.build(g, seen, &film), patches);
             }
         })?;
         let projector = Graph::build(backend, projector.max_nodes(), |g| {
-            g.store(projector.build(g, g.state(&features)), &soft);
+            g.compute_in(projector.build(g, g.state(&features)), g.state(&soft));
         })?;
         Ok(Self { planes, features, soft, vision, projector })
     }

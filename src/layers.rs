@@ -91,6 +91,11 @@ impl<const N: usize> Products<N> {
         Self { stacks, rows: matrices.each_ref().map(|matrix| matrix.shape()[1]) }
     }
 
+    /// Whether they are more than one product.
+    pub fn is_several(&self) -> bool {
+        self.stacks.len() > 1
+    }
+
     /// `x [n_in, n] → [n_i, n]`, with gaps between rows.
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> [Tensor<'g>; N] {
         let mut rows = self.rows.iter();

@@ -125,7 +125,9 @@ impl Llama {
             Entry::Vacant(place) => {
                 let sizes = [all.len(), n_row, n_row, 1 + drafts.len()];
                 let pass = self.model.pass(&self.backend, &graphs.cache, sizes, Some(soft))?;
-                pass.set_positions(0);
+                let n_soft = soft.shape()[1];
+                // The order of `Model::embed`: soft tokens, BOS, the rest.
+                pass.set_positions((1..=n_soft).chain([0]).chain(n_soft + 1..n_row));
                 place.insert(pass)
             }
         };
@@ -150,7 +152,7 @@ impl Llama {
                 place.insert(self.model.pass(&self.backend, &graphs.cache, sizes, None)?)
             }
         };
-        pass.set_positions(graphs.n_past);
+        pass.set_positions(graphs.n_past..graphs.n_past + n);
         graphs.n_past += n;
         pass.run(&all)
     }
@@ -179,13 +181,12 @@ pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
 }
 
 impl Pass {
-    /// Its rows are at positions from `position` on.
-    fn set_positions(&self, position: usize) {
+    /// Its rows are at these positions.
+    fn set_positions(&self, at: impl Iterator<Item = usize> + Clone) {
         for Inputs { positions, mask } in self.inputs.values() {
-            let [n_kv, n_row, ..] = mask.shape();
-            let at = position..position + n_row;
+            let n_kv = mask.shape()[0];
             positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
-            mask.write(&at.flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
+            mask.write(&at.clone().flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
         }
     }
 
@@ -251,9 +252,10 @@ impl LmHead {
 
     /// Stores the logits of rows `x [dim, n]`: `[n_vocab, n]`.
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, logits: &State) {
-        g.store(g.weight(&self.weight).mul_mat(x), logits);
-        let actions = g.state(logits).slice(0, self.actions.start, self.actions.len());
-        g.store_in(g.weight(&self.action_weight).mul_mat(x), actions);
+        let logits = g.state(logits);
+        g.compute_in(g.weight(&self.weight).mul_mat(x), logits);
+        let actions = logits.slice(0, self.actions.start, self.actions.len());
+        g.compute_in(g.weight(&self.action_weight).mul_mat(x), actions);
     }
 }
 
@@ -279,10 +281,8 @@ impl Model {
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
         let n_ctx = (n_row + n_new).next_multiple_of(32);
         let dtype = self.cache_dtype();
-        let layer = |layer: &Layer| {
-            LayerCache::new(c, n_ctx, |shape| Ok(State::beside(layer.keys(), dtype, shape)?))
-        };
-        let cache = self.layers.iter().map(layer).collect::<Result<_>>()?;
+        let cache = self.layers.iter().map(|layer| layer.cache(c, n_ctx, dtype));
+        let cache = cache.collect::<Result<_>>()?;
         let (prefills, steps) = (BTreeMap::new(), BTreeMap::new());
         Ok(PromptGraphs { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps })
     }
@@ -323,13 +323,11 @@ impl Model {
         }
     }
 
-    /// `[emb(BOS)] + soft tokens + emb(the other ids)`, or the ids alone: `[dim, n_row]`
+    /// Soft tokens if there are any, then the ids' embeddings: `[dim, n_row]`. BOS is first by its position alone, so
+    /// that one launch looks up all ids and another puts them behind the soft tokens.
     fn embed<'g>(&self, g: &'g Builder, ids: Tensor<'g>, soft: Option<Tensor<'g>>) -> Tensor<'g> {
-        let (table, n_id) = (g.weight(&self.embedding), ids.shape()[0]);
-        let Some(soft) = soft else { return table.get_rows(ids) };
-        let bos = table.get_rows(ids.slice(0, 0, 1));
-        let rest = table.get_rows(ids.slice(0, 1, n_id - 1));
-        bos.concat(soft, 1).concat(rest, 1)
+        let rows = g.weight(&self.embedding).get_rows(ids);
+        soft.map_or(rows, |soft| soft.concat(rows, 1))
     }
 
     /// Runs rows `x` through all layers, and gives what the head multiplies of the last `n`: `[dim, n]`

@@ -39,8 +39,7 @@ impl Tensor<'_> {
 
     /// Bytes from the start of what is [viewed](Self::viewed).
     pub(crate) fn offset(self) -> usize {
-        // SAFETY: as in `shape`.
-        unsafe { self.raw.as_ref() }.view_offs
+        self.views().map(|view| view.view_offs).sum()
     }
 
     pub(crate) fn dtype(self) -> DType {
@@ -71,10 +70,20 @@ impl Tensor<'_> {
         self.strides()[0] == self.dtype().block_bytes()
     }
 
-    /// The tensor whose bytes these are: itself, unless it is a view.
+    /// The tensor whose bytes these are: itself, unless it is a view, or [computed in](Builder::compute_in) a state.
     pub(crate) fn viewed(self) -> NonNull<sys::ggml_tensor> {
-        // SAFETY: as in `shape`.
-        NonNull::new(unsafe { self.raw.as_ref() }.view_src).unwrap_or(self.raw)
+        self.views().last().and_then(|view| NonNull::new(view.view_src)).unwrap_or(self.raw)
+    }
+
+    /// Itself, if it is a view, and the views that it is a view of.
+    fn views<'t>(self) -> impl Iterator<Item = &'t sys::ggml_tensor> {
+        // SAFETY: as in `shape`; a view's source lives as long as the view.
+        let view = |raw: NonNull<sys::ggml_tensor>| unsafe { raw.as_ref() };
+        let is_view = move |tensor: &&'t sys::ggml_tensor| !tensor.view_src.is_null();
+        let first = Some(view(self.raw)).filter(is_view);
+        std::iter::successors(first, move |tensor| {
+            NonNull::new(tensor.view_src).map(view).filter(is_view)
+        })
     }
 
     /// Whether its bytes are a weight's or a state's, rather than an operation's result.
@@ -119,6 +128,9 @@ pub(crate) type Guards =
 type PackedNodes =
     BTreeMap<(NonNull<sys::ggml_tensor>, PackedActivations), NonNull<sys::ggml_tensor>>;
 
+/// Where results may begin on every device, in bytes: the most that a Vulkan device may ask for.
+const ALIGNMENT: usize = 256;
+
 /// A graph under construction. Its [`Tensor`]s borrow it.
 pub struct Builder {
     pub(crate) raw: NonNull<sys::ggml_cgraph>,
@@ -146,8 +158,8 @@ pub struct Builder {
 
 impl Builder {
     pub(crate) fn new(backend: &Arc<Backend>, max_nodes: usize) -> Self {
-        // ggml has as much room for leaves as for nodes; attention reads four.
-        let slots = 4 * max_nodes.max(1);
+        // ggml has as much room for leaves as for nodes; attention reads four, and may be computed in another.
+        let slots = 5 * max_nodes.max(1);
         // SAFETY: computes a size.
         let bytes = unsafe { sys::ggml_graph_overhead_custom(slots, false) };
         let context = Context::new(max_nodes, bytes);
@@ -227,6 +239,79 @@ impl Builder {
         let (context, raw, to) = (self.context_for_one(), x.raw.as_ptr(), to.raw.as_ptr());
         // SAFETY: both tensors are live, of one shape, and of types that ggml converts.
         self.run(self.node(unsafe { sys::ggml_cpy(context, raw, to) }));
+    }
+
+    /// As [`Builder::store_in`], but `x` is computed there and not copied, where that can be: a launch less. Read the slice from
+    /// then on, and not `x`, which is what the slice holds, whatever else is stored there.
+    ///
+    /// # Panics
+    /// As [`Builder::store_in`].
+    pub fn compute_in(&self, x: Tensor<'_>, to: Tensor<'_>) {
+        assert!(std::ptr::eq(self, x.builder), "operands of two graphs");
+        assert!(std::ptr::eq(self, to.builder), "operands of two graphs");
+        let whole = Tensor { raw: x.viewed(), ..x };
+        let x = if whole.shape() == x.shape() && x.is_contiguous() { whole } else { x };
+        if x.shape() != to.shape() || !self.can_compute_in(x, to) {
+            return self.store_in(x, to);
+        }
+        let (place, offset) = (to.viewed(), to.offset());
+        // No operation may read the state, and ggml's allocator makes room for leaves that it was told of.
+        self.run(Tensor { raw: place, ..to });
+        let mut raw = x.raw;
+        // SAFETY: the node is live, has no memory yet, and nothing reads its header meanwhile; the state's is live, and
+        // has as many bytes there, in the same order.
+        unsafe { (raw.as_mut().view_src, raw.as_mut().view_offs) = (place.as_ptr(), offset) }
+        // SAFETY: as before.
+        unsafe { raw.as_mut().data = to.raw.as_ref().data }
+        self.run(x);
+    }
+
+    /// Whether an operation that does not run yet may write its result into a slice of a state: of one layout and on
+    /// one device with it, and nothing that runs with the operation reads the state.
+    fn can_compute_in(&self, x: Tensor<'_>, to: Tensor<'_>) -> bool {
+        let plain = |x: Tensor<'_>| x.is_f32() && x.is_contiguous();
+        let is_state = to.is_leaf() && !to.is_weight() && to.offset().is_multiple_of(ALIGNMENT);
+        if x.is_leaf() || x.raw != x.viewed() || !is_state || !plain(x) || !plain(to) {
+            return false;
+        }
+        // SAFETY: the graph is live, and every index is below its count.
+        let running: BTreeSet<_> = unsafe {
+            let n = sys::ggml_graph_n_nodes(self.raw.as_ptr());
+            (0..n).map(|i| sys::ggml_graph_node(self.raw.as_ptr(), i)).collect()
+        };
+        // SAFETY: a state has a buffer, and its type a device.
+        let device = |buffer| unsafe {
+            sys::ggml_backend_buft_get_device(sys::ggml_backend_buffer_get_type(buffer))
+        };
+        // SAFETY: a state's header and buffer are live.
+        let (home, is_host) = unsafe {
+            let buffer = to.viewed().as_ref().buffer;
+            (device(buffer), sys::ggml_backend_buffer_is_host(buffer))
+        };
+        let (mut seen, mut left) = (BTreeSet::new(), vec![x.raw.as_ptr()]);
+        while let Some(raw) = left.pop() {
+            if running.contains(&raw) && raw != x.raw.as_ptr() || !seen.insert(raw) {
+                continue;
+            }
+            // SAFETY: a graph's nodes and their sources are live.
+            let node = unsafe { &*raw };
+            for source in node.src.iter().filter_map(|source| NonNull::new(*source)) {
+                let source = Tensor { builder: self, raw: source };
+                // SAFETY: as before.
+                let buffer = unsafe { source.viewed().as_ref() }.buffer;
+                let elsewhere =
+                    raw == x.raw.as_ptr() && !buffer.is_null() && device(buffer) != home;
+                if source.viewed() == to.viewed() || elsewhere {
+                    return false;
+                }
+                left.push(source.raw.as_ptr());
+            }
+        }
+        // SAFETY: as before.
+        let header = unsafe { x.raw.as_ref() };
+        let is_output = header.flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0;
+        let is_ours = header.op == sys::GGML_OP_CUSTOM;
+        !running.contains(&x.raw.as_ptr()) && !is_output && (!is_ours || is_host)
     }
 
     /// Makes `x` part of what runs, after everything that was made so before it.

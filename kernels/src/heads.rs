@@ -88,7 +88,7 @@ impl<'g> Tensor<'g> {
     /// they are: nothing is copied, and `self` holds the same from then on.
     ///
     /// # Panics
-    /// If `self` is a weight's or a state's, or sizes do not fit.
+    /// If `self` is a weight's, or sizes do not fit.
     pub fn rope_first(
         self,
         turned: usize,
@@ -96,7 +96,7 @@ impl<'g> Tensor<'g> {
         positions: Tensor<'g>,
         base: f32,
     ) -> Tensor<'g> {
-        assert!(!self.is_leaf(), "rope_first: weights and states are not turned");
+        assert!(!self.is_weight(), "rope_first: weights are only read");
         let heads = self.slice(0, 0, turned).heads(head_dim);
         let heads = heads.turned(positions, base, sys::ggml_rope_ext_inplace);
         let ([k, n, ..], [_, row, ..]) = (self.shape().map(|n| n as i64), self.strides());

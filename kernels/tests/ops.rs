@@ -73,6 +73,50 @@ fn sums_and_products_repeat_their_right_side() {
     assert_close("sum_with_bias", &got, &want, 1e-7);
 }
 
+/// Where a result is computed in a state, and where that would spoil it, so that it is copied.
+#[test]
+fn results_are_computed_in_states() {
+    let (w, x) = (numbers(6 * 6, 1), numbers(6 * 2, 2));
+    let (matrix, want) = (state(&[6, 6], &w), product(&w, &x, 6));
+    let sums: Vec<_> = want.iter().zip(&x).map(|(y, x)| y + f64::from(*x)).collect();
+    let computed = |to: &State, build: &dyn Fn(&Builder)| {
+        Graph::build(backend(), 16, build).unwrap().compute().unwrap();
+        to.read::<f32>()
+    };
+    let (input, out) = (state(&[6, 2], &x), zeros(DType::F32, &[6, 2]));
+    let got = computed(&out, &|g| {
+        g.compute_in(g.state(&matrix).mul_mat(g.state(&input)), g.state(&out));
+    });
+    assert_close("a whole state", &got, &want, 1e-6);
+    let got = computed(&input, &|g| {
+        g.compute_in(g.state(&matrix).mul_mat(g.state(&input)), g.state(&input));
+    });
+    assert_close("the state that a product reads", &got, &want, 1e-6);
+    input.write(&x);
+    let got = computed(&input, &|g| {
+        let y = g.state(&matrix).mul_mat(g.state(&input));
+        g.compute_in(y + g.state(&input), g.state(&input));
+    });
+    assert_close("the state that a sum and its product read", &got, &sums, 1e-6);
+    input.write(&x);
+    let wide = zeros(DType::F32, &[8, 2]);
+    let got = computed(&wide, &|g| {
+        let y = g.state(&matrix).mul_mat(g.state(&input));
+        g.compute_in(y, g.state(&wide).slice(0, 1, 6));
+    });
+    let inside: Vec<_> = [1, 9].iter().flat_map(|i| &got[*i..][..6]).copied().collect();
+    assert_close("a slice with gaps", &inside, &want, 1e-6);
+    let w = numbers(6 * 64, 3);
+    let (tall, out) = (state(&[6, 64], &w), zeros(DType::F32, &[64, 2]));
+    let got = computed(&out, &|g| {
+        for i in 0..2 {
+            let y = g.state(&tall).mul_mat(g.state(&input).slice(1, i, 1));
+            g.compute_in(y.slice(0, 0, 64), g.state(&out).slice(1, i, 1));
+        }
+    });
+    assert_close("slices", &got, &product(&w, &x, 6), 1e-6);
+}
+
 #[test]
 fn norms() {
     let x = numbers(70 * 3, 3);

@@ -195,6 +195,7 @@ fn attention_rope_and_patches() {
     };
     let (positions, places) = (zeros(DType::I32, &[4]), zeros(DType::I64, &[4]));
     let (planes, kernel) = (f32(&[6, 4, 3]), f32(&[2, 2, 3, 8]));
+    let matrix = weight(DType::F32, &[4, 4], &[0.0; 16]).0;
     all_panic(&[
         attend("attention: keys and values differ", &q, &kv, &other, None),
         attend("attention: queries [3, 3, 4, 1], keys [4, 5, 2, 1]", &odd, &kv, &kv, None),
@@ -216,8 +217,8 @@ fn attention_rope_and_patches() {
         two("rope: one position per row", &kv, &positions, |x, at| x.rope(at, 1e4)),
         two("rope: [3, 3, 4, 1]", &odd, &positions, |x, at| x.rope(at, 1e4)),
         two("rope: positions are not i32", &q, &places, |x, at| x.rope(at, 1e4)),
-        two("rope_first: weights and states are not turned", &odd, &positions, |x, at| {
-            x.rope_first(2, 2, at, 1e4)
+        case("rope_first: weights are only read", |g| {
+            g.weight(&matrix).rope_first(2, 2, g.state(&positions), 1e4);
         }),
         two("patches: [2, 2, 3, 8] does not divide [4, 3, 4, 1]", &q, &kernel, |x, k| x.patches(k)),
         two("does not divide [6, 4, 3, 1]", &planes, &q, |x, k| x.patches(k)),

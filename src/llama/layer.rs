@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use openvla_kernels::{Builder, Shape, State, Tensor, Weight, Weights, shape};
+use openvla_kernels::{Builder, DType, Shape, State, Tensor, Weight, Weights, shape};
 
 use crate::Result;
 use crate::config::LlamaConfig;
@@ -28,9 +28,11 @@ pub(crate) struct Layer {
     down: Weight,
 }
 
-/// Keys and values of one layer, side by side: `[2 · n_head_kv · head_dim, n_ctx]`.
 pub(crate) struct LayerCache {
+    /// Keys and values, side by side: `[2 · n_head_kv · head_dim, n_ctx]`.
     kv: State,
+    /// A single row's queries, keys and values, `[dim + 2 · n_head_kv · head_dim]`, where several products compute them.
+    single: Option<State>,
 }
 
 /// Rows to run: their embeddings, positions, and what they may look at.
@@ -44,6 +46,15 @@ impl Layer {
     /// What gives the keys: the cache is on its device.
     pub fn keys(&self) -> &Weight {
         &self.k
+    }
+
+    /// A cache on its device.
+    pub fn cache(&self, c: &LlamaConfig, n_ctx: usize, dtype: DType) -> Result<LayerCache> {
+        let zeros = |dtype, shape| Ok(State::beside(&self.k, dtype, shape)?);
+        let cache = LayerCache::new(c, n_ctx, |shape| zeros(dtype, shape))?;
+        let n = c.dim + 2 * c.n_head_kv * c.head_dim();
+        let single = self.qkv.is_several().then(|| zeros(DType::F32, shape(&[n])));
+        Ok(LayerCache { single: single.transpose()?, ..cache })
     }
 
     /// More than the graph nodes that [`Layer::build`] makes.
@@ -98,7 +109,7 @@ impl Layer {
         c: &LlamaConfig,
     ) -> Tensor<'g> {
         let (head_dim, start, n) = (c.head_dim(), taken.start, taken.len());
-        let (q, k, v) = self.rotated(g, x, positions, c);
+        let (q, k, v) = self.rotated(g, x, positions, None, c);
         let (k, v) = match v {
             Some(v) => (k, v),
             None => {
@@ -128,17 +139,24 @@ impl Layer {
 
     /// Queries by heads, `[head_dim, n_head, n_row]`; and rows of keys and values, `[kv, n_row]` each. Where all are
     /// slices of one product, the keys' rows are `[2 · kv, n_row]` and have the values behind: one launch rotates,
-    /// and one writes the cache.
+    /// and one writes the cache. So too where the products of a single row are computed into `single`.
     fn rotated<'g>(
         &self,
         g: &'g Builder,
         x: Tensor<'g>,
         positions: Tensor<'g>,
+        single: Option<&State>,
         c: &LlamaConfig,
     ) -> (Tensor<'g>, Tensor<'g>, Option<Tensor<'g>>) {
         let (dim, head_dim, kv) = (c.dim, c.head_dim(), c.n_head_kv * c.head_dim());
         let [q, k, v] = self.qkv.build(g, self.attn_norm.build(g, x));
-        let (all, two) = (Tensor::side_by_side(&[q, k, v]), Tensor::side_by_side(&[q, k]));
+        let (mut all, two) = (Tensor::side_by_side(&[q, k, v]), Tensor::side_by_side(&[q, k]));
+        if let (None, Some(two), Some(single), 1) = (all, two, single, x.shape()[1]) {
+            let row = g.state(single);
+            g.compute_in(two, row.slice(0, 0, dim + kv));
+            g.compute_in(v, row.slice(0, dim + kv, kv));
+            all = Some(row);
+        }
         let Some(x) = all.or(two) else {
             let [q, k] = [q, k].map(|x| x.heads(head_dim).rope(positions, c.rope_base));
             return (q, k.heads_as_rows(), Some(v));
@@ -158,7 +176,7 @@ impl Layer {
     ) -> Tensor<'g> {
         let ([dim, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
         let (head_dim, kv) = (c.head_dim(), c.n_head_kv * c.head_dim());
-        let (q, k, v) = self.rotated(g, rows.x, rows.positions, c);
+        let (q, k, v) = self.rotated(g, rows.x, rows.positions, cache.single.as_ref(), c);
         let cache = g.state(&cache.kv);
         let (keys, values) = (cache.slice(0, 0, kv), cache.slice(0, kv, kv));
         match v {
@@ -192,6 +210,6 @@ impl LayerCache {
         zeros: impl Fn(Shape) -> Result<State>,
     ) -> Result<Self> {
         let kv = c.n_head_kv * c.head_dim();
-        Ok(Self { kv: zeros(shape(&[2 * kv, n_ctx]))? })
+        Ok(Self { kv: zeros(shape(&[2 * kv, n_ctx]))?, single: None })
     }
 }

@@ -53,7 +53,7 @@ impl Head {
     /// Stores what it makes of hidden rows `x`.
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, out: &State) {
         match self {
-            Self::L1(mlp) => g.store(mlp.build(g, x), out),
+            Self::L1(mlp) => g.compute_in(mlp.build(g, x), g.state(out)),
             Self::Tokens(head) => head.build(g, x, out),
         }
     }

@@ -264,7 +264,7 @@ impl Model {
                 let positions = g.state(&positions[&layer.keys().device()]);
                 layer.build_bidirectional(g, x, positions, taken, c)
             });
-            g.store(self.norm.build(g, x), hidden);
+            g.compute_in(self.norm.build(g, x), g.state(hidden));
         })?;
         Ok(Pass { graph, ids })
     }

@@ -202,12 +202,18 @@ impl<'a> Program<'a> {
         if self.random.once_in(20) {
             return g.store(x.tensor, old);
         }
+        if self.random.once_in(10) {
+            return g.compute_in(x.tensor, g.state(old));
+        }
         let dtype = match self.random.below(6) {
             0 => self.random.of(&DType::ALL),
             1 => x.dtype,
             _ => DType::F32,
         };
         let new = State::zeros(&self.machine.backend, dtype, x.tensor.shape()).unwrap();
+        if self.random.once_in(2) {
+            return g.compute_in(x.tensor, g.state(&new));
+        }
         g.store(x.tensor, &new);
     }
 

@@ -1,9 +1,8 @@
-"""Builds the wheel: maturin's build backend, after ggml's shared libraries were put into the package.
+"""Builds the wheel: maturin's build backend, after ggml's shared libraries and the programs were put into the package.
 
-They come from the same build, whose messages say where. `OPENVLA_FEATURES` names features, such as `cuda`.
+They come from the same build, whose messages say where. `OPENVLA_FEATURES` names further features, such as `cuda`.
 """
 
-import glob
 import json
 import os
 import subprocess
@@ -19,39 +18,45 @@ from maturin import (  # noqa: F401
     prepare_metadata_for_build_wheel,
 )
 
-HERE = Path(__file__).resolve().parent
-PACKAGE = HERE / "package" / "openvla_gguf"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "python" / "package" / "openvla_gguf"
+PROGRAMS = ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client"]
 
 
-def _libraries():
-    """Builds the extension once, and returns what it loads: ggml's libraries, and its modules for kinds of devices."""
-    features = os.environ.get("OPENVLA_FEATURES", "")
-    command = ["cargo", "build", "--release", "--locked", "--message-format=json", "--features", features]
-    built = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True).stdout
-    messages = [json.loads(line) for line in built.splitlines() if line.startswith("{")]
-    scripts = [m for m in messages if m["reason"] == "build-script-executed" and "llama-cpp-sys-2" in m["package_id"]]
-    folder = Path(scripts[0]["out_dir"])
-    libraries = [*folder.glob("lib*/libggml*.so.[0-9]"), *folder.glob("backends/*.so")]
-    libraries = [path for path in libraries if path.name != "libggml-rpc.so"]  # tests of the engine alone need it
-    if not libraries:
-        raise SystemExit(f"ggml was not built as shared libraries: there are none in {folder}")
-    return libraries
+def _build(*args):
+    """Builds something, and returns what cargo says about it."""
+    command = ["cargo", "build", "--release", "--locked", "--message-format=json", *args]
+    said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
-def _with_libraries():
-    for old in glob.glob(str(PACKAGE / "libggml*.so*")):
-        os.remove(old)
-    for library in _libraries():
-        subprocess.run(["strip", "--strip-unneeded", library, "-o", PACKAGE / library.name], check=True)
+def _files():
+    """The programs, ggml's libraries, and its modules for kinds of devices."""
+    features = ",".join(filter(None, ["dynamic", os.environ.get("OPENVLA_FEATURES")]))
+    messages = _build("--features", features, *(word for name in PROGRAMS for word in ["--bin", name]))
+    programs = [Path(m["executable"]) for m in messages if m.get("executable")]
+    (script,) = {m["out_dir"] for m in messages if "llama-cpp-sys-2" in m.get("package_id", "") and "out_dir" in m}
+    libraries = [*Path(script).glob("lib*/libggml*.so.[0-9]"), *Path(script).glob("backends/*.so")]
+    if not libraries or len(programs) != len(PROGRAMS):
+        raise SystemExit(f"the build gave {len(programs)} programs, and {len(libraries)} libraries of ggml in {script}")
+    # The engine's tests alone need that one.
+    return [*programs, *(path for path in libraries if path.name != "libggml-rpc.so")]
+
+
+def _fill_package():
+    for old in [*PACKAGE.glob("libggml*"), *PACKAGE.glob("openvla-*")]:
+        old.unlink()
+    for file in _files():
+        subprocess.run(["strip", "--strip-unneeded", file, "-o", PACKAGE / file.name], check=True)
     if os.environ.get("OPENVLA_FEATURES"):
         os.environ["MATURIN_PEP517_ARGS"] = f"--features {os.environ['OPENVLA_FEATURES']}"
 
 
 def build_wheel(*args, **kwargs):
-    _with_libraries()
+    _fill_package()
     return _build_wheel(*args, **kwargs)
 
 
 def build_editable(*args, **kwargs):
-    _with_libraries()
+    _fill_package()
     return _build_editable(*args, **kwargs)

@@ -35,6 +35,12 @@ fn people_read_a_line_for_each_dimension() {
 }
 
 #[test]
+fn it_says_its_name_and_version() {
+    let said = stdout(&openvla_run(&["--version"]));
+    assert_eq!(said, concat!("openvla-run ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
 fn the_instruction_may_come_after_options() {
     let output = openvla_run(&[&table(), "--json", "put eggplant into pot"]);
     assert!(output.status.success(), "{}", stderr(&output));

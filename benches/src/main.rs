@@ -6,14 +6,15 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
-use openvla::Draft;
 use openvla::cli::{self, DeviceArgs, write};
+use openvla::{Config, Draft};
 use openvla_bench::compare::compare;
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
 use openvla_bench::workload::{INSTRUCTION, ModelFile};
 use openvla_bench::{plot, project, report, types};
+use openvla_kernels::Gguf;
 use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
 /// Measures an OpenVLA or OpenVLA-OFT model stage by stage, against what this machine reaches at best.
@@ -142,7 +143,8 @@ impl Measure {
     fn run(self) -> Result<String> {
         let model = ModelFile::find(self.model)?;
         let mut options = self.device.options();
-        options.draft = Draft::Auto; // where there is a session
+        let is_oft = Config::read(&Gguf::open(&model.path)?)?.oft.is_some();
+        options.draft = if is_oft { Draft::Off } else { Draft::Auto };
         let results = measure(&model.path, &options, &self.instruction, self.repetitions.into())?;
         Ok(match self.output {
             Format::Md => report::markdown(&results),

@@ -16,7 +16,7 @@ use openvla::{Action, OpenVla, Policy, Scale, Session, Usage};
 /// Computes the motion that an OpenVLA model makes of an image and an instruction, or the actions that an OpenVLA-OFT
 /// model makes of the pictures of its cameras and the arm's state. Several images are one robot's, step after step.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "openvla-run", version)]
 struct Args {
     /// Images: PNG, JPEG, WebP or BMP of any size; "-" reads one from stdin. Then what the robot is asked to do: "put
     /// eggplant into pot"

@@ -18,7 +18,7 @@ use openvla_tabletop::{
 
 /// A small table on which an OpenVLA acts.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "tabletop", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

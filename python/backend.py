@@ -47,7 +47,7 @@ def _fill_package():
     for old in [*PACKAGE.glob("libggml*"), *PACKAGE.glob("openvla-*")]:
         old.unlink()
     for file in _files():
-        subprocess.run(["strip", "--strip-unneeded", file, "-o", PACKAGE / file.name], check=True)
+        subprocess.run([os.environ.get("STRIP", "strip"), "--strip-unneeded", file, "-o", PACKAGE / file.name], check=True)
     if os.environ.get("OPENVLA_FEATURES"):
         os.environ["MATURIN_PEP517_ARGS"] = f"--features {os.environ['OPENVLA_FEATURES']}"
 

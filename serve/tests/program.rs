@@ -210,3 +210,33 @@ fn without_anybody_who_reads_its_log_it_serves_and_drains() {
     server.terminate();
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
 }
+
+/// As a copy over the file, a full disk or a network drive does it while robots move.
+#[test]
+fn a_served_model_does_not_hang_on_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for example in ["tabletop.gguf", "example.gguf"] {
+        let path = dir.path().join(example);
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example").join(example);
+        std::fs::copy(from, &path).unwrap();
+        let server = Server::start(&["-m", path.to_str().unwrap()]);
+        let act = || {
+            let request = ureq::post(format!("{}/v1/act", server.url));
+            let mut answer = request.content_type("application/json").send(body()).unwrap();
+            let answer: Value = serde_json::from_reader(answer.body_mut().as_reader()).unwrap();
+            answer["tokens"].clone()
+        };
+        let before = act();
+        assert!(before.is_array(), "{before}");
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        std::io::copy(&mut std::io::repeat(0).take(file.metadata().unwrap().len()), &mut &file)
+            .unwrap();
+        assert_eq!(act(), before, "{example}: overwritten with zeros");
+        file.set_len(100).unwrap();
+        assert_eq!(act(), before, "{example}: cut off");
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(act(), before, "{example}: gone");
+        server.terminate();
+        assert!(server.ended().0);
+    }
+}

@@ -53,7 +53,7 @@ pub struct DeviceArgs {
     #[command(flatten)]
     threads: Threads,
     /// Kernels that a CPU computes with: fastest (the first of the others that it has the instructions for),
-    /// avx512-vnni, avx-vnni, avx2, ggml
+    /// avx512-vnni, avx-vnni, avx2, neon-dotprod, ggml
     #[arg(long, value_name = "NAME", env = Kernels::VARIABLE, default_value = "fastest", hide_env = true)]
     kernels: Kernels,
 }

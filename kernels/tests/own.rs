@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{cases, data_bytes, numbers, read};
+use common::{cases, data_bytes, hash, numbers, read};
 use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Weights, shape};
 use proptest::prelude::*;
 
@@ -201,4 +201,26 @@ fn gelu_is_ggmls() {
         assert_eq!(bits(&got), bits(&gelu(&x, kernels)), "{kernels}");
     }
     assert!((1..40).all(|n| gelu(&x[..n], Kernels::Fastest) == got[..n]), "tails");
+}
+
+/// Our own compute these bits on every machine, whose sets of kernels cannot be compared with each other.
+#[test]
+fn our_own_have_the_same_bits_everywhere() {
+    const HASHES: [u64; 3] = [0x5200_8947_4a7a_344b, 0xcd8c_3fca_bf01_2d6b, 0x6e32_0f19_296c_2ead];
+    let [k, m, n] = [300, 53, 20];
+    let mut weight = vec![0; data_bytes(DType::F16, shape(&[k, m]))];
+    DType::F16.encode(&numbers(k * m, 1), k, None, &mut weight);
+    let mut header = Header::default();
+    header.tensor("w", DType::F16, shape(&[k, m]));
+    let file = [header.encode(), weight].concat();
+    let x: Vec<f32> = (-2000..2000).map(|i| i as f32 * 5e-3).collect();
+    for kernels in Kernels::available().into_iter().filter(|k| *k != Kernels::Ggml) {
+        let got = [
+            Tower::new([40, 3, 70], 1).compute(2, kernels),
+            product(&file, [k, m, n], &numbers(k * n, 2), 2, kernels),
+            gelu(&x, kernels),
+        ];
+        let got = got.map(|x| hash(&x));
+        assert_eq!(got, HASHES, "{kernels}: {got:#018x?}");
+    }
 }

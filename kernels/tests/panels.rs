@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{cases, data_bytes, numbers, read};
+use common::{cases, data_bytes, hash, numbers, read};
 use openvla_kernels::{
     Backend, DType, Error, Graph, Header, Kernels, Result, State, Weights, shape,
 };
@@ -204,6 +204,39 @@ fn extremes_are_the_twins() {
             x[k / 2..].iter_mut().step_by(3).for_each(|x| *x = -of);
         }
         case.check();
+    }
+}
+
+/// Our own compute these bits on every machine, whose sets of kernels cannot be compared with each other. Weights are
+/// any bytes, so that ggml's rounding has no part in it.
+#[test]
+fn products_of_our_own_have_the_same_bits_everywhere() {
+    const SCALES: [u16; 5] = [0x1c03, 0x9a55, 0x2001, 0x0000, 0x83ff];
+    const HASHES: [u64; 7] = [
+        0x7a05_0900_290a_ecba,
+        0xe380_b93b_14b4_21e7,
+        0x4262_41d1_9847_cb4c,
+        0x42f8_a285_87c0_a068,
+        0x87d7_4007_d36d_6f62,
+        0x2820_4e27_027e_564d,
+        0x4ef4_d994_d32d_12d5,
+    ];
+    let any_bytes = |dtype: DType| {
+        let sizes @ [k, m, n] = [768, 53, 8];
+        let mut case = Case::new(dtype, sizes, &vec![0.0; k * m], &numbers(k * n, 4));
+        for (byte, x) in case.weight.iter_mut().zip(numbers(2 * k * m, 3)) {
+            *byte = (128.0 * x) as i8 as u8;
+        }
+        for (b, block) in case.weight.chunks_exact_mut(dtype.block_bytes()).enumerate() {
+            for at in scales(dtype) {
+                block[*at..at + 2].copy_from_slice(&SCALES[(b + at) % 5].to_le_bytes());
+            }
+        }
+        case
+    };
+    for kernels in Kernels::available().into_iter().filter(|k| *k != Kernels::Ggml) {
+        let got = TYPES.map(|dtype| hash(&any_bytes(dtype).compute(2, kernels)));
+        assert_eq!(got, HASHES, "{kernels}: {got:#018x?}");
     }
 }
 

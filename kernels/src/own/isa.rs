@@ -4,6 +4,8 @@
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 use super::simd::Simd;
 
 /// An instruction set that this CPU has.
@@ -15,6 +17,8 @@ pub(crate) enum Isa {
     AvxVnni(Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod(Neon),
 }
 
 impl Isa {
@@ -26,13 +30,15 @@ impl Isa {
             Avx2::<true>::detect().map(Self::AvxVnni),
             Avx2::<false>::detect().map(Self::Avx2),
         ];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let all = [Neon::detect().map(Self::NeonDotprod)];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let all = [None];
         all.into_iter().flatten().collect()
     }
 
     /// Runs `task` with the type of the instruction set.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_variables))]
     pub fn dispatch<T: Task>(self, task: T) -> T::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -41,6 +47,8 @@ impl Isa {
             Self::AvxVnni(s) => task.run(s),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(s) => task.run(s),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod(s) => task.run(s),
         }
     }
 
@@ -53,6 +61,8 @@ impl Isa {
             Self::AvxVnni(_) => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod(_) => "neon-dotprod",
         }
     }
 }

@@ -3,7 +3,7 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `simd` | what kernels need of an instruction set: the trait that they are generic over |
-//! | `avx512` | one file for each instruction set, with its proof that the CPU has it |
+//! | `avx512`, `avx2`, `neon` | one file for each instruction set, with its proof that the CPU has it |
 //! | `isa` | which of them this CPU has |
 //! | `format`, `unpack` | quantized types: how their blocks are unpacked |
 //! | `activations` | activations in 8 bits |
@@ -24,6 +24,8 @@ mod format;
 mod gelu;
 pub(crate) mod isa;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(crate) mod pack;
 mod product;
 mod simd;

@@ -105,8 +105,10 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Adds, for each of `N` columns, `Σ w · x` to `dots`: words of `w` are four numbers of so many bits of a
     /// row, words of `x` the four signed bytes of the column that those are multiplied by.
     ///
+    /// `w` has a multiple of four words, as every block has.
+    ///
     /// # Panics
-    /// If there are other numbers of words of a column than of a row.
+    /// If a column has fewer words than a row.
     fn dot<const N: usize>(
         self,
         bits: u32,

@@ -47,6 +47,14 @@ pub fn numbers(n: usize, seed: u64) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
+/// FNV-1a of the numbers' bits.
+pub fn hash(x: &[f32]) -> u64 {
+    let bytes = x.iter().flat_map(|x| x.to_bits().to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 /// A zeroed state.
 pub fn zeros(dtype: DType, dims: &[usize]) -> State {
     State::zeros(backend(), dtype, shape(dims)).unwrap()

@@ -108,7 +108,7 @@ impl Case {
             for (i, (got, (want, size))) in got.iter().zip(&twin).enumerate() {
                 let error = (f64::from(*got) - want).abs();
                 // f16 scales that are subnormal, and sums that cancel, leave no more than this.
-                let limit = LIMIT * size + 1e-37;
+                let limit = limit(kernels) * size + 1e-37;
                 assert!(error <= limit, "{what} {i}: {got}, {want} wanted");
             }
             if kernels != Kernels::Ggml {
@@ -123,8 +123,12 @@ fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-/// How far a result may be off, relative to the sizes of all products that are summed.
-const LIMIT: f64 = 2e-6;
+/// How far a result may be off, relative to the sizes of all products that are summed. On aarch64 ggml rounds a few
+/// activations to other integers: it multiplies by `1 / (largest / 127)` in place of `127 / largest`, or its compiler
+/// fuses that multiplication with the addition that rounds.
+fn limit(kernels: Kernels) -> f64 {
+    if cfg!(target_arch = "aarch64") && kernels == Kernels::Ggml { 1e-3 } else { 2e-6 }
+}
 
 /// The nearest f16.
 fn half(x: f32) -> f32 {
@@ -240,9 +244,11 @@ fn products_of_our_own_have_the_same_bits_everywhere() {
     }
 }
 
-/// The same integers, the same scales: only f32 sums are in another order.
+/// The same integers, the same scales: only f32 sums are in another order. On aarch64 not quite, see
+/// [`limit`].
 #[test]
 fn products_are_ggmls() {
+    let most = if cfg!(target_arch = "aarch64") { 1e-4 } else { 1e-6 };
     for dtype in TYPES {
         for sizes @ [k, m, n] in [[512, 96, 1], [2304, 40, 7], [1024, 64, 33], [11008, 64, 281]] {
             let case = Case::new(dtype, sizes, &numbers(k * m, 1), &numbers(k * n, 2));
@@ -252,7 +258,7 @@ fn products_are_ggmls() {
                 let square = |x: f32| f64::from(x).powi(2);
                 let wrong: f64 = got.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
                 let error = (wrong / want.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
-                assert!(error <= 1e-6, "{dtype} {sizes:?} {kernels}: {error:.1e}");
+                assert!(error <= most, "{dtype} {sizes:?} {kernels}: {error:.1e}");
             }
         }
     }

@@ -25,7 +25,7 @@ use serde_json::Value;
 /// On a GPU ([`devices`]), F32 is held as F16 is: ggml's attention there has keys and values in F16.
 /// The other types keep their rows. No GPU has seen this table yet.
 pub const TOLERANCE: [(&str, [f64; 3]); 11] = [
-    ("F32", [5e-6, 5e-6, 1e-3]),
+    ("F32", [FEATURES_F32, 5e-6, 1e-3]),
     ("F16", [1e-3, 1e-3, 2e-2]),
     ("BF16", [1e-2, 1e-2, 5e-2]),
     ("Q8_0", [4e-2, 5e-2, 3e-1]),
@@ -37,6 +37,9 @@ pub const TOLERANCE: [(&str, [f64; 3]); 11] = [
     ("IQ4_NL", [4e-2, 5e-2, 1.0]),
     ("IQ4_XS", [4e-2, 5e-2, 1.0]),
 ];
+
+/// On aarch64 5.1e-6 was measured with our own kernels and 5.6e-6 with ggml's.
+const FEATURES_F32: f64 = if cfg!(target_arch = "aarch64") { 8e-6 } else { 5e-6 };
 
 /// What a golden holds; its place in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

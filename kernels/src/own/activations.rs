@@ -5,7 +5,8 @@ use super::simd::{Op, Simd};
 /// Numbers of a row that are unpacked and multiplied together: the longest block of any type.
 pub(crate) const DEPTH: usize = 256;
 
-/// How activations are quantized to 8 bits: as ggml does for a type of weights.
+/// How activations are quantized to 8 bits: as ggml does for a type of weights on x86-64. On aarch64 it rounds a few of
+/// them otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ActivationQuant {
     /// One scale in f32 for 256 numbers.

@@ -160,8 +160,7 @@ impl OftWorkload {
 
     /// Rows of the Llama's pass: the prompt's ids, the soft tokens, the state's, the actions' and the stop token.
     pub fn n_row(&self) -> usize {
-        let n_slot = self.policy.oft().n_slot();
-        self.ids.len() + self.n_patch() + usize::from(self.state.is_some()) + n_slot + 1
+        self.policy.n_row(self.ids.len())
     }
 }
 

@@ -4,6 +4,8 @@
 //!
 //! ref: openvla-oft `prismatic/vla/constants.py`
 
+use std::str::FromStr;
+
 use anyhow::{Context, Result, ensure};
 use openvla::{Bounds, OftConfig};
 
@@ -48,6 +50,15 @@ struct Constants {
     bounds: Bounds,
     /// Of its evaluation; nothing is published for Bridge, whose data have one camera.
     n_camera: usize,
+}
+
+impl FromStr for Platform {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|platform| platform.name() == name);
+        found.ok_or_else(|| "libero, aloha or bridge is needed".to_owned())
+    }
 }
 
 impl Platform {

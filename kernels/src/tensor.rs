@@ -43,7 +43,7 @@ impl<'g> Tensor<'g> {
         let mut rows = self.builder.node(unsafe { sys::ggml_view_1d(context, raw, k as i64, 0) });
         // The bias as `n` rows that are the same memory. ggml makes no view of more elements than what it views has,
         // but sums take any strides.
-        // SAFETY: the view is live and nobody else's, and rows that are no bytes apart are where the first is.
+        // SAFETY: the view is live and nobody else's, and with a stride of zero every row is the first.
         let header = unsafe { rows.raw.as_mut() };
         (header.ne[1], header.nb[1]) = (n as i64, 0);
         rows + self + other

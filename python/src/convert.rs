@@ -10,7 +10,7 @@ use openvla_convert::oft::RunOptions;
 use openvla_convert::{Conversion, Options, interrupt};
 use pyo3::prelude::*;
 
-use crate::errors::{failure, input};
+use crate::errors::{failure, input, thread_count};
 
 /// How often Python is asked whether it was interrupted.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -33,17 +33,12 @@ pub fn convert(
 ) -> PyResult<PathBuf> {
     let mut options = Options { importance: imatrix, proof, ..Options::default() };
     options.encoding = r#type.parse().map_err(|why| input(py, &format!("type: {why}"), None))?;
-    if let Some(n) = threads {
-        options.n_threads = n.clamp(1, 512);
+    if let Some(n) = thread_count(py, threads)? {
+        options.n_threads = n;
     }
     if let Some(name) = platform {
-        let known = openvla_convert::oft::Platform::ALL.into_iter();
-        let found = known.clone().find(|platform| platform.name() == name);
-        let wrong = || {
-            input(py, &format!("platform: {name} is not known"), Some("libero, aloha or bridge"))
-        };
-        options.run =
-            RunOptions { platform: Some(found.ok_or_else(wrong)?), ..RunOptions::default() };
+        let platform = name.parse().map_err(|why| input(py, &format!("platform: {why}"), None))?;
+        options.run = RunOptions { platform: Some(platform), ..RunOptions::default() };
     }
     let worker = std::thread::spawn(move || run(&checkpoint, output, lora, base, options));
     let mut interrupted = None;

@@ -38,10 +38,23 @@ fn build(py: Python<'_>, class: &str, message: &str, hint: Option<&str>) -> PyEr
     exception.map_or_else(|error| error, PyErr::from_value)
 }
 
-/// `FileNotFoundError` where there is no such file, so that it does not depend on who reads it.
+/// The number of threads, if one was passed.
+///
+/// # Errors
+/// `InputError` if it is out of bounds.
+pub fn thread_count(py: Python<'_>, n: Option<usize>) -> PyResult<Option<usize>> {
+    match n {
+        Some(n) if !(1..=512).contains(&n) => {
+            Err(input(py, &format!("threads: {n} is not from 1 to 512"), None))
+        }
+        n => Ok(n),
+    }
+}
+
+/// Raises `FileNotFoundError` for a path that does not exist, whichever reader it is passed to.
 pub fn check_file(path: &std::path::Path) -> PyResult<()> {
     if path.exists() {
         return Ok(());
     }
-    Err(PyFileNotFoundError::new_err(format!("there is no file {}", path.display())))
+    Err(PyFileNotFoundError::new_err(format!("{} does not exist", path.display())))
 }

@@ -74,10 +74,7 @@ impl OpenVLA {
         options.profile = profile
             .map(|name| name.parse().map_err(|why: String| wrong("profile", why)))
             .transpose()?;
-        if let Some(n) = threads {
-            if !(1..=512).contains(&n) {
-                return Err(wrong("threads", format!("{n} is not from 1 to 512")));
-            }
+        if let Some(n) = errors::thread_count(py, threads)? {
             options.n_threads = n;
         }
         let opened = py.detach(|| Policy::open(&path, &options));
@@ -101,7 +98,7 @@ impl OpenVLA {
         unnorm_key: Option<String>,
     ) -> PyResult<Py<PyAny>> {
         let step = self.step(image, instruction, &wrist.unwrap_or_default(), state, unnorm_key)?;
-        self.run(image.py(), &step, &mut Session::default())
+        self.run(image.py(), &step, &Mutex::default())
     }
 
     #[pyo3(signature = (image, instruction, unnorm_key=None, *, wrist=None, state=None))]
@@ -218,7 +215,7 @@ impl OpenVLA {
     }
 
     /// Runs a step while other threads of Python go on.
-    fn run(&self, py: Python<'_>, step: &Step, session: &mut Session) -> PyResult<Py<PyAny>> {
+    fn run(&self, py: Python<'_>, step: &Step, session: &Mutex<Session>) -> PyResult<Py<PyAny>> {
         if std::process::id() != self.process {
             let hint = "open the model in the process that acts, after the fork";
             return Err(failure(py, "the model was opened by another process", Some(hint)));
@@ -226,10 +223,11 @@ impl OpenVLA {
         let Step { images, state, instruction, unnorm_key } = step;
         let motion = py.detach(|| {
             // A step that panicked left nothing half done that the next one reads.
+            let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
             let mut policy = self.policy.lock().unwrap_or_else(PoisonError::into_inner);
             Some(match policy.as_mut()? {
                 Policy::OpenVla(policy) => policy
-                    .act_in(session, &images[0], instruction, unnorm_key.as_deref())
+                    .act_in(&mut session, &images[0], instruction, unnorm_key.as_deref())
                     .map(Motion::Action),
                 Policy::Oft(policy) => {
                     let images: Vec<&RgbImage> = images.iter().collect();
@@ -261,12 +259,7 @@ impl PySession {
         let policy = self.policy.get();
         let step =
             policy.step(image, instruction, &wrist.unwrap_or_default(), state, unnorm_key)?;
-        // Two threads of one robot take turns; whoever waits lets go of the interpreter.
-        let mut session =
-            py.detach(|| self.session.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let motion = policy.run(py, &step, &mut session)?;
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
-        Ok(motion)
+        policy.run(py, &step, &self.session)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

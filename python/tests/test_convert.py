@@ -34,6 +34,8 @@ def test_what_cannot_be_converted_is_an_error(tmp_path):
             openvla_gguf.convert(source, tmp_path / "model.gguf")
     with pytest.raises(openvla_gguf.InputError, match="type"):
         openvla_gguf.convert(EXAMPLE / "openvla-tabletop", type="Q3")
+    with pytest.raises(openvla_gguf.InputError, match="threads"):
+        openvla_gguf.convert(EXAMPLE / "openvla-tabletop", threads=0)
     with pytest.raises(openvla_gguf.InputError, match="platform"):
         openvla_gguf.convert(EXAMPLE / "openvla-tabletop-oft", platform="franka")
     assert os.listdir(tmp_path) == []

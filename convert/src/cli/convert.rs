@@ -108,7 +108,7 @@ pub struct OftArgs {
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "lora")]
     base: Option<PathBuf>,
     /// Defaults of the options below: libero, aloha or bridge [default: what the sizes tell]
-    #[arg(long, value_name = "NAME", value_parser = platform)]
+    #[arg(long, value_name = "NAME")]
     platform: Option<Platform>,
     /// Actions of one pass
     #[arg(long, value_name = "N")]
@@ -119,11 +119,6 @@ pub struct OftArgs {
     /// Which statistics -1 and 1 correspond to: q99 or min-max
     #[arg(long, value_name = "NAME", value_parser = bounds)]
     bounds: Option<Bounds>,
-}
-
-fn platform(name: &str) -> Result<Platform, String> {
-    let found = Platform::ALL.into_iter().find(|platform| platform.name() == name);
-    found.ok_or_else(|| "libero, aloha or bridge is needed".to_owned())
 }
 
 fn bounds(name: &str) -> Result<Bounds, String> {

@@ -13,7 +13,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Op, Simd};
+use super::simd::{Op, Simd, intrinsics};
 
 /// The proof that this CPU has AVX2, and AVX-VNNI if `VNNI` says so.
 #[derive(Clone, Copy)]
@@ -49,17 +49,6 @@ unsafe fn run<S, O: Op<S>>(isa: S, op: O) -> O::Output {
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 unsafe fn run_vnni<S, O: Op<S>>(isa: S, op: O) -> O::Output {
     op.run(isa)
-}
-
-/// Methods without access to memory.
-macro_rules! intrinsics {
-    ($($name:ident($($arg:ident: $type:ty),*) -> $result:ty { $($body:tt)* })*) => {$(
-        #[inline(always)]
-        fn $name(self, $($arg: $type),*) -> $result {
-            // SAFETY: `self` proves that the CPU has the instructions, and they touch no memory.
-            unsafe { $($body)* }
-        }
-    )*};
 }
 
 // SAFETY: the vectors are eight elements of four bytes, and only `detect` makes a value.
@@ -198,7 +187,7 @@ unsafe impl<const VNNI: bool> Simd for Avx2<VNNI> {
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
-        // SAFETY: does nothing where there is no memory.
+        // SAFETY: prefetching an address that is not mapped does nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Op, Simd};
+use super::simd::{Op, Simd, intrinsics};
 
 /// The proof that this CPU has the instructions.
 #[derive(Clone, Copy)]
@@ -28,17 +28,6 @@ impl Avx512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
 unsafe fn run<O: Op<Avx512>>(isa: Avx512, op: O) -> O::Output {
     op.run(isa)
-}
-
-/// Methods that are one intrinsic each, without access to memory.
-macro_rules! intrinsics {
-    ($($name:ident($($arg:ident: $type:ty),*) -> $result:ty { $($body:tt)* })*) => {$(
-        #[inline(always)]
-        fn $name(self, $($arg: $type),*) -> $result {
-            // SAFETY: `self` proves that the CPU has the instructions, and they touch no memory.
-            unsafe { $($body)* }
-        }
-    )*};
 }
 
 // SAFETY: the vectors are 16 elements of four bytes, and only `detect` makes a value.
@@ -160,7 +149,7 @@ unsafe impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
-        // SAFETY: does nothing where there is no memory.
+        // SAFETY: prefetching an address that is not mapped does nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 

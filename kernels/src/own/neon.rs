@@ -9,7 +9,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::simd::{Op, Simd};
+use super::simd::{Op, Simd, intrinsics};
 
 /// The proof that this CPU has the instructions.
 #[derive(Clone, Copy)]
@@ -28,17 +28,6 @@ impl Neon {
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn run<O: Op<Neon>>(isa: Neon, op: O) -> O::Output {
     op.run(isa)
-}
-
-/// Methods without access to memory.
-macro_rules! intrinsics {
-    ($($name:ident($($arg:ident: $type:ty),*) -> $result:ty { $($body:tt)* })*) => {$(
-        #[inline(always)]
-        fn $name(self, $($arg: $type),*) -> $result {
-            // SAFETY: `self` proves that the CPU has the instructions, and they touch no memory.
-            unsafe { $($body)* }
-        }
-    )*};
 }
 
 // SAFETY: the vectors are four elements of four bytes, and only `detect` makes a value.
@@ -186,7 +175,7 @@ unsafe impl Simd for Neon {
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
-        // SAFETY: does nothing where there is no memory.
+        // SAFETY: prefetching an address that is not mapped does nothing.
         unsafe {
             asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags));
         }

@@ -118,6 +118,18 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     );
 }
 
+/// Methods of [`Simd`] that access no memory, for a type that proves that the CPU has their instructions.
+macro_rules! intrinsics {
+    ($($name:ident($($arg:ident: $type:ty),*) -> $result:ty { $($body:tt)* })*) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: $type),*) -> $result {
+            // SAFETY: `self` proves that the CPU has the instructions, and they touch no memory.
+            unsafe { $($body)* }
+        }
+    )*};
+}
+pub(super) use intrinsics;
+
 /// Something to compute with an instruction set.
 pub(crate) trait Op<S> {
     type Output;

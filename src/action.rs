@@ -27,7 +27,7 @@ impl ActionSpace {
         start as usize..end as usize
     }
 
-    /// The bin of any id: the reference clips ids that are no action ids, lower ones to the last
+    /// The bin of any id: the reference clips ids outside the action range, lower ones to the last
     /// bin, higher ones to the first.
     pub fn bin(self, id: u32) -> u32 {
         self.end.saturating_sub(id).saturating_sub(1).min(self.n_bin - 2)

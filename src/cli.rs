@@ -100,7 +100,7 @@ pub struct ModelArgs {
     /// Guess tokens from the motion before, and check several in one pass where that has paid
     #[arg(long, value_name = "off|auto", default_value = "off")]
     draft: Draft,
-    /// Choose among all tokens as the reference does, even those that are no motion
+    /// Choose among all tokens as the reference does, even those that are not actions
     #[arg(long)]
     reference_decoding: bool,
     /// What is done to pictures first: raw, oft, libero [default: what the file says]

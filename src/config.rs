@@ -35,7 +35,7 @@ pub struct Config {
     pub preprocess: Preprocess,
     /// Pixels along a patch: 14.
     pub patch_size: usize,
-    /// The vision towers, in the order of their channels; as many as `preprocess.towers`.
+    /// The vision towers, in the order of their channels; their number is that of `preprocess.towers`.
     pub towers: Vec<TowerConfig>,
     /// Widths of the projector from the joined towers to the Llama: 2176, 8704, 4096, 4096.
     pub projector: Vec<usize>,
@@ -206,7 +206,7 @@ impl Config {
     }
 }
 
-/// The keys that are no tower's own and not `general.*`.
+/// The keys that belong neither to a tower nor to `general.*`.
 mod key {
     pub const ARCHITECTURE: &str = "general.architecture";
     pub const FORMAT: &str = "openvla.format_version";

@@ -41,7 +41,7 @@ pub(crate) struct TokenCost(pub f64);
 impl TokenCost {
     /// With ggml's kernels on a CPU.
     pub const GGML: Self = Self(0.6);
-    /// With kernels of our own.
+    /// With our own kernels.
     pub const OWN: Self = Self(0.1);
     /// On a GPU, where eight tokens should cost a tenth more than one. Not yet measured.
     pub const GPU: Self = Self(0.015);

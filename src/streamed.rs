@@ -45,7 +45,7 @@ pub struct Decoded {
 /// What `part` says, or [`Error`] if a part does not fit the config or the device has no room.
 ///
 /// # Panics
-/// If a case's planes are of another size, or its ids are no prompt.
+/// If a case's planes are of another size, or its ids are not a prompt.
 pub fn decode<E: From<Error>>(
     config: &Config,
     backend: &Arc<Backend>,

@@ -19,7 +19,7 @@ fn example() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("example")
 }
 
-/// An example of our own.
+/// One of the built-in examples.
 fn policy(spec: &Spec, encoding: &str, decoding: Decoding) -> OpenVla {
     let dir = tempfile::tempdir().unwrap();
     openvla_example::write(dir.path(), spec).unwrap();
@@ -68,7 +68,7 @@ fn greedy(policy: &mut OpenVla, guess: &[u32], decoding: Decoding) -> Vec<u32> {
 }
 
 /// Motions to draft: right, wrong, by one bin, right here and there, too short, too long, of ids
-/// that are no actions or not even in the vocabulary.
+/// that are not actions or not even in the vocabulary.
 fn guesses(right: &[u32]) -> Vec<Vec<u32>> {
     let changed = |mask: u32| {
         let change = |(i, id): (usize, &u32)| id + (mask >> i & 1);

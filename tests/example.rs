@@ -1,4 +1,4 @@
-//! The whole engine on checkpoints of our own, against an independent implementation.
+//! The whole engine on the built-in examples, against an independent implementation.
 //!
 //! `example/expected.json` holds what a float64 implementation that shares no code with this
 //! project computes (`example/expected.py`). Everything needed is in the repository.

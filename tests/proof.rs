@@ -205,7 +205,7 @@ fn lists_that_do_not_fit_are_refused() {
     };
     // After a key: its kind, the elements' kind, their number (u64), the elements.
     let said = broken("openvla.proof.tokens", &|b| b[16..20].copy_from_slice(&1_i32.to_le_bytes()));
-    assert!(said.contains("ids that are no actions"), "{said}");
+    assert!(said.contains("ids that are not actions"), "{said}");
     let said =
         broken("openvla.proof.logits", &|b| b[16..20].copy_from_slice(&f32::NAN.to_le_bytes()));
     assert!(said.contains("openvla.proof.logits"), "{said}");

@@ -298,7 +298,7 @@ fn fact_8_any_id_may_win_and_is_clipped_into_a_bin() {
 }
 
 /// The reference stops at EOS and takes the last seven ids there are, which are then mostly the
-/// prompt's; here EOS is one of the ids that are no action.
+/// prompt's; here EOS is one of the ids that are not actions.
 #[test]
 fn fact_8_eos_ends_the_references_motion_and_no_other() {
     let subject = &SUBJECTS[0];

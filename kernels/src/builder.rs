@@ -92,7 +92,7 @@ impl Tensor<'_> {
         unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE
     }
 
-    /// Whether it is a weight in the layout of our own products.
+    /// Whether it is a weight packed for our own products.
     pub(crate) fn is_packed_weight(self) -> bool {
         self.builder.packed.borrow().contains(&self.raw)
     }
@@ -145,7 +145,7 @@ pub struct Builder {
     names: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, Arc<str>>>,
     /// What the elements of states that hold row numbers stay below.
     bounds: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, usize>>,
-    /// Weights in the layout of our own products.
+    /// Weights packed for our own products.
     pub(crate) packed: RefCell<BTreeSet<NonNull<sys::ggml_tensor>>>,
     /// Activations that were packed for them, and how.
     packed_nodes: RefCell<PackedNodes>,

@@ -1,5 +1,5 @@
 //! Products of floats, attention and GELU against naive twins, and our own bit for bit against each other: with
-//! every set of kernels that this CPU has the instructions for. Where there are none of our own, ggml's are held
+//! every set of kernels that this CPU has the instructions for. Where none of ours runs, ggml's are held
 //! to the same, as far as ggml does not round. More shapes of attention are in `tests/ops.rs`; products of quantized
 //! matrices in `tests/panels.rs`.
 

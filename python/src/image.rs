@@ -17,7 +17,7 @@ const WANTED: &str = "an image is a numpy array [height, width, 3] of uint8 in t
 /// The pixels of an image.
 ///
 /// # Errors
-/// `InputError` for an array or a file that cannot be used, `TypeError` for what is no image.
+/// `InputError` for an array or a file that cannot be used, `TypeError` for anything that is not an image.
 pub fn pixels(image: &Bound<'_, PyAny>) -> PyResult<RgbImage> {
     let py = image.py();
     if let Ok(bytes) = image.cast::<PyBytes>() {

@@ -180,7 +180,7 @@ fn read_tokens(file: &Gguf, config: &Config, keys: &[String]) -> Result<Vec<Expe
             |id: &i32| u32::try_from(*id).ok().filter(|id| config.actions.ids().contains(id));
         let tokens: Option<Vec<u32>> = its.iter().map(token).collect();
         let tokens = tokens.ok_or_else(|| Error::Model {
-            why: format!("`{TOKENS}` holds ids that are no actions"),
+            why: format!("`{TOKENS}` holds ids that are not actions"),
         })?;
         let logits = logits.by_ref().take(n_token).map(<[f32]>::to_vec).collect();
         all.push(Expected::Tokens { tokens, logits });

@@ -100,7 +100,7 @@ proptest! {
     ) {
         let model = sound(variant);
         let mut bytes = model.bytes();
-        // Any byte of the header, and as often one of the few that are no vocabulary or tensor.
+        // Any byte of the header, and as often one of the few that are neither vocabulary nor tensor data.
         let data: usize = model.tensors.iter().map(|t| t.data.len().next_multiple_of(32)).sum();
         let header = bytes.len() - data;
         let vocabulary = bytes.windows(20).position(|at| at == b"tokenizer.ggml.merge").unwrap();

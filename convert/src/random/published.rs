@@ -45,7 +45,7 @@ mod shared {
     fn the_settings_are_the_published_ones() -> Result<()> {
         let object = |value: Value| -> Result<Map<String, Value>> {
             let mut object = value.as_object().context("no object")?.clone();
-            // Statistics of our own, and no code to run.
+            // Made-up statistics, and no code to run.
             object.retain(|key, _| !["auto_map", "norm_stats"].contains(&key.as_str()));
             Ok(object)
         };

@@ -1,6 +1,7 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
 mod misnamed;
+pub mod signature;
 
 use std::fmt::Display;
 use std::io::Write;
@@ -108,6 +109,9 @@ pub struct ModelArgs {
     profile: Option<Profile>,
     #[command(flatten)]
     crop: CenterCrop,
+    /// Open the model only if this public key of minisign, or of this file, signed it: MODEL.gguf.minisig
+    #[arg(long, value_name = "KEY", value_parser = signature::public_key)]
+    require_signature: Option<signature::PublicKey>,
 }
 
 impl ModelArgs {
@@ -124,10 +128,18 @@ impl ModelArgs {
     /// Opens the model, of whichever policy it is.
     ///
     /// # Errors
-    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
+    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it. Or if it is
+    /// not signed as it must be.
     pub fn open(&self) -> anyhow::Result<Policy> {
         let options = self.options();
-        Ok(match self.path() {
+        let path = self.path();
+        if let Some(key) = &self.require_signature {
+            let path = path
+                .as_deref()
+                .context("the built-in example is not signed: name a model with -m")?;
+            say(format_args!("signed: {}", signature::check(path, key)?));
+        }
+        Ok(match path {
             Some(path) => {
                 misnamed::check(&path)?;
                 Policy::open(path, &options)?

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use openvla::cli::DeviceArgs;
+use openvla::cli::{DeviceArgs, say, signature};
 use openvla_convert::verify::{Choice, Verification, verify};
 
 /// Checks a model file: every tensor's checksum, and what it computes on this machine against what
@@ -14,6 +14,9 @@ use openvla_convert::verify::{Choice, Verification, verify};
 pub struct Verify {
     /// The model file
     model: PathBuf,
+    /// Check first that this public key of minisign, or of this file, signed the model: MODEL.gguf.minisig
+    #[arg(long, value_name = "KEY", value_parser = signature::public_key)]
+    key: Option<signature::PublicKey>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -22,6 +25,9 @@ pub struct Verify {
 }
 
 pub fn run(args: &Verify) -> Result<()> {
+    if let Some(key) = &args.key {
+        say(format_args!("signed: {}", signature::check(&args.model, key)?));
+    }
     let progress = super::progress(0)?;
     progress.set_message("checksums");
     let report = verify(&args.model, &args.device.options(), &progress)?;

@@ -6,6 +6,7 @@
 //! | `results` | `Action` and `Chunk` |
 //! | `image` | what Python calls an image, to pixels |
 //! | `convert` | `convert`, on a thread of its own, so that Ctrl-C is heard |
+//! | `tabletop` | `Tabletop`: the repository's table |
 //! | `errors` | errors of ours as Python's exceptions |
 
 use pyo3::prelude::*;
@@ -15,6 +16,7 @@ mod errors;
 mod image;
 mod policy;
 mod results;
+mod tabletop;
 
 /// The module.
 #[pymodule]
@@ -24,5 +26,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<policy::PySession>()?;
     module.add_class::<results::PyAction>()?;
     module.add_class::<results::PyChunk>()?;
+    module.add_class::<tabletop::Tabletop>()?;
     module.add_function(wrap_pyfunction!(convert::convert, module)?)
 }

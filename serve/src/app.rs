@@ -203,7 +203,7 @@ impl App {
     /// [`Code::Unauthorized`], [`Code::ForbiddenOrigin`].
     pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
         match &self.token {
-            _ if ["/healthz", "/readyz"].contains(&path) => Ok(()),
+            _ if ["/healthz", "/readyz", "/health"].contains(&path) => Ok(()),
             Some(token) => token.check(headers),
             None => check_origin(headers),
         }

@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, header};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
@@ -36,19 +38,24 @@ impl Token {
         Ok(Self(digest(token)))
     }
 
-    /// Whether these headers show it: `Authorization: Bearer TOKEN`, or `Api-Key` as openpi's
-    /// client has it. Takes the same time whatever was shown.
+    /// Whether these headers show it: `Authorization: Bearer TOKEN`, `Api-Key` as openpi's client has it, or `Basic`
+    /// as the password of any user, as clients have it that know an URL alone. Takes the same time whatever was shown.
     ///
     /// # Errors
     /// [`Code::Unauthorized`].
     pub fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let shown = shown.and_then(|value| value.split_once(' '));
-        let shown = shown.filter(|(scheme, _)| {
-            ["Bearer", "Api-Key"].iter().any(|known| scheme.eq_ignore_ascii_case(known))
+        let shown = shown.and_then(|value| {
+            let (scheme, shown) = value.split_once(' ')?;
+            let is = |known: &str| scheme.eq_ignore_ascii_case(known);
+            match () {
+                () if is("Bearer") || is("Api-Key") => Some(shown.trim().to_owned()),
+                () if is("Basic") => Some(password(shown.trim()).unwrap_or_default()),
+                () => None,
+            }
         });
         match shown {
-            Some((_, token)) if self.0.ct_eq(&digest(token.trim())).into() => Ok(()),
+            Some(token) if self.0.ct_eq(&digest(&token)).into() => Ok(()),
             Some(_) => Err(Error::new(Code::Unauthorized, "the token is not this server's")),
             None => {
                 let error = Error::new(Code::Unauthorized, "this server wants a token");
@@ -56,6 +63,12 @@ impl Token {
             }
         }
     }
+}
+
+/// The password of HTTP's `Basic` scheme.
+fn password(shown: &str) -> Option<String> {
+    let text = String::from_utf8(STANDARD.decode(shown).ok()?).ok()?;
+    text.split_once(':').map(|(_, password)| password.to_owned())
 }
 
 /// Refuses web pages: where there is no token, any page that a browser on this machine shows could
@@ -110,15 +123,21 @@ mod tests {
     }
 
     #[test]
-    fn both_schemes_and_only_the_token_are_taken() {
+    fn all_schemes_and_only_the_token_are_taken() {
+        let basic = |text: &str| format!("Basic {}", STANDARD.encode(text));
         assert!(check(&format!("Bearer {TOKEN}")).is_ok());
         assert!(check(&format!("api-key {TOKEN}")).is_ok());
+        assert!(check(&basic(&format!("robot:{TOKEN}"))).is_ok());
         for wrong in [
             TOKEN.to_owned(),
             format!("Basic {TOKEN}"),
             format!("Bearer {TOKEN}x"),
             format!("Bearer {}", &TOKEN[1..]),
             "Bearer ".to_owned(),
+            basic(TOKEN),
+            basic(&format!("{TOKEN}:")),
+            basic(&format!("robot:{TOKEN}:x")),
+            "Basic =".to_owned(),
             "Bearer".to_owned(),
         ] {
             assert_eq!(check(&wrong).unwrap_err().code, Code::Unauthorized, "{wrong}");

@@ -30,8 +30,10 @@ pub enum Field<'a> {
     Float(f64),
     /// A list of numbers.
     Numbers(Vec<f64>),
-    /// An array of json_numpy or of openpi's msgpack.
+    /// An array of json_numpy, or of openpi's or vla-eval's msgpack.
     Array(Ndarray<'a>),
+    /// A picture file in vla-eval's msgpack.
+    Picture(Cow<'a, [u8]>),
     /// Nothing of use, in words: "a list".
     Other(Cow<'static, str>),
 }
@@ -140,6 +142,7 @@ impl<'a> Field<'a> {
             Self::Array(Ndarray { dtype, shape, .. }) => {
                 format!("an array of {} of shape {shape:?}", dtype.escape_debug()).into()
             }
+            Self::Picture(_) => "a picture file".into(),
             Self::Other(what) => what.as_ref().into(),
         };
         Error::bad_request(format!("`{name}` is {found}; {wanted} is wanted"))
@@ -240,7 +243,7 @@ impl<'de> Visitor<'de> for AnyField {
     }
 }
 
-/// What json_numpy and openpi's msgpack make of numpy's arrays and scalars.
+/// What json_numpy, and openpi's and vla-eval's msgpack, make of numpy's arrays and scalars.
 #[derive(Deserialize)]
 struct Map<'a> {
     #[serde(borrow, rename = "__numpy__")]
@@ -249,6 +252,10 @@ struct Map<'a> {
     is_array: Option<IgnoredAny>,
     #[serde(rename = "__npgeneric__")]
     is_scalar: Option<IgnoredAny>,
+    #[serde(rename = "__image__")]
+    is_image: Option<IgnoredAny>,
+    #[serde(borrow)]
+    format: Option<Part<'a>>,
     #[serde(borrow)]
     data: Option<Part<'a>>,
     #[serde(borrow)]
@@ -265,12 +272,21 @@ impl<'a> Map<'a> {
                 .map(|Part(data)| data)
                 .ok_or_else(|| "a scalar without `data`".into());
         }
-        let data = match (self.base64, self.is_array, self.data) {
+        let is_file = match (self.is_image, self.format) {
+            (None, _) => false,
+            (Some(_), Some(Part(Field::Text(format)))) => format != "raw",
+            (Some(_), _) => return Err("an image without a `format` that is text".into()),
+        };
+        let is_array = self.is_array.or(self.is_image);
+        let data = match (self.base64, is_array, self.data) {
             (Some(Part(Field::Text(text))), ..) => {
                 let wrong = |why| format!("an array whose `__numpy__` is not base64 ({why})");
                 Cow::Owned(from_base64(&text).map_err(wrong)?)
             }
             (Some(_), ..) => return Err("an array whose `__numpy__` is not text".into()),
+            (None, Some(_), Some(Part(Field::Bytes(file)))) if is_file => {
+                return Ok(Field::Picture(file));
+            }
             (None, Some(_), Some(Part(Field::Bytes(bytes)))) => bytes,
             (None, Some(_), _) => return Err("an array whose `data` is not bytes".into()),
             (None, None, _) => return Err("a map".into()),

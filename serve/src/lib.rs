@@ -1,9 +1,10 @@
-//! Serves an OpenVLA model to robots: three protocols, one queue that knows about time, one model.
+//! Serves an OpenVLA model to robots: four protocols, one queue that knows about time, one model.
 //!
 //! ```text
 //! connection ─ routes ─┬─ act ────┐                        ┌──────── worker ────────┐
 //!   server             ├─ plain ──┼─ Observation ─ engine ─┤ model ─ safety ─ Answer ├─ back
-//!                      └─ openpi ─┘      + Meta     queue  └────────────────────────┘
+//!                      ├─ openpi ─┤      + Meta     queue  └────────────────────────┘
+//!                      └ vla_eval ┘
 //! ```
 //!
 //! | file | what it is |
@@ -15,6 +16,8 @@
 //! | `auth` | tokens and origins |
 //! | `act`, `compat` | the reference's protocol, and its errors |
 //! | `openpi` | openpi's websocket |
+//! | `vla_eval`, `vla_frame` | that of vla-eval, which evaluates policies on benchmarks, and what its frames hold |
+//! | `websocket` | what both share |
 //! | `plain` | the plain protocol: an image file in, a JSON object out |
 //! | `json` | JSON as Python writes it |
 //! | `message`, `field` | the fields of a message, and errors about them |
@@ -64,4 +67,7 @@ pub mod routes;
 pub mod safety;
 pub mod server;
 pub mod turns;
+pub mod vla_eval;
+pub mod vla_frame;
+pub mod websocket;
 pub mod worker;

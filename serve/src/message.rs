@@ -13,7 +13,7 @@ use crate::field::Field;
 /// The names that fields have in messages of one kind.
 #[derive(Debug, Clone, Copy)]
 pub struct Schema {
-    /// Names of the image. The first is the one to use.
+    /// Names of the image. The first is the one to use. None where images are named after cameras alone.
     pub image: &'static [&'static str],
     /// Whether images of wrist cameras are read: those with `wrist` in their names.
     pub wrists: bool,
@@ -93,6 +93,11 @@ impl<'a> Message<'a> {
         self.only(named, schema.image)
     }
 
+    /// The images of all cameras but those of the wrist where these are read apart, in the order of the message.
+    pub fn cameras(&mut self) -> Vec<Named<'a>> {
+        std::mem::take(&mut self.cameras)
+    }
+
     /// The images of the wrist cameras, in the order of the message: sorted by name they would be others.
     pub fn wrists(&mut self) -> Vec<Named<'a>> {
         std::mem::take(&mut self.wrists)
@@ -158,7 +163,8 @@ impl<'de> Visitor<'de> for &'static Schema {
     type Value = Message<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a map with `{}` and `{}`", self.image[0], self.instruction[0])
+        let image = self.image.first().unwrap_or(&"images");
+        write!(f, "a map with `{image}` and `{}`", self.instruction[0])
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Message<'de>, A::Error> {
@@ -231,7 +237,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Cameras<'a> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Cameras<'de>, A::Error> {
                 let mut cameras = Vec::new();
                 while let Some((Key(name), field)) = map.next_entry()? {
-                    if matches!(field, Field::Array(_)) {
+                    if matches!(field, Field::Array(_) | Field::Picture(_)) {
                         cameras.push((format!("images.{name}"), field));
                     }
                 }

@@ -9,6 +9,8 @@ pub enum Client {
     Named(String),
     /// A client without a name, by the number of its connection.
     Connection(u64),
+    /// One of a connection's episodes, for which those before it count for nothing.
+    Episode(u64, u64),
 }
 
 /// The metadata of a request.

@@ -59,7 +59,8 @@ impl Observation {
 /// The optional metadata of a request: HTTP headers, or fields of a websocket message.
 #[derive(Debug, Clone, Default)]
 pub struct Headers {
-    /// `X-Client-Id`: the robot's name. Without it, the connection counts as the client.
+    /// `X-Client-Id`, or `X-Session-Id`, by which a fleet's router keeps a robot at its server: the robot's name.
+    /// Without one, the connection counts as the client.
     pub client_id: Option<String>,
     /// `X-Epoch`: a number that is higher each time the client's program starts.
     pub epoch: Option<u64>,
@@ -81,7 +82,10 @@ impl Headers {
     /// [`Code::BadRequest`] names the header.
     pub fn of(headers: &HeaderMap) -> Result<Self, Error> {
         Ok(Self {
-            client_id: header(headers, "x-client-id", "a name")?,
+            client_id: match header(headers, "x-client-id", "a name")? {
+                None => header(headers, "x-session-id", "a name")?,
+                named => named,
+            },
             epoch: header(headers, "x-epoch", "a whole number")?,
             seq: header(headers, "x-seq", "a whole number")?,
             timestamp: header(headers, "x-timestamp", "seconds since 1970")?,
@@ -316,6 +320,10 @@ mod tests {
         assert_eq!(named.client, Client::Named("arm".into()));
         assert_eq!((named.seq, named.timestamp), (Some(u64::MAX), Some(1_700_000_000.25)));
         assert_eq!(named.deadline - named.arrived, Duration::from_millis(200));
+        let routed = meta(&[("x-session-id", "leg")]).unwrap();
+        assert_eq!(routed.client, Client::Named("leg".into()));
+        let both = meta(&[("x-session-id", "leg"), ("x-client-id", "arm")]).unwrap();
+        assert_eq!(both.client, Client::Named("arm".into()));
         let silent = meta(&[]).unwrap();
         assert_eq!(silent.client, Client::Connection(7));
         assert_eq!(silent.deadline - silent.arrived, Duration::from_secs(60));
@@ -338,6 +346,7 @@ mod tests {
             ("x-deadline-ms", "0"),
             ("x-deadline-ms", "3600001"),
             ("x-client-id", ""),
+            ("x-session-id", ""),
         ] {
             assert_eq!(meta(&[(name, value)]).unwrap_err().code, Code::BadRequest, "{name}");
         }

@@ -1,4 +1,4 @@
-//! openpi's protocol: a websocket at `/`, one msgpack frame each way for each step.
+//! openpi's protocol: a websocket at `/`, and at the path where vLLM has it, one msgpack frame each way for each step.
 //!
 //! The server speaks first and says what it serves. A text frame is an error. Observations are maps
 //! with an image and a `prompt`; who sends the next one before the answer to the last gets both, or
@@ -12,21 +12,22 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::ws::{WebSocketUpgrade, close_code};
 use axum::extract::{Extension, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Serialize;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{interval_at, timeout};
+use tokio::time::interval_at;
 
 use crate::app::{App, Connection};
 use crate::description::Description;
-use crate::error::{Code, Error};
+use crate::error::Error;
 use crate::field::Field;
 use crate::message::{self, Schema};
 use crate::numpy::{Convention, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Headers, Observation};
 use crate::safety;
+use crate::websocket::{self, Disconnected, Frame, Socket};
 
 /// Observations of one connection that may be under way: one at the model, one in the queue, and a newer one.
 const MAX_PENDING: usize = 4;
@@ -34,9 +35,6 @@ const MAX_PENDING: usize = 4;
 /// How often a silent client is asked whether it is there. It is gone if it does not say so until
 /// the next time.
 const PING: Duration = Duration::from_secs(20);
-
-/// Bytes that each connection keeps to read into: an eighth of what the library would take.
-const READ_BUFFER: usize = 1 << 14;
 
 /// What a client of an OpenVLA-OFT model sends.
 static OFT: Schema = Schema {
@@ -94,37 +92,24 @@ struct ServerTiming {
     prev_total_ms: Option<f64>,
 }
 
-/// `GET /`.
+/// `GET /`, `GET /v1/realtime/robot/openpi`.
 pub async fn upgrade(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Connection>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
-    let upgrade = match upgrade {
-        Ok(upgrade) => upgrade,
-        Err(why) => {
-            let message = format!("openpi's websocket is here: {}", why.body_text());
-            let hint = "see /openapi.json for what plain HTTP takes";
-            return Error::new(Code::UpgradeRequired, message).hint(hint).into_response();
-        }
-    };
-    if let Err(error) = app.engine.check_ready(app.settings.stall()) {
-        return error.into_response();
-    }
-    let limit = app.settings.max_body;
-    let upgrade = upgrade.max_message_size(limit).max_frame_size(limit);
-    let upgrade = upgrade.read_buffer_size(READ_BUFFER);
-    upgrade.on_upgrade(async move |socket| {
+    let at = Arc::clone(&app);
+    websocket::accept(&at, upgrade, "openpi", async move |socket| {
         let (steps, begun) = (JoinSet::new(), BTreeMap::new());
-        let talk = Websocket { app, connection, socket, steps, begun, next: 0, last: None };
+        let talk = Talk { app, connection, socket, steps, begun, next: 0, last: None };
         talk.run().await;
     })
 }
 
-struct Websocket {
+struct Talk {
     app: Arc<App>,
     connection: Connection,
-    socket: WebSocket,
+    socket: Socket,
     /// Dropped with the connection, and with it the slots in the queue.
     steps: JoinSet<(u64, Result<Motion, Error>)>,
     /// Observations by number, and their motions where they have one: a motion is sent after those of all
@@ -139,10 +124,7 @@ struct Websocket {
 /// An answer, and when its observation came.
 type Motion = (Instant, Answer);
 
-/// The connection is over.
-struct Disconnected;
-
-impl Websocket {
+impl Talk {
     async fn run(mut self) {
         // An error means that the client is gone, which is not our concern.
         if self.greet().await.is_ok() {
@@ -154,7 +136,7 @@ impl Websocket {
         let model = self.app.engine.model().ok_or(Disconnected)?;
         let description = Description::new(&self.app, &model);
         let frame = rmp_serde::to_vec_named(&description).map_err(|_| Disconnected)?;
-        self.send(Message::Binary(frame.into())).await
+        self.socket.send_binary(frame).await
     }
 
     async fn converse(&mut self) -> Result<(), Disconnected> {
@@ -163,19 +145,18 @@ impl Websocket {
         loop {
             let ending = *draining.borrow();
             if ending && self.steps.is_empty() {
-                return self.close(close_code::AWAY, "the server is going away").await;
+                return self.socket.close(close_code::AWAY, "the server is going away").await;
             }
             tokio::select! {
-                message = self.socket.recv(), if self.steps.len() < MAX_PENDING => {
+                frame = self.socket.next(), if self.steps.len() < MAX_PENDING => {
                     heard = true;
-                    match message.ok_or(Disconnected)?.map_err(|_| Disconnected)? {
-                        Message::Binary(frame) => self.begin(frame),
-                        Message::Text(_) => {
+                    match frame? {
+                        Frame::Binary(frame) => self.begin(frame),
+                        Frame::Text => {
                             let wrong = "a text frame came; binary frames of msgpack are wanted";
                             self.refuse(&Error::bad_request(wrong)).await?;
                         }
-                        Message::Ping(_) | Message::Pong(_) => {}
-                        Message::Close(_) => return Err(Disconnected),
+                        Frame::Alive => {}
                     }
                 }
                 Some(done) = self.steps.join_next() => self.done(done).await?,
@@ -184,7 +165,7 @@ impl Websocket {
                         return Err(Disconnected);
                     }
                     heard = false;
-                    self.send(Message::Ping(Bytes::new())).await?;
+                    self.socket.ping().await?;
                 }
                 _ = draining.changed(), if !ending => {}
             }
@@ -265,7 +246,7 @@ impl Websocket {
         };
         let frame = rmp_serde::to_vec_named(&reply).map_err(|_| Disconnected)?;
         self.app.engine.metrics().answered("openpi", "ok");
-        self.send(Message::Binary(frame.into())).await?;
+        self.socket.send_binary(frame).await?;
         self.last = Some(arrived.elapsed().as_secs_f64() * 1e3);
         Ok(())
     }
@@ -274,26 +255,12 @@ impl Websocket {
     async fn refuse(&mut self, error: &Error) -> Result<(), Disconnected> {
         self.app.engine.metrics().answered("openpi", error.code.name());
         let text = serde_json::to_string(error).map_err(|_| Disconnected)?;
-        self.send(Message::Text(text.into())).await?;
+        self.socket.send_text(text).await?;
         if self.app.settings.compat_errors {
-            self.close(close_code::ERROR, "Internal server error").await
+            self.socket.close(close_code::ERROR, "Internal server error").await
         } else {
             Ok(())
         }
-    }
-
-    /// Says why it ends, and waits a little for the client to agree.
-    async fn close(&mut self, code: u16, reason: &'static str) -> Result<(), Disconnected> {
-        let frame = CloseFrame { code, reason: reason.into() };
-        self.send(Message::Close(Some(frame))).await?;
-        let agreed = async { while let Some(Ok(_)) = self.socket.recv().await {} };
-        let _ = timeout(Duration::from_secs(1), agreed).await; // it need not
-        Err(Disconnected)
-    }
-
-    async fn send(&mut self, message: Message) -> Result<(), Disconnected> {
-        let sent = timeout(self.app.settings.patience(), self.socket.send(message)).await;
-        sent.map_err(|_| Disconnected)?.map_err(|_| Disconnected)
     }
 }
 

@@ -13,8 +13,8 @@ use crate::queue::Limits;
 use crate::safety::Safety;
 use crate::worker::{OnFailure, Rules};
 
-/// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`, and
-/// `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
+/// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`,
+/// vla-eval's at `/vla-eval`, and `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Options {

@@ -181,7 +181,7 @@ impl Draft {
 }
 
 /// A picture that cannot be used. A decoder's panic is for its authors, so it is logged, too.
-fn refused(error: openvla::Error) -> Error {
+pub fn refused(error: openvla::Error) -> Error {
     if let openvla::Error::Decoder { why } = &error {
         tracing::error!(why, "a decoder panicked");
     }

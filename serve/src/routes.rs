@@ -13,15 +13,22 @@ use axum::{Json, Router};
 use crate::app::{App, Arrived};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
-use crate::{act, openpi, plain};
+use crate::{act, openpi, plain, vla_eval};
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
+
+/// Where vLLM has openpi's websocket.
+const VLLM: &str = "/v1/realtime/robot/openpi";
 
 /// All routes.
 pub fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(openpi::upgrade))
+        .route(VLLM, get(openpi::upgrade))
+        .route("/vla-eval", get(vla_eval::upgrade))
+        .route("/health", get(vla_eval::health))
+        .route("/config", get(vla_eval::config))
         .route("/act", post(act::act))
         .route("/act/", post(act::act)) // FastAPI, which serves the reference, redirects it
         .route("/v1/act", post(plain::act))
@@ -73,7 +80,8 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     let form = match path.as_str() {
         "/act" | "/act/" => "act",
         "/v1/act" | "/v1/act/" => "plain",
-        "/" => "openpi",
+        "/" | VLLM => "openpi",
+        "/vla-eval" => "vla_eval",
         _ => "other",
     };
     // A connection that became a websocket is not an answer; its messages are counted one by one.

@@ -277,6 +277,16 @@ fn an_observation_of_numpys_types_and_one_camera_is_taken() {
 }
 
 #[test]
+fn it_is_also_where_vllm_has_it() {
+    let server = Server::start(&[]);
+    let url = format!("ws://{}/v1/realtime/robot/openpi", server.address);
+    let mut socket = client(url.into_client_request().unwrap(), server.connect()).unwrap().0;
+    binary(&mut socket);
+    socket.send(Message::Binary(frame("x", Some(1)).into())).unwrap();
+    assert_eq!(rmp_serde::from_slice::<Reply<'_>>(&binary(&mut socket)).unwrap().seq, Some(1));
+}
+
+#[test]
 fn plain_http_is_told_where_to_go() {
     let server = Server::start(&[]);
     let got = server.get("/", &[]);

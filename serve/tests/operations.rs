@@ -207,10 +207,21 @@ fn the_description_names_every_route_and_every_error() {
     let server = Server::start(&[]);
     assert_eq!(server.get("/openapi.json", &[]).json(), api);
     let paths: Vec<&String> = api["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(
-        paths,
-        ["/", "/act", "/healthz", "/metrics", "/openapi.json", "/readyz", "/v1/act", "/v1/model"]
-    );
+    let known = [
+        "/",
+        "/act",
+        "/config",
+        "/health",
+        "/healthz",
+        "/metrics",
+        "/openapi.json",
+        "/readyz",
+        "/v1/act",
+        "/v1/model",
+        "/v1/realtime/robot/openpi",
+        "/vla-eval",
+    ];
+    assert_eq!(paths, known);
     let codes = api["components"]["schemas"]["Error"]["properties"]["code"]["enum"].as_array();
     let mut described: Vec<&str> =
         codes.unwrap().iter().map(|code| code.as_str().unwrap()).collect();

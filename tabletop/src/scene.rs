@@ -88,6 +88,18 @@ pub enum Suite {
     Language,
 }
 
+impl std::str::FromStr for Suite {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        <Self as ValueEnum>::from_str(name, false).map_err(|_| {
+            let known = Self::value_variants().iter().filter_map(Self::to_possible_value);
+            let known: Vec<String> = known.map(|suite| suite.get_name().to_owned()).collect();
+            format!("there is no suite `{name}`; there are {}", known.join(", "))
+        })
+    }
+}
+
 /// An object that lies on the table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Item {

@@ -6,6 +6,6 @@
 """
 
 from ._errors import InputError, OpenVLAError
-from ._native import Action, Chunk, OpenVLA, Session, __version__, convert
+from ._native import Action, Chunk, OpenVLA, Session, Tabletop, __version__, convert
 
-__all__ = ["Action", "Chunk", "InputError", "OpenVLA", "OpenVLAError", "Session", "__version__", "convert"]
+__all__ = ["Action", "Chunk", "InputError", "OpenVLA", "OpenVLAError", "Session", "Tabletop", "__version__", "convert"]

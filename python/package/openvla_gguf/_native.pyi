@@ -1,11 +1,11 @@
 from os import PathLike
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, final
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union, final
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Action", "Chunk", "OpenVLA", "Session", "__version__", "convert"]
+__all__ = ["Action", "Chunk", "OpenVLA", "Session", "Tabletop", "__version__", "convert"]
 
 __version__: str
 
@@ -152,6 +152,42 @@ class OpenVLA:
         """Numbers of the arm's state; 0 if the model reads none."""
     def __enter__(self) -> OpenVLA: ...
     def __exit__(self, *args: object) -> None: ...
+
+@final
+class Tabletop:
+    """A gripper over a small table, to try policies in: the world that the built-in example was trained for.
+
+    The same seed gives the same scene, pictures and steps everywhere. Meters and radians throughout.
+    """
+
+    def __new__(cls, suite: str = "base", *, size: int = 224) -> Tabletop:
+        """`suite` is `base`, the example's training distribution, or what differs from it in one way: `visual`, `motion`,
+        `physical`, `semantic`, `language`. Pictures are `size` pixels square, 16 to 2048.
+        """
+    def reset(self, seed: int) -> Tuple[npt.NDArray[np.uint8], str]:
+        """Begins the scene of a seed, from 0 to 2^64 - 1; gives `image` and `instruction`."""
+    def step(self, action: Union[Sequence[float], npt.NDArray[np.floating[Any]]]) -> Tuple[npt.NDArray[np.uint8], float, bool]:
+        """Makes a step of seven numbers: Δx Δy Δz in meters, Δroll Δpitch Δyaw in radians, and the gripper, which opens
+        at a half and above. Motions are cut off at 0.06 m and 0.3 rad; roll and pitch are ignored.
+
+        Gives `image`, a reward of 1 when the task is done and 0 else, and `done`.
+        """
+    def expert(self) -> npt.NDArray[np.float64]:
+        """`[7]`, the next step of one who knows where everything is."""
+    @property
+    def image(self) -> npt.NDArray[np.uint8]:
+        """`[size, size, 3]`, what the front camera sees."""
+    @property
+    def wrist_image(self) -> npt.NDArray[np.uint8]:
+        """`[size, size, 3]`, what the wrist camera sees."""
+    @property
+    def state(self) -> npt.NDArray[np.float64]:
+        """`[8]`: position, roll, pitch and yaw of the gripper, and where each finger is."""
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def done(self) -> bool:
+        """Whether what was asked for lies where it should."""
 
 def convert(
     checkpoint: Union[str, "PathLike[str]"],

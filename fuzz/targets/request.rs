@@ -5,6 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use openvla_serve::json;
 use openvla_serve::message::{Message, Schema};
 use openvla_serve::numpy::Convention;
+use openvla_serve::vla_frame::{Draft, Head, Wishes};
 
 static SCHEMA: Schema = Schema {
     image: &["image", "observation/image"],
@@ -36,4 +37,10 @@ fuzz_target!(|bytes: &[u8]| {
         look(Message::from_json(&SCHEMA, &body));
     }
     look(Message::from_msgpack(&SCHEMA, bytes));
+    let _ = Head::read(bytes);
+    if let Ok(draft) = Draft::read(bytes, &Wishes::default(), None, 1 << 16)
+        && let Ok(seen) = draft.decode(1 << 16)
+    {
+        assert!(seen.image.width() as usize * seen.image.height() as usize <= 1 << 16);
+    }
 });

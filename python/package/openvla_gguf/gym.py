@@ -11,9 +11,9 @@ gymnasium before 1.0 finds it without the import; later ones also take "openvla_
 
 from typing import Any, Dict, Optional, Tuple
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
+from gymnasium import Env, spaces
+from gymnasium.envs import registration
 
 from ._native import Tabletop
 
@@ -23,7 +23,7 @@ STEPS = 40
 _LIMITS = np.array([0.06, 0.06, 0.06, 0.3, 0.3, 0.3], np.float32)
 
 
-class TabletopEnv(gymnasium.Env):  # type: ignore[type-arg]
+class TabletopEnv(Env):  # type: ignore[type-arg]
     """One thing is to be put somewhere. What to put where is in `info["instruction"]` and the observation.
 
     An observation is a dictionary: `image` and `wrist_image`, `[size, size, 3]` of uint8, `state`, `[8]`, as
@@ -76,8 +76,8 @@ class TabletopEnv(gymnasium.Env):  # type: ignore[type-arg]
 
 def register() -> None:
     """Makes `gymnasium.make("openvla/Tabletop-v0")` known. Importing this module does it."""
-    if "openvla/Tabletop-v0" not in gymnasium.registry:
-        gymnasium.register("openvla/Tabletop-v0", f"{__name__}:TabletopEnv", max_episode_steps=STEPS)
+    if "openvla/Tabletop-v0" not in registration.registry:
+        registration.register("openvla/Tabletop-v0", f"{__name__}:TabletopEnv", max_episode_steps=STEPS)
 
 
 register()

@@ -3,12 +3,12 @@
     from openvla_gguf import OpenVLA
     from openvla_gguf.libero import get_action, get_libero_image, invert_gripper_action, normalize_gripper_action
 
-    model = OpenVLA("openvla-7b-finetuned-libero-spatial.gguf", unnorm_key="libero_spatial", profile="libero", center_crop=True)
+    model = OpenVLA("openvla-7b-finetuned-libero-spatial.gguf", unnorm_key="libero_spatial", profile="oft", center_crop=True)
     action = get_action(cfg, model, {"full_image": get_libero_image(obs)}, task_description)
     obs, reward, done, info = env.step(invert_gripper_action(normalize_gripper_action(action)).tolist())
 
 ref: `experiments/robot/robot_utils.py`, `openvla_utils.py` and `libero/libero_utils.py` of openvla and openvla-oft. How
-pictures are prepared is the model's: it takes them as the simulator rendered them, turned but not resized.
+pictures are prepared is the model's: it takes them turned but not resized. (`profile="libero"` would turn them itself.)
 """
 
 import math

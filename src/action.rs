@@ -33,12 +33,25 @@ impl ActionSpace {
         self.end.saturating_sub(id).saturating_sub(1).min(self.n_bin - 2)
     }
 
-    /// The center of a bin, in -1..1: the mean of two of numpy's `linspace(-1, 1, n_bin)`.
+    /// The center of a bin, in -1..1: the mean of its edges.
     pub fn center(self, bin: u32) -> f64 {
+        (self.edge(bin) + self.edge(bin + 1)) / 2.0
+    }
+
+    /// The id that a number is trained as: of the last edge that is not above it. What is beyond -1..1 is
+    /// clipped.
+    ///
+    /// ref: `ActionTokenizer.__call__`, with numpy's `digitize`
+    pub fn id(self, x: f64) -> u32 {
+        let x = x.clamp(-1.0, 1.0);
+        let edges = (1..self.n_bin).take_while(|edge| self.edge(*edge) <= x).count();
+        self.end - 1 - edges as u32
+    }
+
+    /// One of numpy's `linspace(-1, 1, n_bin)`.
+    fn edge(self, i: u32) -> f64 {
         let last = self.n_bin - 1;
-        let edge =
-            |i: u32| if i == last { 1.0 } else { f64::from(i) * (2.0 / f64::from(last)) - 1.0 };
-        (edge(bin) + edge(bin + 1)) / 2.0
+        if i == last { 1.0 } else { f64::from(i) * (2.0 / f64::from(last)) - 1.0 }
     }
 
     /// The best ids by the logits of the action ids alone, `[n_bin]` for each step.
@@ -97,6 +110,20 @@ mod tests {
         }
         assert_eq!(SPACE.bin(31_744), SPACE.bin(31_745), "256 ids share 255 centers");
         assert!((SPACE.center(SPACE.bin(31_999)) + 0.996_078_431_372_549).abs() < 1e-15);
+    }
+
+    /// `32000 - np.digitize(np.clip(x, -1, 1), np.linspace(-1, 1, 256))`
+    #[test]
+    fn numbers_become_the_ids_that_they_are_trained_as() {
+        for id in 31_745..32_000 {
+            assert_eq!(SPACE.id(SPACE.center(SPACE.bin(id))), id, "a center is in its bin");
+        }
+        let wanted =
+            [(-7.0, 31_999), (-1.0, 31_999), (0.0, 31_872), (0.999, 31_745), (1.0, 31_744)];
+        for (x, id) in wanted {
+            assert_eq!(SPACE.id(x), id, "{x}");
+        }
+        assert_eq!([SPACE.id(9.0), SPACE.id(f64::INFINITY)], [31_744; 2]);
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl Policy {
         Self::load(&Gguf::built_in(name, bytes)?, options)
     }
 
-    fn load(file: &Gguf, options: &Options) -> Result<Self> {
+    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
         let config = options.config(file)?;
         Ok(if config.oft.is_some() {
             Self::Oft(OpenVlaOft::load(file, config, options)?)

@@ -131,21 +131,26 @@ impl ModelArgs {
     /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it. Or if it is
     /// not signed as it must be.
     pub fn open(&self) -> anyhow::Result<Policy> {
-        let options = self.options();
-        let path = self.path();
         if let Some(key) = &self.require_signature {
+            let path = self.path();
             let path = path
                 .as_deref()
                 .context("the built-in example is not signed: name a model with -m")?;
             say(format_args!("signed: {}", signature::check(path, key)?));
         }
-        Ok(match path {
-            Some(path) => {
-                misnamed::check(&path)?;
-                Policy::open(path, &options)?
-            }
-            None => Policy::built_in("the built-in example", EXAMPLE, &options)?,
-        })
+        Ok(Policy::load(&self.file()?, &self.options())?)
+    }
+
+    /// Opens the model's file, whoever signed it.
+    ///
+    /// # Errors
+    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
+    pub fn file(&self) -> anyhow::Result<Gguf> {
+        let Some(path) = self.path() else {
+            return Ok(Gguf::built_in("the built-in example", EXAMPLE)?);
+        };
+        misnamed::check(&path)?;
+        Ok(Gguf::open(&path)?)
     }
 
     /// Whether the file is of an OpenVLA-OFT model. What is wrong with it is said when it is opened.
@@ -155,7 +160,7 @@ impl ModelArgs {
     }
 
     /// How it is opened.
-    fn options(&self) -> Options {
+    pub fn options(&self) -> Options {
         let mut options = self.device.options();
         options.draft = self.draft;
         if self.reference_decoding {

@@ -31,7 +31,7 @@
 //! projector, and `llama`. [`oft`] is the other policy, with the same encoder. `config` reads what the file says
 //! about itself, `layers` has what networks share. [`streamed`] runs the
 //! networks part by part where they do not fit. [`mod@format`] documents the file, [`cli`] is what
-//! programs share, and [`libero`] has the conventions of that environment's client.
+//! programs share, `score` says how likely given motions are, and [`libero`] has the conventions of that environment's client.
 //!
 //! # What is deliberately absent
 //!
@@ -64,6 +64,7 @@ mod preprocess;
 mod profile;
 mod projector;
 pub mod prompt;
+mod score;
 mod session;
 mod speculative;
 mod statistics;
@@ -91,6 +92,7 @@ pub use placement::Devices;
 pub use policy::{Action, OpenVla, Timing, Unconstrained};
 pub use preprocess::{Normalize, Preprocess, Resize};
 pub use profile::Profile;
+pub use score::{Statement, TokenScore};
 pub use session::{Drafted, Session, Totals};
 pub use speculative::Draft;
 pub use statistics::{Bounds, Dataset, Scale, Statistics};

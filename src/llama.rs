@@ -6,6 +6,9 @@
 //! A pass may also run drafts, tokens that are only guessed, and gives the logits after each of
 //! them. Rows whose guess was wrong are forgotten: the next pass overwrites them.
 //!
+//! Or it runs the rows of a tree, continuations of the prompt that share what they begin with. They go
+//! behind what is written of the cache, and are forgotten at once.
+//!
 //! Graphs have fixed shapes and are kept: for each prompt length one for each number of rows. A
 //! step looks at the whole cache, of which a mask hides what is not written yet, or forgotten.
 //!
@@ -13,6 +16,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,8 +27,11 @@ use crate::config::{Config, LlamaConfig};
 use crate::layers::RmsNorm;
 
 mod layer;
+mod tree;
 
+use layer::SEEN;
 pub(crate) use layer::{Layer, LayerCache, Rows, mask_row};
+pub(crate) use tree::{Node, Tree};
 
 /// Tensors that rows are looked up in.
 pub(crate) const TABLES: [&str; 1] = ["token_embd.weight"];
@@ -56,6 +63,8 @@ pub(crate) struct Llama {
     backend: Arc<Backend>,
     /// Rows to keep free for the tokens of the longest motion.
     n_token_max: usize,
+    /// Rows to keep free for those of a tree.
+    n_node_max: usize,
     graphs: Option<PromptGraphs>,
 }
 
@@ -73,6 +82,8 @@ struct PromptGraphs {
     prefills: BTreeMap<usize, Pass>,
     /// By the number of tokens.
     steps: BTreeMap<usize, Pass>,
+    /// By the number of rows, of trees.
+    trees: BTreeMap<usize, Pass>,
 }
 
 /// A graph for a number of rows, with what it reads and gives.
@@ -90,7 +101,23 @@ struct Pass {
 /// writes a cache, whose device they belong to.
 struct Inputs {
     positions: State,
+    /// Rows of the cache, where they are not the positions.
+    places: Option<State>,
     mask: State,
+}
+
+/// The size of a pass.
+struct Size {
+    /// Ids that it reads.
+    n_id: usize,
+    /// Rows, with the soft tokens.
+    n_row: usize,
+    /// Rows of the cache that it looks at.
+    n_kv: usize,
+    /// How many of the last rows have logits.
+    n_out: usize,
+    /// Whether its rows may go anywhere in the cache.
+    scattered: bool,
 }
 
 impl Llama {
@@ -100,7 +127,12 @@ impl Llama {
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let model = Model::load(w, c)?;
         let n_token_max = c.statistics.longest();
-        Ok(Self { model, backend: backend.clone(), n_token_max, graphs: None })
+        Ok(Self { model, backend: backend.clone(), n_token_max, n_node_max: 0, graphs: None })
+    }
+
+    /// Makes room for trees of `n` rows after prompts that are read from now on.
+    pub fn reserve(&mut self, n: usize) {
+        self.n_node_max = self.n_node_max.max(n.next_multiple_of(Tree::STRIDE));
     }
 
     /// Reads the prompt `ids`, with the soft tokens after the first, and then `drafts`. Gives the
@@ -113,18 +145,23 @@ impl Llama {
         assert!(ids.len() > 1, "a prompt is BOS and more");
         assert!(drafts.len() < self.n_token_max, "more drafts than the longest motion has tokens");
         let all = device_ids(&[ids, drafts].concat(), self.model.config.n_vocab);
-        if self.graphs.as_ref().is_none_or(|graphs| graphs.n_id != ids.len()) {
+        let suits = |graphs: &PromptGraphs| {
+            graphs.n_id == ids.len() && graphs.n_ctx - graphs.n_row >= self.n_node_max
+        };
+        if !self.graphs.as_ref().is_some_and(suits) {
             self.graphs = None; // gives its memory back before the next takes some
             let n_row = ids.len() + soft.shape()[1];
-            self.graphs = Some(self.model.graphs(ids.len(), n_row, self.n_token_max)?);
+            let n_new = [self.n_token_max, self.n_node_max];
+            self.graphs = Some(self.model.graphs(ids.len(), n_row, n_new)?);
         }
         let graphs = self.graphs.as_mut().expect("built above");
         let n_row = graphs.n_row + drafts.len();
         let pass = match graphs.prefills.entry(drafts.len()) {
             Entry::Occupied(pass) => pass.into_mut(),
             Entry::Vacant(place) => {
-                let sizes = [all.len(), n_row, n_row, 1 + drafts.len()];
-                let pass = self.model.pass(&self.backend, &graphs.cache, sizes, Some(soft))?;
+                let n_out = 1 + drafts.len();
+                let size = Size { n_id: all.len(), n_row, n_kv: n_row, n_out, scattered: false };
+                let pass = self.model.pass(&self.backend, &graphs.cache, size, Some(soft))?;
                 let n_soft = soft.shape()[1];
                 // The order of `Model::embed`: soft tokens, BOS, the rest.
                 pass.set_positions((1..=n_soft).chain([0]).chain(n_soft + 1..n_row));
@@ -148,13 +185,50 @@ impl Llama {
         let pass = match graphs.steps.entry(n) {
             Entry::Occupied(pass) => pass.into_mut(),
             Entry::Vacant(place) => {
-                let sizes = [n, n, graphs.n_ctx, n];
-                place.insert(self.model.pass(&self.backend, &graphs.cache, sizes, None)?)
+                let size =
+                    Size { n_id: n, n_row: n, n_kv: graphs.n_ctx, n_out: n, scattered: false };
+                place.insert(self.model.pass(&self.backend, &graphs.cache, size, None)?)
             }
         };
         pass.set_positions(graphs.n_past..graphs.n_past + n);
         graphs.n_past += n;
         pass.run(&all)
+    }
+
+    /// The logits after each node of a tree of the prompt's, `[n_vocab]`. What was read before stays.
+    ///
+    /// # Panics
+    /// Without a prefill before, or with more nodes than there is room for.
+    pub fn branch(&mut self, tree: &Tree) -> Result<Vec<Vec<f32>>> {
+        let graphs = self.graphs.as_mut().expect("a prefill comes first");
+        let (n_soft, n_past, n_ctx) = (graphs.n_row - graphs.n_id, graphs.n_past, graphs.n_ctx);
+        let n = tree.nodes().len().next_multiple_of(Tree::STRIDE);
+        assert!(n_past + n <= n_ctx, "a tree has as many nodes as there is room for");
+        let pass = match graphs.trees.entry(n) {
+            Entry::Occupied(pass) => pass.into_mut(),
+            Entry::Vacant(place) => {
+                let size = Size { n_id: n, n_row: n, n_kv: n_ctx, n_out: n, scattered: true };
+                place.insert(self.model.pass(&self.backend, &graphs.cache, size, None)?)
+            }
+        };
+        // What fills the pass up looks at BOS, and nobody at it.
+        let filler = Node { id: 0, depth: 0, parent: None };
+        let nodes: Vec<_> = tree.nodes().iter().cloned().chain(repeat_n(filler, n)).collect();
+        let (nodes, mut mask) = (&nodes[..n], Vec::with_capacity(n * n_ctx));
+        for (i, node) in nodes.iter().enumerate() {
+            let (begun, path) = tree.path(node);
+            // Of the prompt, BOS, the soft tokens, and its other ids so far; then the nodes before it, and itself.
+            let mut row = mask_row(n_soft + begun, n_ctx);
+            path.into_iter().chain([i]).for_each(|at| row[n_past + at] = SEEN);
+            mask.extend(row);
+        }
+        let positions: Vec<_> = nodes.iter().map(|node| (n_soft + node.depth) as i32).collect();
+        let places: Vec<_> = (n_past..n_past + n).map(|row| row as i32).collect();
+        pass.set_rows(&positions, &places, &mask);
+        let ids: Vec<_> = nodes.iter().map(|node| node.id).collect();
+        let mut logits = pass.run(&device_ids(&ids, self.model.config.n_vocab))?;
+        logits.truncate(tree.nodes().len());
+        Ok(logits)
     }
 
     /// Takes the last `n` rows back: tokens that were drafted wrongly.
@@ -183,10 +257,19 @@ pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
 impl Pass {
     /// Its rows are at these positions.
     fn set_positions(&self, at: impl Iterator<Item = usize> + Clone) {
-        for Inputs { positions, mask } in self.inputs.values() {
+        for Inputs { positions, mask, .. } in self.inputs.values() {
             let n_kv = mask.shape()[0];
             positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
             mask.write(&at.clone().flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
+        }
+    }
+
+    /// The same of rows that may go anywhere: `[n_row]`, `[n_row]` and `[n_kv, n_row]`.
+    fn set_rows(&self, at: &[i32], places: &[i32], mask: &[u16]) {
+        for inputs in self.inputs.values() {
+            inputs.positions.write(at);
+            inputs.places.as_ref().expect("a scattered pass").write(places);
+            inputs.mask.write(mask);
         }
     }
 
@@ -200,17 +283,21 @@ impl Pass {
 }
 
 impl Inputs {
-    /// For `n_row` rows that look at `n_kv`, of a cache of `n_ctx`, on the layer's device.
-    fn new(layer: &Layer, n_row: usize, n_kv: usize, n_ctx: usize) -> Result<Self> {
+    /// For a pass over a cache of `n_ctx` rows, on the layer's device.
+    fn new(layer: &Layer, size: &Size, n_ctx: usize) -> Result<Self> {
+        let rows = || State::ids_beside(layer.keys(), DType::I32, size.n_row, n_ctx);
         Ok(Self {
-            positions: State::ids_beside(layer.keys(), DType::I32, n_row, n_ctx)?,
-            mask: State::beside(layer.keys(), DType::F16, shape(&[n_kv, n_row]))?,
+            positions: rows()?,
+            places: size.scattered.then(rows).transpose()?,
+            mask: State::beside(layer.keys(), DType::F16, shape(&[size.n_kv, size.n_row]))?,
         })
     }
 
     /// As operands of a graph, with the rows `x`.
     fn rows<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Rows<'g> {
-        Rows { x, positions: g.state(&self.positions), mask: g.state(&self.mask) }
+        let positions = g.state(&self.positions);
+        let places = self.places.as_ref().map_or(positions, |places| g.state(places));
+        Rows { x, positions, places, mask: g.state(&self.mask) }
     }
 }
 
@@ -274,41 +361,41 @@ impl Model {
         })
     }
 
-    /// Makes room for prompts of `n_id` ids and `n_row` rows, and `n_new` rows after.
-    fn graphs(&self, n_id: usize, n_row: usize, n_new: usize) -> Result<PromptGraphs> {
-        let c = &self.config;
-        c.check_rows(n_row + n_new)?;
+    /// Makes room for prompts of `n_id` ids and `n_row` rows, and for a motion or a tree of so many rows after.
+    fn graphs(&self, n_id: usize, n_row: usize, n_new: [usize; 2]) -> Result<PromptGraphs> {
+        let (c, [n_token, n_node]) = (&self.config, n_new);
+        c.check_rows(n_row + n_token)?;
         // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
-        let n_ctx = (n_row + n_new).next_multiple_of(32);
+        let n_ctx = (n_row + n_token.max(n_node)).next_multiple_of(32);
         let dtype = self.cache_dtype();
         let cache = self.layers.iter().map(|layer| layer.cache(c, n_ctx, dtype));
         let cache = cache.collect::<Result<_>>()?;
-        let (prefills, steps) = (BTreeMap::new(), BTreeMap::new());
-        Ok(PromptGraphs { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps })
+        let (prefills, steps, trees) = Default::default();
+        Ok(PromptGraphs { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps, trees })
     }
 
-    /// Builds a graph for `n_id` ids, which with the soft tokens after the first are `n_row` rows.
-    /// They look at `n_kv` rows, and the last `n_out` of them have logits.
+    /// Builds the graph of a pass; the soft tokens' rows come after its first id's.
     fn pass(
         &self,
         backend: &Arc<Backend>,
         cache: &Cache,
-        [n_id, n_row, n_kv, n_out]: [usize; 4],
+        size: Size,
         soft: Option<&State>,
     ) -> Result<Pass> {
         let c = &self.config;
-        let ids = State::ids(backend, DType::I32, n_id, c.n_vocab)?;
+        let ids = State::ids(backend, DType::I32, size.n_id, c.n_vocab)?;
         let mut inputs = BTreeMap::new();
         for (layer, cache) in self.layers.iter().zip(cache) {
             if let Entry::Vacant(place) = inputs.entry(layer.keys().device()) {
-                place.insert(Inputs::new(layer, n_row, n_kv, cache.n_ctx())?);
+                place.insert(Inputs::new(layer, &size, cache.n_ctx())?);
             }
         }
-        let logits = State::beside(self.head.weight(), DType::F32, shape(&[c.n_vocab, n_out]))?;
+        let shape = shape(&[c.n_vocab, size.n_out]);
+        let logits = State::beside(self.head.weight(), DType::F32, shape)?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
-            let last = self.build(g, x, &inputs, cache, n_out);
+            let last = self.build(g, x, &inputs, cache, size.n_out);
             self.head.build(g, last, &logits);
         })?;
         Ok(Pass { graph, ids, inputs, logits })

@@ -15,7 +15,7 @@ use openvla_kernels::{Backend, Gguf, Observer, Squares, Usage, Weights};
 use crate::Result;
 use crate::config::Config;
 use crate::encoder::{Encoder, Features, SoftTokens};
-use crate::llama::{Llama, TABLES};
+use crate::llama::{Llama, TABLES, Tree};
 use crate::projector::Projector;
 use crate::vision::Vision;
 
@@ -75,6 +75,14 @@ impl Sequence<'_> {
     /// If there are fewer after the prompt.
     pub fn forget(&mut self, n: usize) {
         self.llama.forget(n);
+    }
+
+    /// The logits after each node of a tree of continuations, `[n_vocab]`, which are forgotten at once.
+    ///
+    /// # Panics
+    /// If it has more nodes than there is room for.
+    pub(crate) fn branch(&mut self, tree: &Tree) -> Result<Vec<Vec<f32>>> {
+        self.llama.branch(tree)
     }
 }
 
@@ -156,6 +164,11 @@ impl Network {
     ) -> Result<Sequence<'_>> {
         let logits = self.llama.prefill(ids, self.encoder.soft(), drafts)?;
         Ok(Sequence { llama: &mut self.llama, logits })
+    }
+
+    /// Makes room for trees of `n` nodes after prompts that are read from now on.
+    pub(crate) fn reserve(&mut self, n: usize) {
+        self.llama.reserve(n);
     }
 
     /// What each matrix was multiplied by so far, if the network was loaded to observe it.

@@ -22,7 +22,7 @@ use crate::config::{Config, OftConfig, OftHead};
 use crate::options::{Decoding, ModelDevices, Options};
 use crate::policy::{Clock, milliseconds};
 use crate::speculative::Draft;
-use crate::statistics::Scale;
+use crate::statistics::{Scale, WIDTH};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -231,9 +231,6 @@ impl OpenVlaOft {
 
 /// The ids of each action.
 type Tokens = Vec<Vec<u32>>;
-
-/// What keeps a dimension of no width from dividing by zero. ref: `_unnormalize_actions`, `normalize_proprio`
-const WIDTH: f64 = 1e-8;
 
 /// An action that a `head` returned, to the data set's units. ref: `_unnormalize_actions`, which computes
 /// `0.5 * (x + 1)` in the precision of `x`: what an L1 head returns is f32, centers of bins are f64.

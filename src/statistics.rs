@@ -29,6 +29,10 @@ impl Bounds {
     }
 }
 
+/// What keeps a dimension of no width from dividing by zero. ref: `normalize_action_and_proprio`,
+/// `_unnormalize_actions`, `normalize_proprio`
+pub(crate) const WIDTH: f64 = 1e-8;
+
 /// How one kind of numbers was scaled to -1..1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scale {
@@ -73,6 +77,18 @@ impl Scale {
             if scaled { 0.5 * (x + 1.0) * (high - low) + low } else { *x }
         };
         normalized.iter().zip(self.dimensions()).map(unnormalize).collect()
+    }
+
+    /// Numbers in the data set's units to -1..1, which data sets are trained as. Those of no width are 0.
+    ///
+    /// ref: `normalize_action_and_proprio`
+    pub fn normalize(&self, numbers: &[f64]) -> Vec<f64> {
+        let normalize = |(x, (low, high, scaled)): (&f64, (f64, f64, bool))| match scaled {
+            true if low == high => 0.0,
+            true => (2.0 * (x - low) / (high - low + WIDTH) - 1.0).clamp(-1.0, 1.0),
+            false => *x,
+        };
+        numbers.iter().zip(self.dimensions()).map(normalize).collect()
     }
 
     /// Reads the `action` or `proprio` of a data set, or says what it has that cannot be used.
@@ -253,6 +269,18 @@ mod tests {
         assert_eq!(name, "d");
         assert_eq!(dataset.action.unnormalize(&[0.5, 0.5, 0.5]), [1.0, 0.0, 0.5]);
         assert_eq!(dataset.action.unnormalize(&[-1.0, 1.0, -0.996]), [-2.0, 0.0, -0.996]);
+    }
+
+    #[test]
+    fn numbers_are_scaled_as_data_sets_are_trained() {
+        let json = r#"{"d": {"action": {"q01": [-2, 3, 0], "q99": [2, 3, 1],
+                                        "mask": [true, true, false]}}}"#;
+        let statistics = statistics(json).unwrap();
+        let scale = &statistics.select(None).unwrap().1.action;
+        let got = scale.normalize(&[1.0, 3.0, -7.0]);
+        assert!((got[0] - 0.5).abs() < 1e-8, "{got:?}");
+        assert_eq!((got[1], got[2]), (0.0, -7.0), "no width; not scaled");
+        assert_eq!(scale.normalize(&[-9.0, 9.0, 0.25]), [-1.0, 0.0, 0.25]);
     }
 
     #[test]

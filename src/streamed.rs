@@ -242,7 +242,8 @@ impl Sequence {
         mask.write(&at.flat_map(|row| mask_row(row, self.n_ctx)).collect::<Vec<_>>());
         let shape = [c.dim, n_row];
         self.rows = run.once(Layer::MAX_NODES, &self.rows, &shape, &shape, |g, x| {
-            let rows = Rows { x, positions: g.state(&positions), mask: g.state(&mask) };
+            let positions = g.state(&positions);
+            let rows = Rows { x, positions, places: positions, mask: g.state(&mask) };
             layer.build(g, &rows, &self.cache[i], rows.x.shape()[1], c)
         })?;
         Ok(())

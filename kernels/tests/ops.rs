@@ -321,16 +321,28 @@ fn attention_with_and_without_mask_and_with_grouped_heads() {
         let [k, v] = [7, 8].map(|seed| numbers(d * n_kv * n_head_kv, seed));
         // Row i sees the keys up to its own place, counted from the end, and always the first.
         let causal = move |row: usize, at: usize| at == 0 || at + n <= row + n_kv;
-        let mask = zeros(DType::F16, &[n_kv, n]);
-        let hidden = (0..n).flat_map(|row| (0..n_kv).map(move |at| causal(row, at)));
-        mask.write(&hidden.map(|seen| if seen { 0 } else { 0xFC00 }).collect::<Vec<u16>>());
+        // Of those, some rows see each third one, as rows of a tree see some of those before them.
+        let tree = move |row: usize, at: usize| {
+            causal(row, at) && (row % 4 == 0 || at == 0 || (row + at) % 3 == 0)
+        };
+        let mask_of = |seen: &dyn Fn(usize, usize) -> bool| {
+            let mask = zeros(DType::F16, &[n_kv, n]);
+            let places = (0..n).flat_map(|row| (0..n_kv).map(move |at| (row, at)));
+            let hidden = places.map(|(row, at)| if seen(row, at) { 0 } else { 0xFC00 });
+            mask.write(&hidden.collect::<Vec<u16>>());
+            mask
+        };
         for (dtype, limit) in [(DType::F32, 1e-5), (DType::F16, 5e-3)] {
             let got = sizes.run(dtype, None, [&q, &k, &v]);
             let want = sizes.twin(&q, &k, &v, &|_, _| true);
             assert_close(&format!("{sizes:?} {dtype} all"), &got, &want, limit);
-            let got = sizes.run(dtype, Some(&mask), [&q, &k, &v]);
-            let want = sizes.twin(&q, &k, &v, &causal);
-            assert_close(&format!("{sizes:?} {dtype} causal"), &got, &want, limit);
+            let masks: [(&str, &dyn Fn(usize, usize) -> bool); 2] =
+                [("causal", &causal), ("tree", &tree)];
+            for (name, seen) in masks {
+                let got = sizes.run(dtype, Some(&mask_of(seen)), [&q, &k, &v]);
+                let want = sizes.twin(&q, &k, &v, seen);
+                assert_close(&format!("{sizes:?} {dtype} {name}"), &got, &want, limit);
+            }
         }
     }
 }

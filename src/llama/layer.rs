@@ -9,7 +9,7 @@ use crate::config::LlamaConfig;
 use crate::layers::{Products, RmsNorm};
 
 /// f16 zero and minus infinity: what a mask is made of.
-const SEEN: u16 = 0x0000;
+pub(crate) const SEEN: u16 = 0x0000;
 const HIDDEN: u16 = 0xFC00;
 
 /// What the row at `position` may look at, of `n_kv` rows.
@@ -35,10 +35,11 @@ pub(crate) struct LayerCache {
     single: Option<State>,
 }
 
-/// Rows to run: their embeddings, positions, and what they may look at.
+/// Rows to run: their embeddings, positions, where in the cache they go, and what they may look at.
 pub(crate) struct Rows<'g> {
     pub x: Tensor<'g>,
     pub positions: Tensor<'g>,
+    pub places: Tensor<'g>,
     pub mask: Tensor<'g>,
 }
 
@@ -181,10 +182,10 @@ impl Layer {
         let (keys, values) = (cache.slice(0, 0, kv), cache.slice(0, kv, kv));
         match v {
             Some(v) => {
-                keys.set_rows(k, rows.positions);
-                values.set_rows(v, rows.positions);
+                keys.set_rows(k, rows.places);
+                values.set_rows(v, rows.places);
             }
-            None => cache.set_rows(k, rows.positions),
+            None => cache.set_rows(k, rows.places),
         }
         let seen = |x: Tensor<'g>| {
             let rows = x.slice(1, 0, n_kv).heads(head_dim); // [head_dim, n_head_kv, n_kv]

@@ -98,8 +98,10 @@ struct Scratch<S: Simd> {
     queries: Vec<[S::F; 2]>,
     /// Scores, then weights, by key.
     scores: Vec<[S::F; 2]>,
-    /// How many keys the mask shows each query.
+    /// Each query's first key of those behind the last that the mask shows it.
     visible: Vec<i32>,
+    /// Scores of keys before those that it hides.
+    holes: Vec<usize>,
 }
 
 impl<S: Simd> Scratch<S> {
@@ -113,6 +115,7 @@ impl<S: Simd> Scratch<S> {
             queries: vec![[s.zero(); 2]; d],
             scores: vec![[s.zero(); 2]; n_kv],
             visible: vec![0; S::MR],
+            holes: Vec::new(),
         }
     }
 }
@@ -183,7 +186,7 @@ impl<S: Simd> Op<S> for SoftmaxScores<'_, S> {
 
     #[inline(always)]
     fn run(self, s: S) -> (usize, [S::F; 2]) {
-        let Scratch { d, keys, queries, scores, visible, .. } = self.0;
+        let Scratch { d, keys, queries, scores, visible, holes, .. } = self.0;
         let (mut least, mut most) = (visible[0], visible[0]);
         for n in &*visible {
             (least, most) = (least.min(*n), most.max(*n));
@@ -205,6 +208,14 @@ impl<S: Simd> Op<S> for SoftmaxScores<'_, S> {
                     largest[half] = s.max(largest[half], sum[half]);
                 }
                 scores[r] = sum;
+            }
+        }
+        if !holes.is_empty() {
+            let elements = elements_mut::<S>(scores);
+            holes.iter().for_each(|at| elements[*at] = f32::NEG_INFINITY);
+            largest = [hidden; 2];
+            for score in &scores[..n_key] {
+                (0..2).for_each(|half| largest[half] = s.max(largest[half], score[half]));
             }
         }
         let mut total = [s.zero(); 2];
@@ -246,11 +257,16 @@ fn compute<S: Simd>(s: S, job: &Job, scale: f32) {
     let ([d, n_head, ..], n_group) = (job.shape(), q.n_head / k.n_head);
     // SAFETY: a mask is contiguous f16, `[n_kv, n]`.
     let mask = job.source(3).map(|_| unsafe { job.slice::<u16>(3, k.n * q.n) });
-    // A mask shows the first keys and hides the others.
-    let visible = |row: usize| match mask {
-        Some(mask) => mask[row * k.n..][..k.n].partition_point(|shown| *shown == 0),
-        None => k.n,
+    let shown = |row: usize| mask.map(|mask| &mask[row * k.n..][..k.n]);
+    // Most masks show the first keys and hide the others.
+    let end = |row| {
+        shown(row).map_or(k.n, |keys| keys.iter().rposition(|x| *x == 0).map_or(0, |i| i + 1))
     };
+    let has_holes = |(row, end): (usize, &usize)| {
+        shown(row).is_some_and(|keys| keys[..*end].iter().any(|x| *x != 0))
+    };
+    let ends: Vec<usize> = (0..q.n).map(end).collect();
+    let with_holes: Vec<bool> = ends.iter().enumerate().map(has_holes).collect();
     let n_tile = q.n.div_ceil(S::MR);
     let mut scratch = Scratch::new(s, d, k.n);
     let mut results = vec![[s.zero(); 2]; S::NR];
@@ -262,8 +278,14 @@ fn compute<S: Simd>(s: S, job: &Job, scale: f32) {
             s.vectorize(ReadHead { k, v, head: head / n_group, to: &mut scratch });
             head_in_scratch = Some(head / n_group);
         }
+        scratch.holes.clear();
         for lane in 0..S::MR {
-            scratch.visible[lane] = visible(first + lane.min(n_row - 1)) as i32;
+            let row = first + lane.min(n_row - 1);
+            scratch.visible[lane] = ends[row] as i32;
+            if let Some(keys) = shown(row).filter(|_| with_holes[row]) {
+                let hidden = (0..ends[row]).filter(|key| keys[*key] != 0);
+                scratch.holes.extend(hidden.map(|key| key * S::MR + lane));
+            }
         }
         s.vectorize(ReadQueries { q, head, first, n_row, scale, to: &mut scratch });
         let (n_key, scale) = s.vectorize(SoftmaxScores(&mut scratch));

@@ -1,5 +1,7 @@
 //! `openvla-client`: a control loop to copy. It never waits for an answer to take the next picture.
 
+mod record;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,6 +15,8 @@ use clap::{Args, Parser, Subcommand};
 use openvla::cli::{self, PICTURES, is_picture};
 use openvla_client::{Client, Refusal, Reply, Server};
 use serde_json::{Value, json};
+
+use crate::record::Recorder;
 
 /// Sends pictures to openvla-serve and shows what comes back, and when.
 #[derive(Parser)]
@@ -49,6 +53,9 @@ struct Camera {
     /// How many pictures
     #[arg(short = 'n', long, default_value_t = 50)]
     steps: u64,
+    /// Record what was acted on in a new folder: frames, motions, times. openvla-doctor reads it
+    #[arg(long, value_name = "FOLDER")]
+    record: Option<PathBuf>,
     /// Print one JSON object for each picture, and one at the end
     #[arg(long)]
     json: bool,
@@ -64,7 +71,9 @@ fn main() -> ExitCode {
 /// What became of a picture.
 struct Frame {
     seq: u64,
+    picture: Arc<[u8]>,
     taken: Instant,
+    at: SystemTime,
     reply: Reply,
 }
 
@@ -76,12 +85,14 @@ fn camera(args: &Camera) -> Result<()> {
         cli::say(format_args!("warning: {doubt}"));
     }
     let pictures = pictures(&args.pictures)?;
-    let client =
-        Client::new(args.server.clone())?.with_arm(&wrists(args)?, state(args)?.as_deref());
+    let (wrists, state) = (wrists(args)?, state(args)?);
+    let client = Client::new(args.server.clone())?.with_arm(&wrists, state.as_deref());
+    let recorder = args.record.as_ref().map(|folder| Recorder::new(folder, wrists, state));
     let (send, frames) = channel();
     let period = Duration::from_secs_f64(1.0 / args.hz);
     let begun = Instant::now();
-    let (mut seq, mut pending, mut tally) = (0, 0, Tally::default());
+    let (mut seq, mut pending) = (0, 0);
+    let mut tally = Tally { recorder: recorder.transpose()?, ..Tally::default() };
     while seq < args.steps || pending > 0 {
         // The camera's clock goes on whatever the network does.
         let next = begun + period.mul_f64(seq as f64);
@@ -132,7 +143,7 @@ fn look(client: &Client, seq: u64, picture: Arc<[u8]>, instruction: &str, done: 
     std::thread::spawn(move || {
         let (taken, at) = (Instant::now(), SystemTime::now());
         let reply = client.act(seq, at, &picture, &instruction);
-        let _ = done.send(Frame { seq, taken, reply }); // the loop may have ended
+        let _ = done.send(Frame { seq, picture, taken, at, reply }); // the loop may have ended
     });
 }
 
@@ -145,6 +156,7 @@ struct Tally {
     newest: Option<u64>,
     /// The server's last warning, which is said once.
     warning: Option<String>,
+    recorder: Option<Recorder>,
 }
 
 impl Tally {
@@ -161,7 +173,7 @@ impl Tally {
     }
 
     fn note(&mut self, frame: Frame, args: &Camera) -> Result<()> {
-        let Frame { seq, taken, reply } = frame;
+        let Frame { seq, picture, taken, at, reply } = frame;
         let ms = taken.elapsed().as_secs_f64() * 1e3;
         let (outcome, detail) = match &reply {
             // A robot acts on the newest picture's motion, never on an older one's after that.
@@ -170,6 +182,9 @@ impl Tally {
                 self.newest = Some(seq);
                 self.milliseconds.push(ms);
                 self.warn(answer);
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.add(&picture, at, &args.instruction, answer)?;
+                }
                 ("acted", answer["action"].clone()) // robot.move_by(action)
             }
             Err(Refusal { code, why }) => (code.as_str(), json!(why)),

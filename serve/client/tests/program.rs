@@ -142,3 +142,49 @@ fn wrists_and_state_are_sent_with_every_picture() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("a JSON list of numbers"), "{said}");
 }
+
+#[test]
+fn what_was_acted_on_is_recorded() {
+    let server = Server::example(&["--threads", "1"]);
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("episode");
+    let folder_name = folder.display().to_string();
+    let url = server.url("");
+    let args = [
+        "camera",
+        "--url",
+        &url,
+        "-n",
+        "4",
+        "--hz",
+        "20",
+        "--json",
+        "--record",
+        &folder_name,
+        &table(),
+        "wave",
+    ];
+    let (output, said) = run(&args);
+    assert!(output.status.success(), "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let acted: Vec<_> = lines.iter().filter(|line| line["outcome"] == "acted").collect();
+    let recorded = std::fs::read_to_string(folder.join("actions.jsonl")).unwrap();
+    let recorded: Vec<Value> =
+        recorded.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(recorded.len(), acted.len());
+    for (i, (line, acted)) in recorded.iter().zip(acted).enumerate() {
+        assert_eq!(
+            (&line["action"], &line["by"], &line["instruction"]),
+            (&acted["detail"], &"model".into(), &"wave".into())
+        );
+        assert_eq!(line["frame"], format!("frames/{i:06}.png"));
+        let frame = std::fs::read(folder.join(line["frame"].as_str().unwrap())).unwrap();
+        assert_eq!(frame, std::fs::read(table()).unwrap());
+    }
+    let times: Vec<f64> = recorded.iter().map(|line| line["time"].as_f64().unwrap()).collect();
+    assert!(times.is_sorted() && times[0] > 1.7e9, "{times:?}");
+    let (output, said) = run(&args);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("is not empty"), "{said}");
+}

@@ -9,7 +9,8 @@ fn root() -> &'static Path {
 /// Every Rust file of the workspace, with its text.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut folders: Vec<_> = [
-        "src", "examples", "convert", "kernels", "example", "tabletop", "serve", "tests", "benches",
+        "src", "examples", "convert", "kernels", "example", "tabletop", "serve", "doctor", "tests",
+        "benches",
     ]
     .iter()
     .map(|name| root().join(name))
@@ -86,7 +87,8 @@ fn model_code_does_not_know_the_device() {
 
 #[test]
 fn links_of_documents_lead_somewhere() {
-    let folders = ["", "convert", "kernels", "serve", "tabletop", "benches", "example", "release"];
+    let folders =
+        ["", "convert", "kernels", "serve", "doctor", "tabletop", "benches", "example", "release"];
     let mut n_link = 0;
     for folder in folders.map(|folder| root().join(folder)) {
         for entry in folder.read_dir().unwrap().map(|entry| entry.unwrap().path()) {

@@ -128,25 +128,25 @@ impl ModelArgs {
     /// Opens the model, of whichever policy it is.
     ///
     /// # Errors
-    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it. Or if it is
-    /// not signed as it must be.
+    /// As [`Policy::open`] and [`ModelArgs::file`].
     pub fn open(&self) -> anyhow::Result<Policy> {
+        Ok(Policy::load(&self.file()?, &self.options())?)
+    }
+
+    /// Opens the model's file.
+    ///
+    /// # Errors
+    /// If it is not signed as it must be, or is not a model. If a checkpoint, a URL or the like was named, says what to
+    /// do with it.
+    pub fn file(&self) -> anyhow::Result<Gguf> {
+        let path = self.path();
         if let Some(key) = &self.require_signature {
-            let path = self.path();
             let path = path
                 .as_deref()
                 .context("the built-in example is not signed: name a model with -m")?;
             say(format_args!("signed: {}", signature::check(path, key)?));
         }
-        Ok(Policy::load(&self.file()?, &self.options())?)
-    }
-
-    /// Opens the model's file, whoever signed it.
-    ///
-    /// # Errors
-    /// As [`Policy::open`], or if a checkpoint, a URL or the like was named; says what to do with it.
-    pub fn file(&self) -> anyhow::Result<Gguf> {
-        let Some(path) = self.path() else {
+        let Some(path) = path else {
             return Ok(Gguf::built_in("the built-in example", EXAMPLE)?);
         };
         misnamed::check(&path)?;

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import tempfile
@@ -99,6 +100,24 @@ class Robot:
         self.answers.append((seq, status, body, time.monotonic() - begin, begin))
 
 
+async def ways(url):
+    """The server's other forms, through the fleet."""
+    async with aiohttp.ClientSession() as session:
+        for path, part in [("/v1/model", "image_size"), ("/healthz", "OK"), ("/readyz", "ready"), ("/openapi.json", "/v1/act")]:
+            async with session.get(url + path) as answer:
+                assert answer.status == 200 and part in await answer.text(), path
+        async with session.get(url + "/metrics") as answer:
+            names = set(re.findall('openvla_ready{replica="(.+)"} 1', await answer.text()))
+            assert len(names) == 2, names
+        for body, status in [(b"{}", 400), (b"x" * (17 << 20), 413)]:
+            async with session.post(url + "/act", data=body, headers={"Content-Type": "application/json"}) as answer:
+                assert answer.status == status and "code" in await answer.json(), answer.status
+        async with session.ws_connect(url + "/", headers={"X-Client-Id": "arm"}) as openpi:
+            assert b"openvla" in (await openpi.receive_bytes()).lower()
+            await openpi.send_bytes(b"no msgpack")
+            assert "bad_request" in await openpi.receive_str(), "openpi's errors are text"
+
+
 def replicas():
     """The processes of the fleet's replicas, and of their servers."""
     found = {}
@@ -146,6 +165,7 @@ async def soak(robots, hz, seconds):
         wanted = [await alone(model, pictures) for model in models]
         first, second = [fleet.Settings(model=str(model), replicas=2, options=OPTIONS) for model in models]
         await asyncio.to_thread(serve.run, fleet.app(first))
+        await ways(f"http://127.0.0.1:{PORT}")
         fleet_of = [Robot(n, image, f"http://127.0.0.1:{PORT}") for n, image in enumerate(pictures)]
         events = {}
         await asyncio.gather(disturb(seconds, second, events), *(robot.run(hz, seconds) for robot in fleet_of))

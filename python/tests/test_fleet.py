@@ -124,3 +124,39 @@ def test_a_server_ends_with_the_process_that_started_it():
     while os.path.exists(f"/proc/{server}") and open(f"/proc/{server}/stat").read().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < end, "the server runs on"
         time.sleep(0.05)
+
+
+def test_bodies_of_any_size_are_answered():
+    """Those that are too large, too, which the server does not read."""
+    server = fleet._Server(["--log-json", "--port", "0"])
+    server.wait_until_ready()
+
+    async def post(size):
+        asked, answered = [], []
+        turns = iter([{"type": "lifespan.startup"}])
+        handover = fleet.Handover(server, None, None)
+
+        async def live():
+            return next(turns, None) or await asyncio.Event().wait()
+
+        async def receive():
+            asked.append(size)
+            return {"type": "http.request", "body": b"x" * size}
+
+        async def send(message):
+            answered.append(message)
+
+        life = asyncio.create_task(handover({"type": "lifespan"}, live, send))
+        while not answered:
+            await asyncio.sleep(0)
+        headers = [(b"content-length", str(size).encode()), (b"content-type", b"application/json")]
+        await handover({"type": "http", "method": "POST", "path": "/act", "headers": headers}, receive, send)
+        life.cancel()
+        await handover.session.close()
+        return answered[1]["status"], len(asked)
+
+    assert asyncio.run(post(10)) == (400, 1)
+    assert asyncio.run(post(2 << 20)) == (400, 1)
+    assert asyncio.run(post(17 << 20)) == (413, 0)
+    server.is_stopping = True
+    server.process.kill()

@@ -186,7 +186,7 @@ async def _respond(send: Any, status: int, headers: List[Tuple[bytes, bytes]], b
 
 @serve.deployment(
     max_ongoing_requests=MOST_REQUESTS,
-    health_check_period_s=5,
+    health_check_period_s=30,
     health_check_timeout_s=60,
     graceful_shutdown_wait_loop_s=0.5,
     graceful_shutdown_timeout_s=60,
@@ -267,8 +267,9 @@ class _Server:
 
 # Of one connection, and not of what it carries (RFC 9110, 7.6.1).
 HOP_BY_HOP = {
-    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    b"connection", b"expect", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
+LARGE = 1 << 20
 NOT_PASSED_BACK = HOP_BY_HOP | {b"date"}  # which Ray's proxy adds
 
 
@@ -301,8 +302,9 @@ class Handover:
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self.session = aiohttp.ClientSession(
-            f"http://{self.server.address}", connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
-        )
+            f"http://{self.server.address}", connector=connector, timeout=timeout, auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )  # fmt: skip
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.server.stop()
@@ -310,16 +312,22 @@ class Handover:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def request(self, scope: Dict[str, Any], receive: Any, send: Any) -> None:
+        headers = dict(scope["headers"])
+        length = int(headers.get(b"content-length", 0)) if b"transfer-encoding" not in headers else None
+        body = None if length == 0 else _body(receive)
         try:
             async with self.session.request(
-                scope["method"], _target(scope), headers=self.headers(scope), data=_body(receive), allow_redirects=False,
+                scope["method"], _target(scope), headers=self.headers(scope), data=body, allow_redirects=False,
+                # A body that is too large is refused before it is sent; else the refusal could be lost with the connection.
+                expect100=length is None or length > LARGE,
                 skip_auto_headers=["User-Agent", "Accept", "Accept-Encoding", "Content-Type"],
             ) as answer:  # fmt: skip
                 body = await answer.read()
         except aiohttp.ClientError as error:
             message = f"the replica's server did not answer: {error}"
             return await _error(send, 503, "not_ready", message, "send the robot's next observation", retry=True)
-        self.moved |= answer.status == 200 and scope["method"] == "POST"
+        # `--compat-errors` answers errors with status 200.
+        self.moved |= answer.status == 200 and scope["method"] == "POST" and body != b'"error"'
         headers = [(name, value) for name, value in answer.raw_headers if name.lower() not in NOT_PASSED_BACK]
         await _respond(send, answer.status, headers, body)
 
@@ -334,6 +342,7 @@ class Handover:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 for end in ends:
                     end.cancel()
+                await asyncio.gather(*ends, return_exceptions=True)
         except aiohttp.ClientError as error:
             log.warning("a websocket was refused: %s", error)
             await send({"type": "websocket.close", "code": 1011})
@@ -347,9 +356,10 @@ class Handover:
         return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name not in HOP_BY_HOP]
 
     async def all_metrics(self, scope: Dict[str, Any], send: Any) -> None:
-        """Those of all replicas, as if one server had them."""
-        if self.token and (b"authorization", self.token["Authorization"].encode()) not in scope["headers"]:
-            return await _error(send, 401, "unauthorized", "this server wants a token", "Authorization: Bearer …")
+        """Those of all replicas, as if one server had them, for whom this one shows its own."""
+        async with self.session.get("/metrics", headers=self.headers(scope)) as answer:
+            if answer.status != 200:
+                return await _respond(send, answer.status, [(b"content-type", b"application/json")], await answer.read())
         handle = serve.get_deployment_handle(self.context.deployment, self.context.app_name)
         body = merge(await handle.broadcast("metrics").results_async())
         kind = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -417,7 +427,9 @@ async def _to_robot(server: aiohttp.ClientWebSocketResponse, send: Any) -> None:
             await send({"type": "websocket.send", "bytes": message.data})
         elif message.type == aiohttp.WSMsgType.TEXT:
             await send({"type": "websocket.send", "text": message.data})
-    await send({"type": "websocket.close", "code": server.close_code or 1011})
+    # 1005 and 1006 say that no code was sent, and cannot be sent themselves (RFC 6455, 7.4.1).
+    code = 1011 if server.close_code in (None, 1005, 1006) else server.close_code
+    await send({"type": "websocket.close", "code": code})
 
 
 def _observation(model: Dict[str, Any]) -> Dict[str, Any]:

@@ -65,10 +65,28 @@ impl ActionSpace {
         logits.iter().enumerate().map(id).collect()
     }
 
+    /// The probability of each action id, lowest first, by the logits of the action ids alone, `[n_bin]`: their
+    /// softmax, as decoding is among them.
+    pub fn probabilities(self, logits: &[f32]) -> Vec<f64> {
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weights = logits.iter().map(|logit| f64::from(logit - highest).exp());
+        let weights: Vec<f64> = weights.collect();
+        let sum: f64 = weights.iter().sum();
+        weights.into_iter().map(|weight| weight / sum).collect()
+    }
+
     /// The motion in -1..1 that tokens stand for: the centers of their bins.
     pub fn normalized(self, tokens: &[u32]) -> Vec<f64> {
         tokens.iter().map(|id| self.center(self.bin(*id))).collect()
     }
+}
+
+/// Names of the seven numbers that a motion of one arm has.
+const ARM: [&str; 7] = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"];
+
+/// The name of number `i` of `n` of a motion.
+pub fn dimension_name(i: usize, n: usize) -> String {
+    if n == ARM.len() { ARM[i].to_owned() } else { format!("action[{i}]") }
 }
 
 /// The first id of the largest logit among `ids`, as torch's `argmax` on the CPU.
@@ -124,6 +142,19 @@ mod tests {
             assert_eq!(SPACE.id(x), id, "{x}");
         }
         assert_eq!([SPACE.id(9.0), SPACE.id(f64::INFINITY)], [31_744; 2]);
+    }
+
+    #[test]
+    fn probabilities_are_the_softmax_however_large_the_logits() {
+        let space = ActionSpace { end: 3, n_bin: 3 };
+        let logits = [1.0_f32, -0.5, 2.25];
+        let sum: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
+        for offset in [0.0, 1000.0, -1000.0] {
+            let got = space.probabilities(&logits.map(|x| x + offset));
+            for (got, logit) in got.iter().zip(logits) {
+                assert!((got - f64::from(logit).exp() / sum).abs() < 1e-15, "{got}");
+            }
+        }
     }
 
     #[test]

@@ -75,7 +75,7 @@ mod vision;
 #[doc = include_str!("MODEL.md")]
 pub mod format {}
 
-pub use action::{ActionSpace, argmax};
+pub use action::{ActionSpace, argmax, dimension_name};
 pub use any_policy::Policy;
 pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, Expected, General, Gripper,

@@ -26,6 +26,10 @@ pub struct Action {
     pub normalized: Vec<f64>,
     /// The ids that it was decoded from.
     pub tokens: Vec<u32>,
+    /// The logits of the action ids, `[n_bin]`, that each token was chosen by; none for tokens of the prompt, where the
+    /// reference stopped at EOS. [`crate::ActionSpace::probabilities`] gives how likely each was.
+    #[serde(skip)]
+    pub logits: Vec<Vec<f32>>,
     /// The data set whose units it is in.
     pub unnorm_key: String,
     /// What all ids together would have decoded.
@@ -183,6 +187,7 @@ impl OpenVla {
             action: dataset.action.unnormalize(&normalized),
             normalized,
             tokens,
+            logits: decoded.logits,
             unnorm_key: key,
             unconstrained: Unconstrained { tokens: decoded.unconstrained, all_actions },
             draft,
@@ -227,14 +232,15 @@ impl OpenVla {
 /// Chooses the token of a step greedily.
 fn choose(config: &Config, decoding: Decoding, logits: &[f32], step: usize) -> Result<Choice> {
     let unconstrained = argmax(logits, 0..config.llama.n_vocab as u32, step)?;
+    let actions = logits[config.actions.rows()].to_vec();
     Ok(match decoding {
         Decoding::Reference => {
             let is_end = unconstrained == config.vocabulary.eos;
-            Choice { token: unconstrained, unconstrained, is_end }
+            Choice { token: unconstrained, unconstrained, actions, is_end }
         }
         Decoding::Actions => {
             let token = argmax(logits, config.actions.ids(), step)?;
-            Choice { token, unconstrained, is_end: false }
+            Choice { token, unconstrained, actions, is_end: false }
         }
     })
 }

@@ -85,6 +85,8 @@ pub(crate) struct Choice {
     pub token: u32,
     /// What all ids together would have chosen.
     pub unconstrained: u32,
+    /// The logits of the action ids, `[n_bin]`.
+    pub actions: Vec<f32>,
     /// Whether it ends the motion.
     pub is_end: bool,
 }
@@ -94,6 +96,8 @@ pub(crate) struct Choice {
 pub(crate) struct Decoded {
     pub tokens: Vec<u32>,
     pub unconstrained: Vec<u32>,
+    /// The logits of the action ids at each, `[n_bin]`.
+    pub logits: Vec<Vec<f32>>,
     /// Forward passes, of which the prefill is one.
     pub passes: usize,
     /// Whether each token but the last was drafted and right.
@@ -116,8 +120,9 @@ pub(crate) fn decode(
         let mut n_wrong = 0;
         for (i, logits) in sequence.all_logits().iter().enumerate() {
             let at = decoded.tokens.len();
-            let Choice { token, unconstrained, is_end } = choose(logits, at)?;
+            let Choice { token, unconstrained, actions, is_end } = choose(logits, at)?;
             decoded.unconstrained.push(unconstrained);
+            decoded.logits.push(actions);
             decoded.tokens.push(token);
             if at + 1 == n || is_end {
                 return Ok(decoded);

@@ -110,6 +110,31 @@ fn every_draft_leads_to_the_same_motion() {
     }
 }
 
+/// What a motion says of the alternatives to its tokens: the logits that a run stage by stage has there, drafted or not.
+#[test]
+fn a_motion_has_the_logits_that_its_tokens_were_chosen_by() {
+    let mut policy = open(&example().join("openvla-example"), "F32", Decoding::Actions);
+    let want = policy.act(&table(), INSTRUCTION, None).unwrap();
+    let drafted = after(&mut policy, &want.tokens, None);
+    let (config, ids) = (policy.config().clone(), policy.prompt_ids(INSTRUCTION).unwrap());
+    let network = policy.network();
+    let features = network.encode(&config.preprocess.planes(&table()).unwrap()).unwrap();
+    let soft = network.project(&features).unwrap();
+    let mut sequence = network.prefill(&ids, &soft).unwrap();
+    for (i, token) in want.tokens.iter().enumerate() {
+        assert_eq!(want.logits[i], sequence.logits()[config.actions.rows()], "token {i}");
+        for action in [&want, &drafted] {
+            let p = config.actions.probabilities(&action.logits[i]);
+            let best = p[(token - config.actions.ids().start) as usize];
+            assert!(p.iter().all(|p| *p <= best), "token {i} is the likeliest");
+        }
+        if i + 1 < want.tokens.len() {
+            sequence.step(*token).unwrap();
+        }
+    }
+    assert_eq!((want.logits.len(), drafted.logits.len()), (7, 7));
+}
+
 /// Motions of 14 tokens: seven drafts fit into the prefill, and seven into each pass after.
 #[test]
 fn long_motions_are_drafted_in_batches() {

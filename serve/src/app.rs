@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
 
-use crate::auth::{Token, check_origin};
+use crate::auth::{Token, check_origin, check_page};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
@@ -207,6 +207,14 @@ impl App {
             Some(token) => token.check(headers),
             None => check_origin(headers),
         }
+    }
+
+    /// Whether the page may show what the robots see, given that the request was [admitted](App::admit).
+    ///
+    /// # Errors
+    /// [`Code::ForbiddenOrigin`].
+    pub fn admit_page(&self, headers: &HeaderMap) -> Result<(), Error> {
+        if self.token.is_some() { Ok(()) } else { check_page(headers) }
     }
 }
 

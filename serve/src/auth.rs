@@ -72,7 +72,7 @@ fn password(shown: &str) -> Option<String> {
 }
 
 /// Refuses web pages: where there is no token, any page that a browser on this machine shows could
-/// ask otherwise. Robots send no `Origin`, or that of this server, which has no pages.
+/// ask otherwise. Robots send no `Origin`, or that of this server, as its own page does.
 ///
 /// # Errors
 /// [`Code::ForbiddenOrigin`].
@@ -89,6 +89,33 @@ pub fn check_origin(headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
+/// Refuses to show robots' pictures to pages of other sites. Browsers send no `Origin` with a page's requests to its
+/// own server, so that [`check_origin`] does not see a page whose owner has given its name our address.
+///
+/// # Errors
+/// [`Code::ForbiddenOrigin`].
+pub fn check_page(headers: &HeaderMap) -> Result<(), Error> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.and_then(|host| host.parse::<Authority>().ok());
+    let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+    if !site.is_none_or(|site| [&b"same-origin"[..], b"none"].contains(&site)) {
+        let message = "the page of another site asks, and this server has no token";
+        return Err(Error::new(Code::ForbiddenOrigin, message));
+    }
+    if !host.as_ref().is_some_and(|host| is_address(host.host())) {
+        let message = "without a token, the page is shown at this machine's address alone";
+        let hint = "open it as http://127.0.0.1:8000, or as the machine's address; or start the server with --token-file";
+        return Err(Error::new(Code::ForbiddenOrigin, message).hint(hint));
+    }
+    Ok(())
+}
+
+/// Whether a host is named by its address, or is this machine: no page's owner can choose what that is.
+fn is_address(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    address.is_ok() || host.eq_ignore_ascii_case("localhost")
+}
+
 /// Whether the origin is the server that was asked, as Python's websocket-client has it.
 ///
 /// The server must have been asked by its address: a page's owner can give the page's name our address
@@ -99,11 +126,9 @@ fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
     let host = host.and_then(|host| authority(host.to_str().ok()?));
     let (Some(origin), Some(host)) = (origin, host) else { return false };
     let port = |authority: &Authority| authority.port_u16().unwrap_or(80);
-    let name = host.host();
-    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    origin.host().eq_ignore_ascii_case(name)
+    origin.host().eq_ignore_ascii_case(host.host())
         && port(&origin) == port(&host)
-        && (address.is_ok() || name.eq_ignore_ascii_case("localhost"))
+        && is_address(host.host())
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -165,6 +190,28 @@ mod tests {
         assert!(check_origin(&headers).is_ok());
         headers.insert(header::ORIGIN, "https://example.org".parse().unwrap());
         assert_eq!(check_origin(&headers).unwrap_err().code, Code::ForbiddenOrigin);
+    }
+
+    #[test]
+    fn the_page_is_shown_to_this_server_s_own_page_by_its_address() {
+        let check = |host: &str, site: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, host.parse().unwrap());
+            site.map(|site| headers.insert("sec-fetch-site", site.parse().unwrap()));
+            check_page(&headers)
+        };
+        for host in ["127.0.0.1:8000", "localhost:8000", "[::1]:8000", "192.168.1.7"] {
+            for site in [None, Some("same-origin"), Some("none")] {
+                assert!(check(host, site).is_ok(), "{host} {site:?}");
+            }
+            for site in ["cross-site", "same-site", ""] {
+                assert_eq!(check(host, Some(site)).unwrap_err().code, Code::ForbiddenOrigin);
+            }
+        }
+        for host in ["example.org", "example.org:8000", "127.0.0.1.example.org", "localhost.x"] {
+            assert!(check(host, Some("same-origin")).is_err(), "{host} may be anyone's");
+        }
+        assert!(check_page(&HeaderMap::new()).is_err());
     }
 
     #[test]

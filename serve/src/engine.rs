@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::oneshot;
 
 use crate::error::{Code, Error};
+use crate::live::Live;
 use crate::meta::Meta;
 use crate::metrics::Metrics;
 use crate::observation::{Answer, Observation};
@@ -25,6 +26,7 @@ struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     metrics: Metrics,
+    live: Live,
 }
 
 struct State {
@@ -68,8 +70,14 @@ impl Engine {
             step: Duration::ZERO,
             busy_since: None,
         };
-        let (state, wake, metrics) = (Mutex::new(state), Condvar::new(), Metrics::default());
-        Self { shared: Arc::new(Shared { state, wake, metrics }) }
+        let (state, wake) = (Mutex::new(state), Condvar::new());
+        let (metrics, live) = (Metrics::default(), Live::default());
+        Self { shared: Arc::new(Shared { state, wake, metrics, live }) }
+    }
+
+    /// Last steps, and those who watch them.
+    pub fn live(&self) -> &Live {
+        &self.shared.live
     }
 
     /// The metrics.

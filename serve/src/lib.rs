@@ -31,6 +31,9 @@
 //! | `description` | what is served, for clients that ask |
 //! | `policy` | the interface of a model to the worker |
 //! | `safety` | checks of every motion: finite, within bounds, near the last one |
+//! | `live` | the last step of each robot, and who watches |
+//! | `page` | the page that people watch, and its events |
+//! | `view`, `checks` | what it shows of a step; what is wrong with a picture at a glance |
 //! | `error` | errors and their codes |
 //! | `metrics` | metrics for Prometheus |
 //! | `openapi.json` | the description of the API, served at `/openapi.json` |
@@ -45,12 +48,14 @@
 pub mod act;
 pub mod app;
 pub mod auth;
+pub mod checks;
 pub mod compat;
 pub mod description;
 pub mod engine;
 pub mod error;
 pub mod field;
 pub mod json;
+pub mod live;
 pub mod message;
 pub mod meta;
 pub mod metrics;
@@ -59,6 +64,7 @@ pub mod observation;
 pub mod openpi;
 pub mod options;
 pub mod order;
+pub mod page;
 pub mod plain;
 pub mod policy;
 pub mod queue;
@@ -67,6 +73,7 @@ pub mod routes;
 pub mod safety;
 pub mod server;
 pub mod turns;
+pub mod view;
 pub mod vla_eval;
 pub mod vla_frame;
 pub mod websocket;

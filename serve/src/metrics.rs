@@ -14,7 +14,7 @@ use crate::observation::{Draft, Times};
 /// The labels of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Request {
-    /// The protocol: `act`, `openpi`, `plain`, `vla_eval`, or `other`.
+    /// The protocol: `act`, `openpi`, `plain`, `vla_eval`, `page`, or `other`.
     pub form: &'static str,
     /// `ok`, or the error's code.
     pub outcome: &'static str,

@@ -172,6 +172,8 @@ pub struct Motion {
     pub normalized: Vec<Vec<f64>>,
     /// The tokens that they were decoded from, if the model chooses tokens.
     pub tokens: Vec<u32>,
+    /// The logits of the action ids, `[n_bin]`, at each token, if it chooses tokens one by one.
+    pub logits: Vec<Vec<f32>>,
     /// The data set.
     pub unnorm_key: String,
     /// The best tokens of the whole vocabulary, and whether all of them are actions.
@@ -198,6 +200,7 @@ impl From<openvla::Action> for Motion {
             actions: vec![action.action],
             normalized: vec![action.normalized],
             tokens: action.tokens,
+            logits: action.logits,
             unnorm_key: action.unnorm_key,
             unconstrained: (tokens, all_actions),
             draft: Draft { passes: action.draft.passes, accepted: action.draft.accepted },
@@ -217,6 +220,7 @@ impl From<Chunk> for Motion {
             actions: chunk.actions,
             normalized: chunk.normalized,
             tokens: chunk.tokens.map(|tokens| tokens.concat()).unwrap_or_default(),
+            logits: Vec::new(),
             unnorm_key: chunk.unnorm_key,
             unconstrained: (Vec::new(), true),
             draft: Draft { passes: 1, accepted: Vec::new() },
@@ -236,6 +240,9 @@ pub struct Answer {
     pub normalized: Vec<f64>,
     /// The tokens that it was decoded from.
     pub tokens: Vec<u32>,
+    /// The logits of the action ids, `[n_bin]`, at each token: for the page, which shows the alternatives.
+    #[serde(skip)]
+    pub logits: Vec<Vec<f32>>,
     /// The data set.
     pub unnorm_key: String,
     /// Lowest and highest number of each dimension in the data set.

@@ -14,7 +14,8 @@ use crate::safety::Safety;
 use crate::worker::{OnFailure, Rules};
 
 /// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`,
-/// vla-eval's at `/vla-eval`, and `POST /v1/act` with a PNG or JPEG. `GET /openapi.json` describes it all.
+/// vla-eval's at `/vla-eval`, and `POST /v1/act` with a PNG or JPEG. A browser sees at `/` what the robots do.
+/// `GET /openapi.json` describes it all.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Options {
@@ -70,6 +71,9 @@ pub struct Settings {
     /// How far a dimension may be from the client's last motion: one number, or one for each
     #[arg(long, value_name = "X[,X…]", value_delimiter = ',', value_parser = delta)]
     pub max_delta: Option<Vec<f64>>,
+    /// Show no page at / and keep no pictures for it
+    #[arg(long)]
+    pub no_page: bool,
     /// Answer errors of /act and the websocket as the reference does: "error" with status 200
     #[arg(long)]
     pub compat_errors: bool,
@@ -143,6 +147,7 @@ impl Settings {
             safety: Safety { clamp: self.clamp, max_delta: self.max_delta.clone() },
             unnorm_key: self.unnorm_key.clone(),
             memory: self.memory(),
+            page: !self.no_page,
             on_failure: self.on_failure,
         }
     }

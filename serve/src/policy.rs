@@ -3,7 +3,7 @@
 use openvla::image::RgbImage;
 use openvla::oft;
 use openvla::prompt::Prompt;
-use openvla::{Config, OftConfig, Preprocess, Profile, Session, Statistics, Usage};
+use openvla::{ActionSpace, Config, OftConfig, Preprocess, Profile, Session, Statistics, Usage};
 
 use crate::observation::{Motion, Observation};
 
@@ -33,6 +33,10 @@ pub struct ModelInfo {
     pub image_size: u32,
     /// How images are resized to that square. Without it, the policy gets the original images.
     pub preprocess: Option<Preprocess>,
+    /// What is done to pictures before the towers see them, the resizing included.
+    pub shown: Preprocess,
+    /// The ids that mean motion.
+    pub actions: ActionSpace,
     /// What an OpenVLA-OFT model is shown, and how many actions it gives.
     pub oft: Option<OftConfig>,
     /// The prompt template. Without it, instructions are not checked.
@@ -54,6 +58,8 @@ impl ModelInfo {
             name: config.general.name.clone(),
             image_size: preprocess.size,
             preprocess: is_square.then(|| preprocess.clone()),
+            shown: preprocess.clone(),
+            actions: config.actions,
             oft: config.oft.clone(),
             prompt: Some(config.prompt.clone()),
             statistics: config.statistics.clone(),

@@ -13,7 +13,7 @@ use axum::{Json, Router};
 use crate::app::{App, Arrived};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
-use crate::{act, openpi, plain, vla_eval};
+use crate::{act, openpi, page, plain, vla_eval};
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -23,8 +23,9 @@ const VLLM: &str = "/v1/realtime/robot/openpi";
 
 /// All routes.
 pub fn routes(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/", get(openpi::upgrade))
+    let events = Router::new().route(page::EVENTS, get(page::events));
+    let page = if app.settings.no_page { Router::new() } else { events };
+    page.route("/", get(page::root))
         .route(VLLM, get(openpi::upgrade))
         .route("/vla-eval", get(vla_eval::upgrade))
         .route("/health", get(vla_eval::health))
@@ -70,18 +71,24 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let arrived = Instant::now();
     request.extensions_mut().insert(Arrived(arrived));
+    let upgrades = request.headers().contains_key(header::UPGRADE);
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let mut response = match app.admit(request.headers(), &path) {
         Ok(()) => next.run(request).await,
+        Err(error) if error.code == Code::Unauthorized => {
+            page::sign_in(&app, &request).unwrap_or_else(|| error.into_response())
+        }
         Err(error) => error.into_response(),
     };
     let outcome = response.extensions().get().map_or("ok", |Outcome(code)| code.name());
     let form = match path.as_str() {
         "/act" | "/act/" => "act",
         "/v1/act" | "/v1/act/" => "plain",
-        "/" | VLLM => "openpi",
+        VLLM => "openpi",
         "/vla-eval" => "vla_eval",
+        "/" if upgrades || app.settings.no_page => "openpi",
+        "/" | page::EVENTS => "page",
         _ => "other",
     };
     // A connection that became a websocket is not an answer; its messages are counted one by one.

@@ -21,6 +21,7 @@ use tower_service::Service;
 use crate::app::{App, Connection};
 use crate::engine::Engine;
 use crate::options::Settings;
+use crate::page;
 use crate::policy::Policy;
 use crate::routes::routes;
 use crate::worker::run;
@@ -51,6 +52,9 @@ where
     let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
     let app = App::new(engine.clone(), settings.clone(), token, draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
+    if !settings.no_page {
+        tokio::spawn(page::run(Arc::clone(&app)));
+    }
     let mut accepting = Accepting { router: routes(app), slots, settings, draining, number: 0 };
 
     let failed = tokio::select! {

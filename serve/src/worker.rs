@@ -13,6 +13,7 @@ use openvla::image::{Rgb, RgbImage};
 
 use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
+use crate::live::Step;
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Observation, Times, UNSURE};
 use crate::policy::{ModelInfo, Policy};
@@ -37,6 +38,8 @@ pub struct Rules {
     pub unnorm_key: Option<String>,
     /// For how long a silent client's motions are remembered.
     pub memory: Duration,
+    /// Whether the last step of each robot is kept for the page.
+    pub page: bool,
     /// What happens after a failure.
     pub on_failure: OnFailure,
 }
@@ -104,7 +107,11 @@ impl Worker<'_> {
                 }
                 Ok(answer) => {
                     self.engine.stepped(begun.elapsed());
+                    let kept = self.rules.page.then(|| answer.clone());
                     let _ = job.reply.send(answer); // whoever asked may have left
+                    if let Some(answer) = kept {
+                        self.engine.live().keep(Step::new(&meta, job.observation, answer));
+                    }
                     self.failures = 0;
                 }
                 Err(panic) => {
@@ -182,6 +189,7 @@ impl Worker<'_> {
             actions,
             normalized: motion.normalized.into_iter().next().unwrap_or_default(),
             tokens: motion.tokens,
+            logits: motion.logits,
             unnorm_key: motion.unnorm_key,
             ranges,
             all_actions,

@@ -288,7 +288,7 @@ fn it_is_also_where_vllm_has_it() {
 
 #[test]
 fn plain_http_is_told_where_to_go() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["--no-page"]);
     let got = server.get("/", &[]);
     got.assert_error(426, "upgrade_required");
     assert_eq!(got.headers["upgrade"], "websocket");

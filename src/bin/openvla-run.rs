@@ -11,7 +11,7 @@ use clap::{CommandFactory, Parser};
 use openvla::cli::{self, ModelArgs};
 use openvla::image::RgbImage;
 use openvla::oft::{Chunk, Observation, OpenVlaOft};
-use openvla::{Action, OpenVla, Policy, Scale, Session, Usage};
+use openvla::{Action, OpenVla, Policy, Scale, Session, Usage, dimension_name};
 
 /// Computes the motion that an OpenVLA model makes of an image and an instruction, or the actions that an OpenVLA-OFT
 /// model makes of the pictures of its cameras and the arm's state. Several images are one robot's, step after step.
@@ -195,18 +195,10 @@ fn read(path: &Path) -> Result<RgbImage> {
     openvla::decode(&bytes).with_context(name)
 }
 
-/// Names of the seven numbers that a motion of one arm has.
-const ARM: [&str; 7] = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"];
-
-/// The name of number `i` of `n`.
-fn name(i: usize, n: usize) -> String {
-    if n == ARM.len() { ARM[i].to_owned() } else { format!("action[{i}]") }
-}
-
 /// A row for each action of the chunk.
 fn chunk_table(chunk: &Chunk) -> String {
     let n = chunk.actions.first().map_or(0, Vec::len);
-    let names: String = (0..n).map(|i| format!(" {:>12}", name(i, n))).collect();
+    let names: String = (0..n).map(|i| format!(" {:>12}", dimension_name(i, n))).collect();
     let row = |(step, action): (usize, &Vec<f64>)| {
         let numbers: String = action.iter().map(|x| format!(" {x:>12.6}")).collect();
         format!("{step:>4}{numbers}\n")
@@ -221,7 +213,11 @@ fn table(action: &Action, scale: &Scale) -> String {
     let ranges = scale.ranges();
     let line = |i: usize| {
         let [low, high] = ranges[i];
-        format!("{:<10} {:>12.6}   of {low:.6} … {high:.6}\n", name(i, n), action.action[i])
+        format!(
+            "{:<10} {:>12.6}   of {low:.6} … {high:.6}\n",
+            dimension_name(i, n),
+            action.action[i]
+        )
     };
     let rows: String = (0..n).map(line).collect();
     format!("{rows}in units of {}, {:.0} ms\n", action.unnorm_key, action.timing_ms.total)

@@ -16,7 +16,10 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
 use openvla::image::{ImageFormat, RgbImage};
 use openvla::prompt::{OPENVLA, Prompt};
-use openvla::{Bounds, OftConfig, OftHead, OpenVla, Session, Statistics, Timing};
+use openvla::{
+    ActionSpace, Bounds, OftConfig, OftHead, OpenVla, Preprocess, Profile, Resize, Session,
+    Statistics, Timing,
+};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
 use openvla_serve::policy::{ModelInfo, Policy};
@@ -71,6 +74,14 @@ impl Policy for Stub {
             name: "a stub".into(),
             image_size: 224,
             preprocess: None,
+            shown: Preprocess {
+                profile: Profile::Raw,
+                center_crop: false,
+                size: 224,
+                resize: Resize::Naive,
+                towers: Vec::new(),
+            },
+            actions: ActionSpace { end: 32_000, n_bin: 256 },
             oft: self.oft.clone(),
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
             statistics: Statistics::parse(statistics.to_string()).unwrap(),
@@ -107,6 +118,7 @@ impl Policy for Stub {
             normalized: vec![action.clone(); chunk],
             actions: vec![action; chunk],
             tokens: vec![31_872; 7],
+            logits: Vec::new(),
             unnorm_key: key.into(),
             unconstrained: (vec![31_872; 7], !instruction.contains("unsure")),
             draft: Draft { passes: 7, accepted: vec![false; 6] },

@@ -81,17 +81,22 @@ def see(oracle, weights, config, pixels):
 
 
 def decode(oracle, weights, config, patches, ids, n):
-    """First logits, greedy ids, and by how much each led."""
+    """First logits, greedy ids, by how much each led, and where the row that it was chosen by
+    looked: on each patch, the mean over all heads of the last quarter of the layers."""
     embedding = weights["language_model.model.embed_tokens.weight"].astype(np.float64)
-    llama = oracle.Llama(weights, config)
+    llama, softmax, seen = oracle.Llama(weights, config), oracle.softmax, []
+    oracle.softmax = lambda scores: seen.append(softmax(scores)) or seen[-1]
     logits = llama.step(np.concatenate([embedding[ids[:1]], patches, embedding[ids[1:]]]))
-    first, generated, margins = logits, [], []
+    first, generated, margins, attention = logits, [], [], []
     for _ in range(n):
+        last = [heads[:, -1, 1 : 1 + len(patches)] for heads in seen[-(-(-llama.L // 4)) :]]
+        attention.append(np.mean(last, axis=(0, 1)))
         second, best = np.argsort(logits, kind="stable")[-2:]
         generated.append(int(best))
         margins.append(logits[best] - logits[second])
         logits = llama.step(embedding[[best]])
-    return first, generated, margins
+    oracle.softmax = softmax
+    return first, generated, margins, np.array(attention)
 
 
 def motion(config, action, ids):
@@ -127,7 +132,7 @@ def expect(oracle, folder, seed, keys):
     for task, key in zip(TASKS, keys):
         action = statistics[key]["action"]
         ids = prompt_ids(folder, config, task)
-        first, generated, margins = decode(
+        first, generated, margins, attention = decode(
             oracle, weights, config, patches, ids, len(action["q01"])
         )
         normalized, scaled = motion(config, action, generated)
@@ -138,6 +143,7 @@ def expect(oracle, folder, seed, keys):
             "logits_first": logit_probe(first),
             "generated_ids": generated,
             "margins": margins,
+            "attention": probe(attention),
             "normalized": normalized,
             "action": scaled,
         })

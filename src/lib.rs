@@ -25,6 +25,7 @@
 //! | `speculative` | drafts of tokens, and their verification | the tokens |
 //! | `llama` | Llama-2: BOS, soft tokens, the other ids; drafts | `[32064]` logits, seven times |
 //! | `action` | bins | seven numbers in -1..1 |
+//! | `explain` | only if asked: a pass more | attention on each patch, for each token |
 //! | `statistics` | the data set's scale | a motion in its units |
 //!
 //! `policy` runs them in order, `network` has those that run on the device: `encoder`, which is vision and
@@ -52,6 +53,7 @@ mod config;
 mod decode;
 mod encoder;
 mod error;
+mod explain;
 mod layers;
 pub mod libero;
 mod llama;
@@ -84,6 +86,7 @@ pub use config::{
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use encoder::{Features, SoftTokens};
 pub use error::{Error, Result};
+pub use explain::Explanation;
 pub use image;
 pub use network::{Network, Sequence};
 pub use openvla_kernels::{Device, Kernels, Usage};

@@ -26,9 +26,12 @@ use crate::Result;
 use crate::config::{Config, LlamaConfig};
 use crate::layers::RmsNorm;
 
+mod attention;
+mod inputs;
 mod layer;
 mod tree;
 
+use inputs::Inputs;
 use layer::SEEN;
 pub(crate) use layer::{Layer, LayerCache, Rows, mask_row};
 pub(crate) use tree::{Node, Tree};
@@ -94,16 +97,6 @@ struct Pass {
     inputs: BTreeMap<usize, Inputs>,
     /// `[n_vocab, n]`, of the last rows.
     logits: State,
-}
-
-/// Positions and mask of a pass, on a device that has layers. CUDA's operations take
-/// operands in memory of their own device alone, and these are not copied between devices by ggml: each
-/// writes a cache, whose device they belong to.
-struct Inputs {
-    positions: State,
-    /// Rows of the cache, where they are not the positions.
-    places: Option<State>,
-    mask: State,
 }
 
 /// The size of a pass.
@@ -257,20 +250,12 @@ pub(crate) fn device_ids(ids: &[u32], n_vocab: usize) -> Vec<i32> {
 impl Pass {
     /// Its rows are at these positions.
     fn set_positions(&self, at: impl Iterator<Item = usize> + Clone) {
-        for Inputs { positions, mask, .. } in self.inputs.values() {
-            let n_kv = mask.shape()[0];
-            positions.write(&at.clone().map(|row| row as i32).collect::<Vec<_>>());
-            mask.write(&at.clone().flat_map(|row| mask_row(row, n_kv)).collect::<Vec<_>>());
-        }
+        self.inputs.values().for_each(|inputs| inputs.set_positions(at.clone()));
     }
 
     /// The same of rows that may go anywhere: `[n_row]`, `[n_row]` and `[n_kv, n_row]`.
     fn set_rows(&self, at: &[i32], places: &[i32], mask: &[u16]) {
-        for inputs in self.inputs.values() {
-            inputs.positions.write(at);
-            inputs.places.as_ref().expect("a scattered pass").write(places);
-            inputs.mask.write(mask);
-        }
+        self.inputs.values().for_each(|inputs| inputs.set_rows(at, places, mask));
     }
 
     /// Returns the logits of the last rows, `[n_vocab]` each.
@@ -279,25 +264,6 @@ impl Pass {
         self.graph.compute()?;
         let rows = self.logits.read();
         Ok(rows.chunks(self.logits.shape()[0]).map(<[f32]>::to_vec).collect())
-    }
-}
-
-impl Inputs {
-    /// For a pass over a cache of `n_ctx` rows, on the layer's device.
-    fn new(layer: &Layer, size: &Size, n_ctx: usize) -> Result<Self> {
-        let rows = || State::ids_beside(layer.keys(), DType::I32, size.n_row, n_ctx);
-        Ok(Self {
-            positions: rows()?,
-            places: size.scattered.then(rows).transpose()?,
-            mask: State::beside(layer.keys(), DType::F16, shape(&[size.n_kv, size.n_row]))?,
-        })
-    }
-
-    /// As operands of a graph, with the rows `x`.
-    fn rows<'g>(&self, g: &'g Builder, x: Tensor<'g>) -> Rows<'g> {
-        let positions = g.state(&self.positions);
-        let places = self.places.as_ref().map_or(positions, |places| g.state(places));
-        Rows { x, positions, places, mask: g.state(&self.mask) }
     }
 }
 
@@ -384,12 +350,7 @@ impl Model {
     ) -> Result<Pass> {
         let c = &self.config;
         let ids = State::ids(backend, DType::I32, size.n_id, c.n_vocab)?;
-        let mut inputs = BTreeMap::new();
-        for (layer, cache) in self.layers.iter().zip(cache) {
-            if let Entry::Vacant(place) = inputs.entry(layer.keys().device()) {
-                place.insert(Inputs::new(layer, &size, cache.n_ctx())?);
-            }
-        }
+        let inputs = Inputs::by_device(&self.layers, cache, &size)?;
         let shape = shape(&[c.n_vocab, size.n_out]);
         let logits = State::beside(self.head.weight(), DType::F32, shape)?;
         let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;

@@ -171,6 +171,18 @@ impl Network {
         self.llama.reserve(n);
     }
 
+    /// Where the Llama looked, of the picture and the prompt `ids` that it read last: for each token after the prompt, of
+    /// which `tokens` are all but the last, the attention of the row that it was chosen by, `[n_row]`, in the mean over
+    /// all heads of the last `n_layer` layers. Row 0 is BOS, those after it are the picture's patches.
+    pub(crate) fn attention(
+        &mut self,
+        ids: &[u32],
+        tokens: &[u32],
+        n_layer: usize,
+    ) -> Result<Vec<Vec<f64>>> {
+        self.llama.attention(ids, self.encoder.soft(), tokens, n_layer)
+    }
+
     /// What each matrix was multiplied by so far, if the network was loaded to observe it.
     pub fn squares(&self) -> BTreeMap<String, Squares> {
         self.observer.squares()

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::action::argmax;
 use crate::config::Config;
+use crate::explain::{Explanation, last_layers};
 use crate::network::Network;
 use crate::options::{Decoding, ModelDevices, Options};
 use crate::session::{Drafted, Session};
@@ -193,6 +194,27 @@ impl OpenVla {
             draft,
             timing_ms: timing,
         })
+    }
+
+    /// One control step, and what it looked at: [`OpenVla::act`], and a pass more for the attention.
+    ///
+    /// # Errors
+    /// As [`OpenVla::act`].
+    pub fn explain(
+        &mut self,
+        image: &RgbImage,
+        instruction: &str,
+        unnorm_key: Option<&str>,
+    ) -> Result<Explanation> {
+        let action = self.act(image, instruction, unnorm_key)?;
+        let shown = self.config.preprocess.shown(image)?;
+        let ids = self.config.prompt.ids(&self.tokenizer, instruction)?;
+        let decoded = &action.tokens[action.tokens.len() - action.logits.len()..];
+        let before = &decoded[..decoded.len() - 1];
+        let n_layer = last_layers(self.config.llama.n_layer);
+        let rows = self.network.attention(&ids, before, n_layer)?;
+        let patches = |row: Vec<f64>| row[1..=self.config.n_patch()].to_vec(); // after BOS
+        Ok(Explanation { action, shown, attention: rows.into_iter().map(patches).collect() })
     }
 
     /// What the model file says about itself.

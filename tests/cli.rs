@@ -52,6 +52,28 @@ fn the_instruction_may_come_after_options() {
 }
 
 #[test]
+fn an_explanation_is_a_picture_of_each_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("why.png");
+    let explain = ["--explain", file.to_str().unwrap()];
+    let run = |args: &[&str]| openvla_run(&[args, &explain, &["put eggplant into pot"]].concat());
+    let output = run(&[&table()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).starts_with("dx "), "and the motion as ever");
+    let picture = openvla::decode(&std::fs::read(&file).unwrap()).unwrap();
+    // The picture and seven tokens, four in a row.
+    assert_eq!(picture.dimensions().0, 12 + 4 * (224 + 12));
+    let panel = |x: u32, y: u32| (0..224 * 224).map(move |i| (x + i % 224, y + i / 224));
+    let colors = |x, y| panel(x, y).filter(|(x, y)| picture.get_pixel(*x, *y).0[0] > 150).count();
+    assert!((1..7).all(|i| colors(12 + i % 4 * 236, 23 + i / 4 * 325) > 20), "patches that shine");
+    std::fs::remove_file(&file).unwrap();
+    assert_fails(&run(&[&table(), &table()]), &["--explain draws one image"]);
+    let oft = root().join("example/tabletop-oft.gguf").display().to_string();
+    assert_fails(&run(&["-m", &oft, &table()]), &["--explain is for OpenVLA models"]);
+    assert!(!file.exists());
+}
+
+#[test]
 fn what_an_openvla_oft_cannot_use_is_named() {
     let [model, front, wrist, state] =
         ["tabletop-oft.gguf", "tabletop.png", "tabletop-wrist.png", "tabletop-state.json"]

@@ -97,6 +97,29 @@ fn it_acts_as_the_independent_implementation() {
     }
 }
 
+/// `attention` is `[n_token, n_patch]`, and its probes lie all over it.
+#[test]
+fn it_looks_where_the_independent_implementation_looks() {
+    let image = picture(&example().join("table.png"));
+    for (mut policy, expected) in both() {
+        for case in expected["cases"].as_array().unwrap() {
+            let (instruction, want) = (case["instruction"].as_str().unwrap(), &case["attention"]);
+            let key = case["unnorm_key"].as_str();
+            let got = policy.explain(&image, instruction, key).unwrap();
+            assert_eq!(got.action.tokens, ids(&case["generated_ids"]));
+            assert_eq!(got.attention.len(), got.action.tokens.len());
+            let looks: Vec<f32> = got.attention.iter().flatten().map(|x| *x as f32).collect();
+            assert_eq!(looks.len(), got.action.tokens.len() * policy.config().n_patch());
+            assert_probes(instruction, &looks, want, 2e-6);
+            for looks in &got.attention {
+                let share: f64 = looks.iter().sum();
+                assert!((0.0..1.0).contains(&share), "{share}");
+            }
+            assert_eq!(got.shown.width(), policy.config().preprocess.size);
+        }
+    }
+}
+
 /// Teacher-forced or not, a narrower type must stay near f32 on the first token's logits.
 #[test]
 fn narrower_types_stay_near_f32() {

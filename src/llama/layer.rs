@@ -100,7 +100,25 @@ impl Layer {
         self.mlp(g, x.slice(1, x.shape()[1] - n, n))
     }
 
-    /// The same without a cache, and every row looks at every other: `[dim, n_row] → [dim, n]`, of the rows `taken`.
+    /// What the queries of the last `n` rows make of the cached keys that the mask is for: `[n_kv, n, n_head]`, before the
+    /// scale, the mask and the softmax. For [`super::Llama::attention`] alone, which computes the products again.
+    pub fn scores<'g>(
+        &self,
+        g: &'g Builder,
+        rows: &Rows<'g>,
+        cache: &LayerCache,
+        n: usize,
+        c: &LlamaConfig,
+    ) -> Tensor<'g> {
+        let ([_, n_row, ..], n_kv) = (rows.x.shape(), rows.mask.shape()[0]);
+        let (head_dim, kv) = (c.head_dim(), c.n_head_kv * c.head_dim());
+        let (q, ..) = self.rotated(g, rows.x, rows.positions, None, c);
+        let q = q.slice(2, n_row - n, n).permute([0, 2, 1, 3]).contiguous(); // [head_dim, n, n_head]
+        let keys = g.state(&cache.kv).slice(0, 0, kv).slice(1, 0, n_kv).heads(head_dim);
+        keys.permute([0, 2, 1, 3]).contiguous().mul_mat(q)
+    }
+
+    /// [`Layer::build`] without a cache, and every row looks at every other: `[dim, n_row] → [dim, n]`, of the rows `taken`.
     pub fn build_bidirectional<'g>(
         &self,
         g: &'g Builder,

@@ -1,5 +1,7 @@
 //! `openvla-run`: images and one instruction to one motion each, or to a chunk of actions.
 
+mod draw;
+
 use std::ffi::OsString;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -34,6 +36,9 @@ struct Args {
     /// OpenVLA-OFT: the arm's state in the data set's units, a JSON list or a file with one
     #[arg(long, value_name = "LIST|FILE", allow_hyphen_values = true)]
     state: Option<String>,
+    /// Draw what the model looked at for each number of the motion, and how likely each value was: a PNG file
+    #[arg(long, value_name = "FILE", value_parser = cli::output_file())]
+    explain: Option<PathBuf>,
     /// Print one JSON object for each image, on a line of its own
     #[arg(long)]
     json: bool,
@@ -99,6 +104,9 @@ fn act(args: &Args, instruction: &str, policy: &mut OpenVla) -> Result<()> {
         args.wrist.is_empty() && args.state.is_none(),
         "--wrist and --state are for OpenVLA-OFT models; this is an OpenVLA, which sees one camera and reads no state"
     );
+    if let Some(file) = &args.explain {
+        explain(args, instruction, policy, file)?;
+    }
     let mut session = Session::default();
     let mut out = std::io::stdout().lock();
     for path in args.images() {
@@ -122,8 +130,23 @@ fn act(args: &Args, instruction: &str, policy: &mut OpenVla) -> Result<()> {
     Ok(())
 }
 
+/// Draws what the model made of the only image.
+fn explain(args: &Args, instruction: &str, policy: &mut OpenVla, file: &Path) -> Result<()> {
+    let images: Vec<&Path> = args.images().collect();
+    anyhow::ensure!(
+        images.len() == 1 && images[0] != Path::new(STDIN),
+        "--explain draws one image, which is a file"
+    );
+    let explanation = policy.explain(&read(images[0])?, instruction, args.unnorm_key.as_deref())?;
+    cli::write(file, draw::png(&explanation, policy.config().actions, instruction)?)
+}
+
 /// A chunk of actions for the pictures of all cameras.
 fn act_in_chunks(args: &Args, instruction: &str, policy: &mut OpenVlaOft) -> Result<()> {
+    anyhow::ensure!(
+        args.explain.is_none(),
+        "--explain is for OpenVLA models, whose numbers are tokens; this is an OpenVLA-OFT"
+    );
     let cameras = &policy.oft().cameras;
     anyhow::ensure!(
         args.images().count() == 1,

@@ -180,10 +180,10 @@ impl Views {
         }
         if !names.is_empty() {
             found.push(format!(
-                "{} at the end of its range for {} s: if that is not a long fast motion, look at the data set ({}), and at \
+                "At the end of its range for {} s: {}. If that is no long fast motion, look at the data set ({}), and at \
                  what the model sees.",
-                names.join(", "),
                 longest.as_secs(),
+                names.join(", "),
                 motion.unnorm_key
             ));
         }
@@ -239,18 +239,18 @@ fn motion<'a>(model: &ModelInfo, answer: &'a Answer) -> Motion<'a> {
 
 /// The likely values of a dimension, the lowest first, and the probability of each.
 fn alternatives(space: ActionSpace, logits: &[f32], low: f64, high: f64) -> Vec<(f64, f64)> {
-    let mut all: Vec<(u32, f64)> = Vec::new();
-    // From the highest id, which has the lowest bin; two ids share the last.
+    let mut all: Vec<(f64, f64)> = Vec::new();
+    // From the highest id, which has the lowest value. Two ids share the last bin, and all one value where there is no
+    // range.
     for (id, p) in space.ids().zip(space.probabilities(logits)).rev() {
-        let bin = space.bin(id);
+        let value = low + 0.5 * (space.center(space.bin(id)) + 1.0) * (high - low);
         match all.last_mut() {
-            Some((last, sum)) if *last == bin => *sum += p,
-            _ => all.push((bin, p)),
+            Some((last, sum)) if *last == value => *sum += p,
+            _ => all.push((value, p)),
         }
     }
-    let value = |bin| low + 0.5 * (space.center(bin) + 1.0) * (high - low);
-    let likely = all.into_iter().filter(|(_, p)| *p >= LEAST);
-    likely.map(|(bin, p)| (value(bin), p)).collect()
+    all.retain(|(_, p)| *p >= LEAST);
+    all
 }
 
 /// What the answer itself says.

@@ -78,7 +78,7 @@ async function robotsAppear(page) {
     const [said, value] = await rows.nth(i).locator('th, td').allTextContents();
     assert.deepEqual([said, value], [name, (answer.action[i] || 0).toFixed(4)]);
   }
-  assert.match(await rows.nth(0).locator('.likely').textContent(), /^-?0\.\d{4} \((> 99|\d+) %\)/);
+  assert.match(await rows.nth(0).locator('.likely').textContent(), /^-?0\.\d{4}\s\((> 99|\d+)\s%\)/);
   const seen = await left.locator('img').evaluate(async (image) => {
     await image.decode();
     return [image.naturalWidth, image.naturalHeight];

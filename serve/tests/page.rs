@@ -250,7 +250,7 @@ fn what_only_several_steps_show_is_said_after_a_while() {
     };
     let said = warnings((0..4).map(|i| fast(i, -0.0996)));
     assert!(
-        said.len() == 1 && said[0].starts_with("dy at the end of its range for 3 s"),
+        said.len() == 1 && said[0].starts_with("At the end of its range for 3 s: dy. "),
         "{said:?}"
     );
     assert!(warnings((0..4).map(|i| fast(i, if i == 2 { 0.05 } else { 0.1 }))).is_empty());

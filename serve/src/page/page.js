@@ -30,7 +30,7 @@ function sayAll(list, texts) {
 }
 
 const number = (x) => (x === 0 ? 0 : x).toFixed(Math.abs(x) >= 100 ? 1 : 4);
-const percent = (p) => (p >= 0.995 && p < 1 ? '> 99' : (100 * p).toFixed(0)) + ' %';
+const percent = (p) => (p >= 0.995 && p < 1 ? '> 99' : (100 * p).toFixed(0)) + '\u00a0%';
 const duration = (ms) => ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0);
 
 function ask(path, options = {}) {
@@ -209,7 +209,7 @@ function drawMotion(table, motion) {
     drawBar(range, dimension);
     likely.hidden = !hasLikely;
     const best = [...dimension.alternatives].sort((a, b) => b[1] - a[1]).slice(0, 3);
-    say(likely, best.map(([x, p]) => `${number(x)} (${percent(p)})`).join(', '));
+    say(likely, best.map(([x, p]) => `${number(x)}\u00a0(${percent(p)})`).join(', '));
   });
 }
 
@@ -251,7 +251,7 @@ function drawTimes(card, samples) {
     });
   });
   card.querySelector('.chart').replaceChildren(...bars);
-  say(card.querySelector('.scale'), `the last ${samples.length} steps seen, to ${duration(most)} ms`);
+  say(card.querySelector('.scale'), `${samples.length} step${samples.length > 1 ? 's' : ''}, the longest of ${duration(most)} ms`);
   const body = card.querySelector('.stages tbody');
   const rows = [...STAGES, 'step'];
   rows.forEach((stage, i) => {

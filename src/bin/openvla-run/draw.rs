@@ -88,7 +88,9 @@ fn heated(picture: &RgbImage, looks: &[f64]) -> RgbImage {
         let patch = (y * side / SIDE) * side + x * side / SIDE;
         let heat = looks.get(patch as usize).map_or(0.0, |look| look / most);
         let light: f64 = pixel.0.iter().map(|byte| f64::from(*byte)).sum::<f64>() / 3.0;
-        let mix = |heat_to: f64| (0.5 * light * (1.0 - heat) + heat * (0.25 * light + 0.75 * heat_to)) as u8;
+        let mix = |heat_to: f64| {
+            (0.5 * light * (1.0 - heat) + heat * (0.25 * light + 0.75 * heat_to)) as u8
+        };
         pixel.0 = HEAT.map(mix);
     }
     heated

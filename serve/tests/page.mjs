@@ -76,7 +76,7 @@ async function robotsAppear(page) {
   assert.equal(await rows.count(), 7);
   for (const [i, name] of ['dx', 'dy', 'dz', 'droll', 'dpitch', 'dyaw', 'gripper'].entries()) {
     const [said, value] = await rows.nth(i).locator('th, td').allTextContents();
-    assert.deepEqual([said, value], [name, (answer.action[i] || 0).toFixed(4)]);
+    assert.deepEqual([said, value], [name, answer.action[i].toFixed(4).replace(/^-(0\.0+)$/, '$1')]);
   }
   assert.match(await rows.nth(0).locator('.likely').textContent(), /^-?0\.\d{4}\s\((> 99|\d+)\s%\)/);
   const seen = await left.locator('img').evaluate(async (image) => {

@@ -29,7 +29,8 @@ function sayAll(list, texts) {
   if (said.join('\n') !== texts.join('\n')) list.replaceChildren(...texts.map((text) => element('li', { textContent: text })));
 }
 
-const number = (x) => (x === 0 ? 0 : x).toFixed(Math.abs(x) >= 100 ? 1 : 4);
+/** With four digits, or one of large numbers; never minus zero. */
+const number = (x) => x.toFixed(Math.abs(x) >= 100 ? 1 : 4).replace(/^-(0\.0+)$/, '$1');
 const percent = (p) => (p >= 0.995 && p < 1 ? '> 99' : (100 * p).toFixed(0)) + '\u00a0%';
 const duration = (ms) => ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0);
 

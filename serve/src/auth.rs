@@ -49,13 +49,20 @@ impl Token {
             let (scheme, shown) = value.split_once(' ')?;
             let is = |known: &str| scheme.eq_ignore_ascii_case(known);
             match () {
-                () if is("Bearer") || is("Api-Key") => Some(shown.trim().to_owned()),
-                () if is("Basic") => Some(password(shown.trim()).unwrap_or_default()),
+                () if is("Bearer") || is("Api-Key") => Some((shown.trim().to_owned(), false)),
+                () if is("Basic") => Some((password(shown.trim()).unwrap_or_default(), true)),
                 () => None,
             }
         });
         match shown {
-            Some(token) if self.0.ct_eq(&digest(&token)).into() => Ok(()),
+            // A browser that was once given a user and password sends them with other sites' requests, too.
+            Some((token, by_browser)) if self.0.ct_eq(&digest(&token)).into() => {
+                if by_browser {
+                    check_origin(headers)
+                } else {
+                    Ok(())
+                }
+            }
             Some(_) => Err(Error::new(Code::Unauthorized, "the token is not this server's")),
             None => {
                 let error = Error::new(Code::Unauthorized, "this server wants a token");
@@ -81,9 +88,9 @@ pub fn check_origin(headers: &HeaderMap) -> Result<(), Error> {
         None => Ok(()),
         Some(origin) if is_own(origin, headers.get(header::HOST)) => Ok(()),
         Some(origin) => {
-            let message = format!("{origin:?} is a web page, and this server has no token");
-            let hint = "start it with --token-file; websocket-client sends no origin with \
-                        suppress_origin=True";
+            let message = format!("{origin:?} is a web page of another site");
+            let hint = "with --token-file, pages that send `Authorization: Bearer` are served; \
+                        websocket-client sends no origin with suppress_origin=True";
             Err(Error::new(Code::ForbiddenOrigin, message).hint(hint))
         }
     }
@@ -168,6 +175,14 @@ mod tests {
             assert_eq!(check(&wrong).unwrap_err().code, Code::Unauthorized, "{wrong}");
         }
         assert!(Token(digest(TOKEN)).check(&HeaderMap::new()).is_err());
+        for (value, is_served) in
+            [(format!("Bearer {TOKEN}"), true), (basic(&format!("robot:{TOKEN}")), false)]
+        {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::AUTHORIZATION, value.parse().unwrap());
+            headers.insert(header::ORIGIN, "http://elsewhere.example".parse().unwrap());
+            assert_eq!(Token(digest(TOKEN)).check(&headers).is_ok(), is_served, "{value}");
+        }
     }
 
     #[test]

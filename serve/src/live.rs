@@ -52,7 +52,7 @@ impl Step {
         let arrived = unix.as_secs_f64() - meta.arrived.elapsed().as_secs_f64();
         let robot = match &meta.client {
             Client::Named(name) => Some(name.clone()),
-            Client::Connection(_) => None,
+            Client::Connection(_) | Client::Episode(..) => None,
         };
         let (connection, age) = (meta.connection, meta.timestamp.map(|looked| arrived - looked));
         Self { robot, connection, at, age, observation, outcome }

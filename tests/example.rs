@@ -110,7 +110,8 @@ fn it_looks_where_the_independent_implementation_looks() {
             assert_eq!(got.attention.len(), got.action.tokens.len());
             let looks: Vec<f32> = got.attention.iter().flatten().map(|x| *x as f32).collect();
             assert_eq!(looks.len(), got.action.tokens.len() * policy.config().n_patch());
-            assert_probes(instruction, &looks, want, 2e-6);
+            // Shares up to 0.1, of scores whose rows are within 5e-6.
+            assert_probes(instruction, &looks, want, 2e-5);
             for looks in &got.attention {
                 let share: f64 = looks.iter().sum();
                 assert!((0.0..1.0).contains(&share), "{share}");

@@ -9,7 +9,7 @@
 //! | [`judge`] | what a model says to claims about what was asked and done |
 //! | [`examine`] | an episode under every hypothesis |
 //! | [`verdict`] | what the evidence says |
-//! | [`machine`], [`file`], [`input`] | the rest that can be wrong: each a short report |
+//! | [`machine`], [`mod@file`], [`input`] | the rest that can be wrong: each a short report |
 //! | [`report`], [`html`] | all of it for people |
 //!
 //! The model itself is asked: how likely are the demonstrated actions under the input as it is, and under each hypothesis

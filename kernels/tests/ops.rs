@@ -303,6 +303,9 @@ impl Attention {
     }
 }
 
+/// Whether a row sees a key.
+type Seen = dyn Fn(usize, usize) -> bool;
+
 #[test]
 fn attention_with_and_without_mask_and_with_grouped_heads() {
     let sizes = |d, n, n_kv, n_head, n_head_kv| Attention { d, n, n_kv, n_head, n_head_kv };
@@ -323,9 +326,9 @@ fn attention_with_and_without_mask_and_with_grouped_heads() {
         let causal = move |row: usize, at: usize| at == 0 || at + n <= row + n_kv;
         // Of those, some rows see each third one, as rows of a tree see some of those before them.
         let tree = move |row: usize, at: usize| {
-            causal(row, at) && (row % 4 == 0 || at == 0 || (row + at) % 3 == 0)
+            causal(row, at) && (row.is_multiple_of(4) || at == 0 || (row + at).is_multiple_of(3))
         };
-        let mask_of = |seen: &dyn Fn(usize, usize) -> bool| {
+        let mask_of = |seen: &Seen| {
             let mask = zeros(DType::F16, &[n_kv, n]);
             let places = (0..n).flat_map(|row| (0..n_kv).map(move |at| (row, at)));
             let hidden = places.map(|(row, at)| if seen(row, at) { 0 } else { 0xFC00 });
@@ -336,8 +339,7 @@ fn attention_with_and_without_mask_and_with_grouped_heads() {
             let got = sizes.run(dtype, None, [&q, &k, &v]);
             let want = sizes.twin(&q, &k, &v, &|_, _| true);
             assert_close(&format!("{sizes:?} {dtype} all"), &got, &want, limit);
-            let masks: [(&str, &dyn Fn(usize, usize) -> bool); 2] =
-                [("causal", &causal), ("tree", &tree)];
+            let masks: [(_, &Seen); 2] = [("causal", &causal), ("tree", &tree)];
             for (name, seen) in masks {
                 let got = sizes.run(dtype, Some(&mask_of(seen)), [&q, &k, &v]);
                 let want = sizes.twin(&q, &k, &v, seen);

@@ -107,7 +107,7 @@ struct Asked {
 enum Done {
     Read(Result<Kind, Error>, Asked),
     /// A step of an episode.
-    Step(u64, u64, Result<Answer, Error>),
+    Step(u64, u64, Box<Result<Answer, Error>>),
 }
 
 #[derive(Serialize)]
@@ -274,7 +274,7 @@ impl Talk {
                 let observation = observation.await?;
                 app.act(observation, meta).await
             };
-            Done::Step(episode, seq, act.await)
+            Done::Step(episode, seq, Box::new(act.await))
         });
         self.step = Some((seq, step));
         Ok(())

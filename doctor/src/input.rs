@@ -60,7 +60,7 @@ pub struct Number {
     pub probability: f64,
     /// The entropy of all tokens, in bits: 8 for a guess among the bins.
     pub entropy_bits: f64,
-    /// The probability of a token that is no action.
+    /// The probability of a token that is not an action.
     pub no_action: f64,
 }
 
@@ -107,7 +107,7 @@ pub fn examine(
     let vague = numbers.iter().filter(|number| number.no_action > 0.5).count();
     if vague > 0 {
         warnings.push(format!(
-            "for {vague} of {} numbers, a token that is no action is likelier than all actions: is this what the model was \
+            "for {vague} of {} numbers, a token that is not an action is likelier than all actions: is this what the model was \
              trained for?",
             numbers.len()
         ));

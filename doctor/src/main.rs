@@ -79,7 +79,7 @@ fn given(args: &Args) -> Result<Given<'_>> {
     let Some((instruction, images)) =
         args.inputs.split_last().filter(|(_, images)| !images.is_empty())
     else {
-        bail!("{first} is no folder of an episode; an image needs an instruction after it");
+        bail!("{first} is not an episode's folder; an image needs an instruction after it");
     };
     cli::doubt(instruction).iter().for_each(|doubt| cli::say(format_args!("warning: {doubt}")));
     Ok(Given::Images(images.iter().map(Path::new).collect(), instruction))

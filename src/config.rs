@@ -24,7 +24,7 @@ use crate::{Error, Result};
 pub use cards::{ActionCard, Dimension, Gripper};
 pub use general::{BaseModel, General, Source};
 pub use oft::{OftConfig, OftHead};
-pub use proof::{Expected, Proof, ProofCase};
+pub use proof::{Expected, Proof, ProofCase, checksum};
 
 /// Everything about a model except its tensors.
 #[derive(Debug, Clone, PartialEq)]

@@ -81,7 +81,7 @@ pub use action::{ActionSpace, argmax, dimension_name};
 pub use any_policy::Policy;
 pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, Expected, General, Gripper,
-    LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig,
+    LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig, checksum,
 };
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use encoder::{Features, SoftTokens};

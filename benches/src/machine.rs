@@ -2,7 +2,6 @@
 //! backend and threads as the model.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Result;
 use openvla::Options;
@@ -140,10 +139,10 @@ fn copy(backend: &Arc<Backend>) -> Result<f64> {
     let parts: Vec<(State, State)> =
         (0..PARTS).map(|_| Ok((state()?, state()?))).collect::<Result<_>>()?;
     parts.iter().for_each(|(from, _)| from.write(&vec![0.5_f32; COPIED / PARTS]));
-    let graph = Graph::build(backend, 4 * PARTS, |g| {
+    let mut graph = Graph::build(backend, 4 * PARTS, |g| {
         parts.iter().for_each(|(from, to)| g.store(g.state(from), to));
     })?;
-    let seconds = best(graph)?;
+    let seconds = graph.fastest(ATTEMPTS)?;
     let is_copied = |(_, to): &(State, State)| to.read::<f32>()[COPIED / PARTS - 1] == 0.5;
     assert!(parts.iter().all(is_copied), "the copy was made");
     Ok(seconds)
@@ -159,20 +158,9 @@ fn product(backend: &Arc<Backend>, dtype: DType) -> Result<f64> {
     let x = state(DType::F32, &[SIDE, COLUMNS])?;
     x.write(&vec![0.5_f32; SIDE * COLUMNS]);
     let y = state(DType::F32, &[SIDE, COLUMNS])?;
-    let graph = Graph::build(backend, 8, |g| g.store(g.state(&matrix).mul_mat(g.state(&x)), &y))?;
-    let seconds = best(graph)?;
+    let mut graph =
+        Graph::build(backend, 8, |g| g.store(g.state(&matrix).mul_mat(g.state(&x)), &y))?;
+    let seconds = graph.fastest(ATTEMPTS)?;
     assert_eq!(y.read::<f32>()[0], SIDE as f32 / 4.0, "the product was computed");
-    Ok(seconds)
-}
-
-/// Seconds of the fastest run, after one that does not count.
-fn best(mut graph: Graph) -> Result<f64> {
-    graph.compute()?;
-    let mut seconds = f64::INFINITY;
-    for _ in 0..ATTEMPTS {
-        let start = Instant::now();
-        graph.compute()?;
-        seconds = seconds.min(start.elapsed().as_secs_f64());
-    }
     Ok(seconds)
 }

@@ -333,7 +333,7 @@ impl Conversion {
         file.append(&self.header(&proof).encode())?;
         proof.checksums.clear();
         weights::for_each_tensor(&*self.weights, &self.plan, |bytes| {
-            proof.checksums.push(proof::checksum(bytes));
+            proof.checksums.push(openvla::checksum(bytes));
             progress.inc(bytes.len() as u64);
             file.append(bytes)
         })?;

@@ -9,7 +9,6 @@ use openvla::tokenizer::Tokenizer;
 use openvla::{Config, Dataset, Expected, OftHead, ProofCase, Scale};
 use openvla_kernels::{Backend, Gguf};
 use sha2::{Digest, Sha256};
-use twox_hash::XxHash64;
 
 use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
@@ -56,11 +55,6 @@ pub fn image(name: &str) -> Result<RgbImage> {
 /// SHA-256 of an image's RGB bytes, in hexadecimal.
 pub fn image_hash(image: &RgbImage) -> String {
     Sha256::digest(image.as_raw()).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// XXH64 of a tensor's bytes, with seed 0: what llama.cpp's `gguf-hash` prints.
-pub fn checksum(bytes: &[u8]) -> u64 {
-    XxHash64::oneshot(0, bytes)
 }
 
 /// Bytes of tensors that [`run_cases`] asks for: those of layers once per pass, the others once.

@@ -11,7 +11,7 @@ use openvla::oft::{OpenVlaOft, unnormalize};
 use openvla::streamed::Case;
 use openvla::tokenizer::Tokenizer;
 use openvla::{Config, Expected, OftHead, OpenVla, Options, Policy, Proof, ProofCase};
-use openvla_kernels::{DType, Gguf, TensorInfo};
+use openvla_kernels::{DType, Gguf};
 use serde::Serialize;
 
 use crate::proof;
@@ -84,13 +84,7 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
         path.display()
     );
     progress.set_length(file.tensors().iter().map(|tensor| tensor.range.len() as u64).sum());
-    let damaged = |(tensor, wanted): (&TensorInfo, &u64)| {
-        let bytes = &file.bytes()[tensor.range.clone()];
-        progress.inc(bytes.len() as u64);
-        (proof::checksum(bytes) != *wanted).then(|| tensor.name.clone())
-    };
-    let damaged: Vec<String> =
-        file.tensors().iter().zip(&proof.checksums).filter_map(damaged).collect();
+    let damaged = proof.damaged(&file, |n| progress.inc(n as u64));
     let error_limit = limit(&file);
     drop(file); // frees its pages before the model is loaded
     let mut cases = Vec::new();

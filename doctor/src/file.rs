@@ -4,7 +4,6 @@ use anyhow::Result;
 use openvla::{Config, Dataset, Proof, Scale};
 use openvla_kernels::Gguf;
 use serde::Serialize;
-use twox_hash::XxHash64;
 
 use crate::action::gripper_axes;
 
@@ -39,13 +38,7 @@ pub struct File {
 /// If its reference cases cannot be read.
 pub fn examine(name: &str, file: &Gguf, config: &Config, key: Option<&str>) -> Result<File> {
     let proof = Proof::read(file, config)?;
-    let pairs = file.tensors().iter().zip(&proof.checksums);
-    let damaged: Vec<String> = pairs
-        .filter(|(tensor, wanted)| {
-            XxHash64::oneshot(0, &file.bytes()[tensor.range.clone()]) != **wanted
-        })
-        .map(|(tensor, _)| tensor.name.clone())
-        .collect();
+    let damaged = proof.damaged(file, |_| {});
     let mut warnings = Vec::new();
     if let Some(first) = damaged.first() {
         let n = damaged.len();

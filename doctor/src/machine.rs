@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Result;
 use openvla::{Config, Device, Kernels, OftConfig, Options};
@@ -236,28 +235,17 @@ const ATTEMPTS: usize = 3;
 fn copy(backend: &Arc<Backend>) -> Result<f64> {
     let state = || State::zeros(backend, DType::F32, shape(&[COPIED]));
     let (from, to) = (state()?, state()?);
-    let graph = Graph::build(backend, 4, |g| g.store(g.state(&from), &to))?;
-    Ok((2 * 4 * COPIED) as f64 / best(graph)?)
+    let mut graph = Graph::build(backend, 4, |g| g.store(g.state(&from), &to))?;
+    Ok((2 * 4 * COPIED) as f64 / graph.fastest(ATTEMPTS)?)
 }
 
 fn product(backend: &Arc<Backend>) -> Result<f64> {
     let state = |dtype, dims: &[usize]| State::zeros(backend, dtype, shape(dims));
     let matrix = state(DType::F16, &[SIDE, SIDE])?;
     let (x, y) = (state(DType::F32, &[SIDE, COLUMNS])?, state(DType::F32, &[SIDE, COLUMNS])?);
-    let graph = Graph::build(backend, 8, |g| g.store(g.state(&matrix).mul_mat(g.state(&x)), &y))?;
-    Ok((2 * SIDE * SIDE * COLUMNS) as f64 / best(graph)?)
-}
-
-/// Seconds of the fastest run, after one that does not count.
-fn best(mut graph: Graph) -> Result<f64> {
-    graph.compute()?;
-    let mut seconds = f64::INFINITY;
-    for _ in 0..ATTEMPTS {
-        let start = Instant::now();
-        graph.compute()?;
-        seconds = seconds.min(start.elapsed().as_secs_f64());
-    }
-    Ok(seconds)
+    let mut graph =
+        Graph::build(backend, 8, |g| g.store(g.state(&matrix).mul_mat(g.state(&x)), &y))?;
+    Ok((2 * SIDE * SIDE * COLUMNS) as f64 / graph.fastest(ATTEMPTS)?)
 }
 
 /// Ids of a usual prompt.

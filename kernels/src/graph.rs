@@ -4,6 +4,7 @@ use std::any::Any;
 use std::collections::BTreeSet;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Instant;
 
 use llama_cpp_sys_2 as sys;
 
@@ -117,6 +118,21 @@ impl Graph {
         }
         let why = format!("computing a graph failed with ggml's status {status}{}", complained());
         Err(Error::Device { device: self.backend.name(0).to_owned(), why })
+    }
+
+    /// Seconds of the fastest of `n` runs, after one that does not count.
+    ///
+    /// # Errors
+    /// As [`Graph::compute`].
+    pub fn fastest(&mut self, n: usize) -> Result<f64> {
+        self.compute()?;
+        let mut seconds = f64::INFINITY;
+        for _ in 0..n {
+            let start = Instant::now();
+            self.compute()?;
+            seconds = seconds.min(start.elapsed().as_secs_f64());
+        }
+        Ok(seconds)
     }
 
     /// Our own functions run on the CPU, whatever a device claims to support.

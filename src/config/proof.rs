@@ -5,6 +5,7 @@
 //! where the model reads one. Tokens were decoded greedily among the action ids.
 
 use openvla_kernels::{Gguf, Header, Value};
+use twox_hash::XxHash64;
 
 use super::Config;
 use super::oft::OftHead;
@@ -15,8 +16,7 @@ use crate::{Error, Result};
 pub struct Proof {
     /// Reference cases.
     pub cases: Vec<ProofCase>,
-    /// XXH64, with seed 0, of every tensor's bytes, in the file's order: what llama.cpp's
-    /// `gguf-hash` prints.
+    /// The [`checksum`] of every tensor's bytes, in the file's order.
     pub checksums: Vec<u64>,
 }
 
@@ -82,6 +82,17 @@ impl Proof {
         Ok(Self { cases, checksums })
     }
 
+    /// Names of the tensors whose bytes are not those that the converter wrote. `read` hears of the bytes as they are read.
+    pub fn damaged(&self, file: &Gguf, mut read: impl FnMut(usize)) -> Vec<String> {
+        let pairs = file.tensors().iter().zip(&self.checksums);
+        let damaged = pairs.filter_map(|(tensor, wanted)| {
+            let bytes = &file.bytes()[tensor.range.clone()];
+            read(bytes.len());
+            (checksum(bytes) != *wanted).then(|| tensor.name.clone())
+        });
+        damaged.collect()
+    }
+
     /// Adds all keys to the header of a file to be written. However the checksums turn out, the
     /// header is as long.
     pub fn write(&self, to: &mut Header) {
@@ -120,6 +131,11 @@ impl Proof {
             }
         }
     }
+}
+
+/// XXH64 of a tensor's bytes, with seed 0: what llama.cpp's `gguf-hash` prints.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    XxHash64::oneshot(0, bytes)
 }
 
 fn read_cases(file: &Gguf, config: &Config) -> Result<Vec<ProofCase>> {

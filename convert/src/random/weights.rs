@@ -19,7 +19,6 @@ use super::normal::deviates;
 use crate::interrupt;
 use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
-use crate::proof::checksum;
 use crate::weights::TensorSource;
 
 /// Numbers in a pool: enough that blocks seldom repeat within a row of a matrix, and few enough to be
@@ -113,7 +112,7 @@ impl TensorSource for RandomWeights {
         let PlannedTensor { tensor, dtype } = planned;
         let size = |n| dtype.row_bytes(n).expect("segments are whole rows");
         let pick = size(PICK.max(dtype.block()));
-        let stream = checksum(tensor.name.as_bytes()); // its own for each tensor
+        let stream = openvla::checksum(tensor.name.as_bytes()); // its own for each tensor
         for (i, segment) in (0..).zip(self.segments(tensor)) {
             let (own, others) = bytes.split_at_mut(size(segment.n));
             self.pick(stream.wrapping_add(i), &self.pool(*dtype, &segment), pick, own)?;

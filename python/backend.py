@@ -1,6 +1,7 @@
 """Builds the wheel: maturin's build backend, after ggml's shared libraries and the programs were put into the package.
 
-They come from the same build, whose messages say where. `OPENVLA_FEATURES` names further features, such as `cuda`.
+They come from the same build, whose messages say where. `OPENVLA_FEATURES` names further features, such as `cuda`, and
+`OPENVLA_PROFILE` another profile of cargo's than `release`.
 """
 
 import json
@@ -21,18 +22,20 @@ from maturin import (  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "package" / "openvla_gguf"
 PROGRAMS = ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client"]
+PROFILE = os.environ.get("OPENVLA_PROFILE", "release")
+FEATURES = os.environ.get("OPENVLA_FEATURES")
 
 
 def _build(*args):
     """Builds something, and returns what cargo says about it."""
-    command = ["cargo", "build", "--release", "--locked", "--message-format=json", *args]
+    command = ["cargo", "build", "--profile", PROFILE, "--locked", "--message-format=json", *args]
     said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def _files():
     """The programs, ggml's libraries, and its modules for kinds of devices."""
-    features = ",".join(filter(None, ["dynamic", os.environ.get("OPENVLA_FEATURES")]))
+    features = ",".join(filter(None, ["dynamic", FEATURES]))
     messages = _build("--features", features, *(word for name in PROGRAMS for word in ["--bin", name]))
     programs = [Path(m["executable"]) for m in messages if m.get("executable")]
     (script,) = {m["out_dir"] for m in messages if "llama-cpp-sys-2" in m.get("package_id", "") and "out_dir" in m}
@@ -48,8 +51,8 @@ def _fill_package():
         old.unlink()
     for file in _files():
         subprocess.run([os.environ.get("STRIP", "strip"), "--strip-unneeded", file, "-o", PACKAGE / file.name], check=True)
-    if os.environ.get("OPENVLA_FEATURES"):
-        os.environ["MATURIN_PEP517_ARGS"] = f"--features {os.environ['OPENVLA_FEATURES']}"
+    features = ["--features", FEATURES] if FEATURES else []
+    os.environ["MATURIN_PEP517_ARGS"] = " ".join(["--profile", PROFILE, *features])
 
 
 def build_wheel(*args, **kwargs):

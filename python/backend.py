@@ -21,7 +21,7 @@ from maturin import (  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "package" / "openvla_gguf"
-PROGRAMS = ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client"]
+PROGRAMS = ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client", "openvla-doctor"]
 PROFILE = os.environ.get("OPENVLA_PROFILE", "release")
 FEATURES = os.environ.get("OPENVLA_FEATURES")
 

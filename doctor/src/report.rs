@@ -103,12 +103,13 @@ impl Report {
             "  weights {}, free {free}; load {load}",
             gigabytes(self.machine.memory_needed)
         )?;
+        let hz = self.machine.expected_hz;
         writeln!(
             out,
-            "  a copy of {:.1} GB/s and products of {:.0} GFLOP/s allow about {:.2} Hz",
+            "  a copy of {:.1} GB/s and products of {:.0} GFLOP/s allow about {hz:.*} Hz",
             self.machine.copy_bytes_per_s / 1e9,
             self.machine.product_flop_per_s / 1e9,
-            self.machine.expected_hz
+            if hz < 10.0 { 2 } else { 0 },
         )?;
         list(out, &self.machine.devices)?;
         warn(out, &self.machine.warnings)?;

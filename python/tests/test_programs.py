@@ -22,7 +22,7 @@ def test_they_act_and_convert(tmp_path):
 
 
 def test_they_end_as_the_programs_do():
-    for name in ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client"]:
+    for name in ["openvla-run", "openvla-convert", "openvla-serve", "openvla-client", "openvla-doctor"]:
         done = program(name, "--version")
         assert (done.returncode, done.stdout.split()[0]) == (0, name)
         assert program(name, "--no-such-option").returncode == 2

@@ -24,3 +24,7 @@ def serve() -> None:
 
 def client() -> None:
     _become("openvla-client")
+
+
+def doctor() -> None:
+    _become("openvla-doctor")

@@ -14,6 +14,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use openvla::checksum;
 use openvla::cli::is_picture;
 use openvla::image::RgbImage;
 
@@ -44,6 +45,17 @@ pub struct Seen {
     pub images: Vec<RgbImage>,
     /// The arm's state.
     pub state: Option<Vec<f64>>,
+}
+
+impl Seen {
+    /// A hash of it, in hexadecimal.
+    pub fn hash(&self) -> String {
+        let images = self.images.iter().map(|image| checksum(image.as_raw()));
+        let state = checksum(format!("{:?}", self.state).as_bytes());
+        let all: Vec<String> =
+            images.chain([state]).map(|checksum| format!("{checksum:016x}")).collect();
+        all.join("-")
+    }
 }
 
 impl Episode {

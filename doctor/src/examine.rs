@@ -1,5 +1,7 @@
 //! An episode under every hypothesis: how likely the demonstrated actions are at each moment.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use openvla::{Policy, Scale};
@@ -8,6 +10,7 @@ use crate::action::Scaled;
 use crate::episode::{Episode, Seen};
 use crate::hypothesis::{Change, Hypothesis, Setting, all};
 use crate::judge::{Claim, Judge, Judged};
+use crate::judgments::{Judgments, Moment};
 use crate::picture::{Bars, PictureChange, blockiness};
 
 /// How thoroughly an episode is looked at.
@@ -23,6 +26,10 @@ pub struct Plan {
     pub max_moments: usize,
     /// Whether only the likeliest hypotheses are tried.
     pub quick: bool,
+    /// Where judgments are kept, and taken from if they are there.
+    pub judgments: Option<PathBuf>,
+    /// In any form, the model and how it computes: others' judgments are not taken.
+    pub model: String,
 }
 
 impl Default for Plan {
@@ -33,6 +40,8 @@ impl Default for Plan {
             instruction: None,
             max_moments: 24,
             quick: false,
+            judgments: None,
+            model: String::new(),
         }
     }
 }
@@ -122,45 +131,90 @@ pub fn examine(
         by_model: episode.by_model,
         blocky: looks.blocky,
     };
-    let is_picture = |trial: &&mut Trial| matches!(trial.hypothesis.change, Change::Picture(_));
-    let n_picture = evidence.trials.iter_mut().filter(is_picture).count();
-    progress.set_length((moments.len() * (1 + n_picture)) as u64);
+    let trials = &mut evidence.trials;
+    let mut judgments = match &plan.judgments {
+        Some(path) => {
+            let names: Vec<&str> = trials.iter().map(|t| t.hypothesis.name.as_str()).collect();
+            let examined = format!(
+                "{} {key} {scale:?} {:?} {instruction} {names:?} {:?}",
+                plan.model, plan.statistics, episode.actions
+            );
+            Judgments::open(path, &examined)?
+        }
+        None => Judgments::default(),
+    };
+    let is_picture = |trial: &&Trial| matches!(trial.hypothesis.change, Change::Picture(_));
+    let pictures = 1 + trials.iter().filter(is_picture).count() as u64;
+    progress.set_length(moments.len() as u64 * pictures);
     let chunk = config.oft.as_ref().map_or(1, |oft| oft.chunk);
     let mut judge = Judge::new(policy, key, scale);
-    for i in moments {
-        let seen = episode.seen(i)?;
-        // All claims about the picture as it is share its features and the prompt's rows.
-        let asked = |instruction: &str, change: &Change| {
-            claim(episode, i, chunk, instruction, change, scale)
+    for index in moments {
+        let seen = episode.seen(index)?;
+        let moment = match judgments.of(index, &seen) {
+            Some(moment) => {
+                progress.inc(pictures);
+                moment.clone()
+            }
+            None => {
+                let asked = |instruction: &str, change: &Change| {
+                    claim(episode, index, chunk, instruction, change, scale)
+                };
+                let (given, log_likelihoods) =
+                    judge_moment(&mut judge, &seen, &instruction, trials, asked, progress)?;
+                let moment = Moment { index, seen: seen.hash(), given, log_likelihoods };
+                judgments.keep(moment.clone())?;
+                moment
+            }
         };
-        let given = asked(&instruction, &Change::Lag(0)).expect("the moment is in the episode");
-        let mut claims = vec![given.clone()];
-        let claimed: Vec<bool> = evidence
-            .trials
-            .iter()
-            .map(|trial| match &trial.hypothesis.change {
-                Change::Picture(_) => false,
-                change => asked(&instruction, change).map(|claim| claims.push(claim)).is_some(),
-            })
-            .collect();
-        let mut judged = judge.judge(&seen, &claims)?.into_iter();
-        evidence.given.push(judged.next().expect("the first claim"));
-        progress.inc(1);
-        for (trial, claimed) in evidence.trials.iter_mut().zip(claimed) {
-            let log_likelihood = match trial.hypothesis.change {
-                Change::Picture(change) => {
-                    let judged =
-                        judge.judge(&changed(&seen, change), std::slice::from_ref(&given))?;
-                    progress.inc(1);
-                    judged.first().map(|judged| judged.log_likelihood)
-                }
-                _ if claimed => judged.next().map(|judged| judged.log_likelihood),
-                _ => None,
-            };
+        ensure!(
+            moment.log_likelihoods.len() == trials.len(),
+            "moment {index} was judged under other hypotheses: delete the file of judgments"
+        );
+        evidence.given.push(moment.given);
+        for (trial, log_likelihood) in trials.iter_mut().zip(moment.log_likelihoods) {
             trial.log_likelihoods.push(log_likelihood);
         }
     }
     Ok(evidence)
+}
+
+/// One moment as it is, and under each hypothesis. `asked` gives what a change makes of the claim that the recorded
+/// actions were done.
+fn judge_moment(
+    judge: &mut Judge<'_>,
+    seen: &Seen,
+    instruction: &str,
+    trials: &[Trial],
+    asked: impl Fn(&str, &Change) -> Option<Claim>,
+    progress: &ProgressBar,
+) -> Result<(Judged, Vec<Option<f64>>)> {
+    // All claims about the picture as it is share its features and the prompt's rows.
+    let given = asked(instruction, &Change::Lag(0)).expect("the moment is in the episode");
+    let mut claims = vec![given.clone()];
+    let claimed: Vec<bool> = trials
+        .iter()
+        .map(|trial| match &trial.hypothesis.change {
+            Change::Picture(_) => false,
+            change => asked(instruction, change).map(|claim| claims.push(claim)).is_some(),
+        })
+        .collect();
+    let mut judged = judge.judge(seen, &claims)?.into_iter();
+    let as_it_is = judged.next().expect("the first claim");
+    progress.inc(1);
+    let mut log_likelihoods = Vec::with_capacity(trials.len());
+    for (trial, claimed) in trials.iter().zip(claimed) {
+        let judged = match trial.hypothesis.change {
+            Change::Picture(change) => {
+                progress.inc(1);
+                let of_picture = judge.judge(&changed(seen, change), std::slice::from_ref(&given));
+                of_picture?.into_iter().next()
+            }
+            _ if claimed => judged.next(),
+            _ => None,
+        };
+        log_likelihoods.push(judged.map(|judged| judged.log_likelihood));
+    }
+    Ok((as_it_is, log_likelihoods))
 }
 
 /// What a change makes of the claim that the recorded actions were done; none where they are not known.

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use openvla::image::RgbImage;
 use openvla::oft::{Observation, OpenVlaOft};
 use openvla::{ActionSpace, OpenVla, Policy, Scale, Statement};
+use serde::{Deserialize, Serialize};
 
 use crate::episode::Seen;
 
@@ -23,7 +24,7 @@ pub struct Claim {
 }
 
 /// What a model thinks of a claim, in nats, all numbers of an action together.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Judged {
     /// How likely it is.
     pub log_likelihood: f64,

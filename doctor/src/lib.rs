@@ -6,7 +6,7 @@
 //! | [`picture`] | what may have happened to pictures: undone, and measured |
 //! | [`action`] | actions as numbers in -1..1, in each of the ways that they may have been meant |
 //! | [`hypothesis`] | what may be wrong, each as a change that undoes it |
-//! | [`judge`] | what a model says to claims about what was asked and done |
+//! | [`judge`], [`judgments`] | what a model says to claims about what was asked and done, and a file that keeps it |
 //! | [`examine`] | an episode under every hypothesis |
 //! | [`verdict`] | what the evidence says |
 //! | [`machine`], [`mod@file`], [`input`] | the rest that can be wrong: each a short report |
@@ -24,6 +24,7 @@ pub mod html;
 pub mod hypothesis;
 pub mod input;
 pub mod judge;
+pub mod judgments;
 pub mod machine;
 pub mod picture;
 pub mod report;

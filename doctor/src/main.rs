@@ -9,7 +9,7 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use openvla::cli::{self, ModelArgs};
 use openvla::image::RgbImage;
-use openvla::{Config, Scale, Statistics};
+use openvla::{Config, Proof, Scale, Statistics};
 use openvla_doctor::episode::{Episode, read_picture};
 use openvla_doctor::examine::{Evidence, Plan, examine};
 use openvla_doctor::html::{Figure, page};
@@ -40,6 +40,9 @@ struct Args {
     /// Judge six frames, under the likeliest hypotheses
     #[arg(long, conflicts_with = "frames")]
     quick: bool,
+    /// Keep what was judged in a file, frame by frame, and go on from there if it is interrupted
+    #[arg(long, value_name = "FILE", value_parser = cli::output_file())]
+    resume: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -101,6 +104,7 @@ fn run(args: &Args) -> Result<()> {
     let key = args.unnorm_key.as_deref();
     let machine = machine::examine(&model, &config, &args.model.options())?;
     let file = file::examine(&name, &model, &config, key)?;
+    let checksums = Proof::read(&model, &config)?.checksums;
     drop(model); // frees its pages before the model is loaded
     let mut report = Report { machine, file, input: None, diagnosis: None };
     let mut figures = Vec::new();
@@ -120,6 +124,8 @@ fn run(args: &Args) -> Result<()> {
                 instruction: instruction.map(str::to_owned),
                 max_moments: if args.quick { QUICK } else { args.frames as usize },
                 quick: args.quick,
+                judgments: args.resume.clone(),
+                model: format!("{checksums:?} {:?}", args.model.options()),
             };
             let mut policy = args.model.open()?;
             let bar = bar();

@@ -111,6 +111,51 @@ impl CloneIntoRgb for openvla::image::GrayImage {
 }
 
 #[test]
+fn an_examination_goes_on_where_it_was_interrupted() {
+    let folder = episode(|image| PictureChange::SwapChannels.apply(image));
+    let (path, kept) = (folder.path().display().to_string(), folder.path().join("kept.jsonl"));
+    let kept_name = kept.display().to_string();
+    let examine = |more: &[&str]| {
+        doctor(&[&[path.as_str(), "--quick", "--json", "--resume", &kept_name], more].concat())
+    };
+    let likelihoods =
+        |text: &str| serde_json::from_str::<Value>(text).unwrap()["hypotheses"].clone();
+    let (_, text, said) = examine(&[]);
+    let wanted = likelihoods(&text);
+    let whole = fs::read_to_string(&kept).expect(&said);
+    assert_eq!(whole.lines().count(), 1 + 6, "what is examined, and six moments");
+
+    // Two moments are whole, and one was being written. Another likelihood tells what was taken from the file.
+    let mut lines: Vec<&str> = whole.split_inclusive('\n').collect();
+    let mut marked: Value = serde_json::from_str(lines[1]).unwrap();
+    marked["given"]["log_likelihood"] = json!(-1000.0);
+    let marked = marked.to_string() + "\n";
+    lines[1] = &marked;
+    let cut = &lines[3][..lines[3].len() / 2];
+    fs::write(&kept, lines[..3].concat() + cut).unwrap();
+    let (_, text, said) = examine(&[]);
+    assert_ne!(likelihoods(&text), wanted, "{said}");
+    let again = fs::read_to_string(&kept).unwrap();
+    assert_eq!(again.split_inclusive('\n').skip(2).collect::<String>(), lines[2..].concat());
+
+    // A picture that changed is judged again.
+    let second = folder.path().join("frames/000000.png");
+    fs::copy(folder.path().join("frames/000001.png"), second).unwrap();
+    examine(&[]);
+    assert_eq!(fs::read_to_string(&kept).unwrap().lines().count(), 1 + 6 + 1);
+
+    // What is of something else is refused, and stays as it is.
+    fs::write(folder.path().join("instruction.txt"), "put carrot on plate").unwrap();
+    for foreign in [again.as_str(), "a shopping list", "\u{1F955}\n"] {
+        fs::write(&kept, foreign).unwrap();
+        let (output, out, said) = examine(&[]);
+        assert_eq!(output.status.code(), Some(1), "{out}");
+        assert!(said.contains("kept.jsonl is not of this examination"), "{said}");
+        assert_eq!(fs::read_to_string(&kept).unwrap(), foreign);
+    }
+}
+
+#[test]
 fn what_is_no_episode_is_refused() {
     let refused = |spoil: &dyn Fn(&Path), wanted: &str| {
         let folder = episode(RgbImage::clone);

@@ -115,6 +115,12 @@ pub enum Error {
         /// What was computed.
         value: f32,
     },
+    /// A pass that had rows of several robots failed.
+    #[error("a pass that several robots shared failed: {why}")]
+    SharedPass {
+        /// What the device said.
+        why: String,
+    },
     /// A logit was not a number; a motion made of it would be arbitrary.
     #[error("the model computed a logit that is not a finite number at step {step}")]
     NotFinite {
@@ -156,6 +162,7 @@ impl Error {
             }
             Self::Read { .. }
             | Self::Kernels(_)
+            | Self::SharedPass { .. }
             | Self::Image { .. }
             | Self::Observation { .. }
             | Self::Decoder { .. } => {

@@ -91,6 +91,11 @@ impl<const N: usize> Products<N> {
         Self { stacks, rows: matrices.each_ref().map(|matrix| matrix.shape()[1]) }
     }
 
+    /// What is multiplied: each is one of them or several.
+    pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
+        self.stacks.iter().map(|(weight, _)| weight)
+    }
+
     /// Whether they are more than one product.
     pub fn is_several(&self) -> bool {
         self.stacks.len() > 1

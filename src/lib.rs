@@ -28,7 +28,7 @@
 //! | `explain` | only if asked: a pass more | attention on each patch, for each token |
 //! | `statistics` | the data set's scale | a motion in its units |
 //!
-//! `policy` runs them in order, `network` has those that run on the device: `encoder`, which is vision and
+//! `batch` runs them in order, for one robot or several, `network` has those that run on the device: `encoder`, which is vision and
 //! projector, and `llama`. [`oft`] is the other policy, with the same encoder. `config` reads what the file says
 //! about itself, `layers` has what networks share. [`streamed`] runs the
 //! networks part by part where they do not fit. [`mod@format`] documents the file, [`cli`] is what
@@ -36,7 +36,7 @@
 //!
 //! # What is deliberately absent
 //!
-//! - Stages do not call each other: policies, `network` and `encoder` do, and [`streamed`] in their place.
+//! - Stages do not call each other: `batch`, [`oft`], `network` and `encoder` do, and [`streamed`] in their place.
 //! - No key of the file is named outside `config`. Tensors are named where they are loaded: in the `load`
 //!   functions, and for the three tables of the Llama in [`streamed`].
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
@@ -47,6 +47,7 @@
 
 mod action;
 mod any_policy;
+mod batch;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod config;
@@ -79,6 +80,7 @@ pub mod format {}
 
 pub use action::{ActionSpace, argmax, dimension_name};
 pub use any_policy::Policy;
+pub use batch::Request;
 pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, Expected, General, Gripper,
     LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig, checksum,

@@ -9,6 +9,8 @@
 //! Or it runs the rows of a tree, continuations of the prompt that share what they begin with. They go
 //! behind what is written of the cache, and are forgotten at once.
 //!
+//! Or it runs the rows of several robots, each of which has a slot in a cache that they share: see `slots`.
+//!
 //! Graphs have fixed shapes and are kept: for each prompt length one for each number of rows. A
 //! step looks at the whole cache, of which a mask hides what is not written yet, or forgotten.
 //!
@@ -29,11 +31,13 @@ use crate::layers::RmsNorm;
 mod attention;
 mod inputs;
 mod layer;
+mod slots;
 mod tree;
 
 use inputs::Inputs;
-use layer::SEEN;
+use layer::{HIDDEN, SEEN};
 pub(crate) use layer::{Layer, LayerCache, Rows, mask_row};
+use slots::Slots;
 pub(crate) use tree::{Node, Tree};
 
 /// Tensors that rows are looked up in.
@@ -69,6 +73,7 @@ pub(crate) struct Llama {
     /// Rows to keep free for those of a tree.
     n_node_max: usize,
     graphs: Option<PromptGraphs>,
+    slots: Slots,
 }
 
 /// What is built for one prompt length.
@@ -119,8 +124,15 @@ impl Llama {
 
     pub fn load(w: &mut Weights, c: &Config, backend: &Arc<Backend>) -> Result<Self> {
         let model = Model::load(w, c)?;
-        let n_token_max = c.statistics.longest();
-        Ok(Self { model, backend: backend.clone(), n_token_max, n_node_max: 0, graphs: None })
+        let (n_token_max, slots) = (c.statistics.longest(), Slots::new(&model, backend));
+        Ok(Self {
+            model,
+            backend: backend.clone(),
+            n_token_max,
+            n_node_max: 0,
+            graphs: None,
+            slots,
+        })
     }
 
     /// Makes room for trees of `n` rows after prompts that are read from now on.
@@ -235,6 +247,12 @@ impl Llama {
     }
 }
 
+/// Rows of a cache that so many are to be written of: whole vectors of 32; ggml's kernels like them, and few lengths
+/// need a new cache.
+fn n_ctx(n_row: usize) -> usize {
+    n_row.next_multiple_of(32)
+}
+
 /// Ids as the device has them.
 ///
 /// # Panics
@@ -305,10 +323,18 @@ impl LmHead {
 
     /// Stores the logits of rows `x [dim, n]`: `[n_vocab, n]`.
     pub fn build<'g>(&self, g: &'g Builder, x: Tensor<'g>, logits: &State) {
-        let logits = g.state(logits);
+        let (logits, action_weight) = (g.state(logits), g.weight(&self.action_weight));
         g.compute_in(g.weight(&self.weight).mul_mat(x), logits);
         let actions = logits.slice(0, self.actions.start, self.actions.len());
-        g.compute_in(g.weight(&self.action_weight).mul_mat(x), actions);
+        let n = x.shape()[1];
+        if g.has_gpu() || n > Llama::MAX_ROWS {
+            return g.compute_in(action_weight.mul_mat(x), actions);
+        }
+        // Of floats, which it is, ggml sums a product of several columns in another order than of one: row by row,
+        // a row's logits are the same in any company.
+        for i in 0..n {
+            g.compute_in(action_weight.mul_mat(x.slice(1, i, 1)), actions.slice(1, i, 1));
+        }
     }
 }
 
@@ -331,11 +357,8 @@ impl Model {
     fn graphs(&self, n_id: usize, n_row: usize, n_new: [usize; 2]) -> Result<PromptGraphs> {
         let (c, [n_token, n_node]) = (&self.config, n_new);
         c.check_rows(n_row + n_token)?;
-        // Whole vectors of 32 rows; ggml's kernels like them, and few lengths need a new cache.
-        let n_ctx = (n_row + n_token.max(n_node)).next_multiple_of(32);
-        let dtype = self.cache_dtype();
-        let cache = self.layers.iter().map(|layer| layer.cache(c, n_ctx, dtype));
-        let cache = cache.collect::<Result<_>>()?;
+        let n_ctx = n_ctx(n_row + n_token.max(n_node));
+        let cache = self.cache(n_ctx)?;
         let (prefills, steps, trees) = Default::default();
         Ok(PromptGraphs { cache, n_ctx, n_id, n_row, n_past: 0, prefills, steps, trees })
     }
@@ -353,13 +376,24 @@ impl Model {
         let inputs = Inputs::by_device(&self.layers, cache, &size)?;
         let shape = shape(&[c.n_vocab, size.n_out]);
         let logits = State::beside(self.head.weight(), DType::F32, shape)?;
-        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer;
+        let max_nodes = 64 + Layer::MAX_NODES * c.n_layer + 8 * size.n_out;
         let graph = Graph::build(backend, max_nodes, |g| {
             let x = self.embed(g, g.state(&ids), soft.map(|soft| g.state(soft)));
             let last = self.build(g, x, &inputs, cache, size.n_out);
             self.head.build(g, last, &logits);
         })?;
         Ok(Pass { graph, ids, inputs, logits })
+    }
+
+    /// Those of the layers, and the head's for all ids.
+    fn matrices(&self) -> impl Iterator<Item = &Weight> {
+        self.layers.iter().flat_map(Layer::matrices).chain([self.head.weight()])
+    }
+
+    /// A cache of `n_ctx` rows.
+    fn cache(&self, n_ctx: usize) -> Result<Cache> {
+        let dtype = self.cache_dtype();
+        self.layers.iter().map(|layer| layer.cache(&self.config, n_ctx, dtype)).collect()
     }
 
     /// Half precision, as everybody's caches; full for full-precision files, whose point is to

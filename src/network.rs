@@ -77,6 +77,11 @@ impl Sequence<'_> {
         self.llama.forget(n);
     }
 
+    /// Moves it to a slot of its own, beside those of other robots, if there is one for it: see [`Llama::park`].
+    pub(crate) fn park(&mut self) -> Result<Option<usize>> {
+        self.llama.park()
+    }
+
     /// The logits after each node of a tree of continuations, `[n_vocab]`, which are forgotten at once.
     ///
     /// # Panics
@@ -164,6 +169,26 @@ impl Network {
     ) -> Result<Sequence<'_>> {
         let logits = self.llama.prefill(ids, self.encoder.soft(), drafts)?;
         Ok(Sequence { llama: &mut self.llama, logits })
+    }
+
+    /// Whether a pass may have rows of several robots.
+    pub(crate) fn shares_passes(&self) -> bool {
+        self.llama.shares_passes()
+    }
+
+    /// Slots for prompts of so many rows are wanted: see [`Llama::plan_slots`].
+    pub(crate) fn plan_slots(&mut self, n_rows: &[usize]) {
+        self.llama.plan_slots(n_rows);
+    }
+
+    /// Appends tokens and drafts to what is in slots, all in one pass: see [`Llama::step_slots`].
+    pub(crate) fn step_slots(&mut self, rows: &[(usize, Vec<u32>)]) -> Result<Vec<Vec<Vec<f32>>>> {
+        self.llama.step_slots(rows)
+    }
+
+    /// Takes the last `n` tokens of a slot back: drafts that were wrong.
+    pub(crate) fn forget_in(&mut self, slot: usize, n: usize) {
+        self.llama.forget_in(slot, n);
     }
 
     /// Makes room for trees of `n` nodes after prompts that are read from now on.

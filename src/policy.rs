@@ -1,4 +1,4 @@
-//! The policy: an image and an instruction to a motion. The only place where stages meet.
+//! The policy: an image and an instruction to a motion.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,13 +7,13 @@ use image::RgbImage;
 use openvla_kernels::{Gguf, Usage};
 use serde::Serialize;
 
-use crate::action::argmax;
+use crate::batch::Request;
 use crate::config::Config;
 use crate::explain::{Explanation, last_layers};
 use crate::network::Network;
 use crate::options::{Decoding, ModelDevices, Options};
 use crate::session::{Drafted, Session};
-use crate::speculative::{self, Choice, Draft, TokenCost};
+use crate::speculative::{Draft, TokenCost};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -52,7 +52,8 @@ pub struct Unconstrained {
     pub all_actions: bool,
 }
 
-/// Milliseconds of one control step, by stage.
+/// Milliseconds of one control step, by stage. Where robots are served together, each has its own time in the stages
+/// before the tokens, and that of all in the last; the whole is from where the first began.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 #[non_exhaustive]
 pub struct Timing {
@@ -72,12 +73,12 @@ pub struct Timing {
 
 /// An OpenVLA model, ready to act.
 pub struct OpenVla {
-    config: Config,
-    tokenizer: Tokenizer,
-    network: Network,
-    decoding: Decoding,
-    draft: Draft,
-    token_cost: TokenCost,
+    pub(crate) config: Config,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) network: Network,
+    pub(crate) decoding: Decoding,
+    pub(crate) draft: Draft,
+    pub(crate) token_cost: TokenCost,
 }
 
 impl OpenVla {
@@ -152,48 +153,10 @@ impl OpenVla {
         instruction: &str,
         unnorm_key: Option<&str>,
     ) -> Result<Action> {
-        let start = Instant::now();
-        let (key, dataset) = self.config.statistics.select(unnorm_key)?;
-        let (key, dataset) = (key.to_owned(), dataset.clone());
-        session.begin(instruction, &key);
-        let mut clock = Clock(start);
-
-        let planes = self.config.preprocess.planes(image)?; // [224, 224, 6]
-        let preprocess = clock.lap();
-        let features = self.network.encode(&planes)?; // [2176, 256]
-        let vision = clock.lap();
-        let soft = self.network.project(&features)?; // [4096, 256]
-        let projector = clock.lap();
-        let ids = self.config.prompt.ids(&self.tokenizer, instruction)?; // BOS … 29871
-        let n = dataset.action.n();
-        let draft = self.draft(session, n);
-        let drafts = speculative::drafts_of_prefill(&draft, self.config.n_patch() + ids.len());
-        let sequence = self.network.prefill_drafted(&ids, &soft, drafts)?;
-        let prefill = clock.lap();
-        let choose = |logits: &[f32], step| choose(&self.config, self.decoding, logits, step);
-        let decoded = speculative::decode(sequence, &draft, n, choose)?; // one token per dimension
-        let decode = clock.lap();
-
-        let total = milliseconds(start.elapsed());
-        let timing = Timing { preprocess, vision, projector, prefill, decode, total };
-        let draft = session.end(decoded.tokens.clone(), decoded.passes, decoded.accepted);
-        // ref: `predict_action` takes the last n ids of prompt and tokens together, whichever they
-        // are.
-        let all = [ids, decoded.tokens].concat();
-        let tokens = all[all.len().saturating_sub(n)..].to_vec();
-        let actions = self.config.actions;
-        let normalized = actions.normalized(&tokens);
-        let all_actions = decoded.unconstrained.iter().all(|id| actions.ids().contains(id));
-        Ok(Action {
-            action: dataset.action.unnormalize(&normalized),
-            normalized,
-            tokens,
-            logits: decoded.logits,
-            unnorm_key: key,
-            unconstrained: Unconstrained { tokens: decoded.unconstrained, all_actions },
-            draft,
-            timing_ms: timing,
-        })
+        let mut given = None;
+        let request = Request { session, image, instruction, unnorm_key };
+        self.act_each(&mut [request], |_, result| given = Some(result));
+        given.expect("each request gets a result")
     }
 
     /// One control step, and what it looked at: [`OpenVla::act`], and a pass more for the attention.
@@ -239,32 +202,6 @@ impl OpenVla {
     pub fn network(&mut self) -> &mut Network {
         &mut self.network
     }
-
-    /// What is drafted of `n` tokens. A resumed session may hold ids of another vocabulary.
-    fn draft(&self, session: &Session, n: usize) -> Vec<u32> {
-        let draft = match self.draft {
-            Draft::Off => Vec::new(),
-            Draft::Auto => speculative::draft(session.history(), self.token_cost, n),
-        };
-        let n_vocab = self.config.llama.n_vocab;
-        draft.into_iter().take_while(|id| (*id as usize) < n_vocab).collect()
-    }
-}
-
-/// Chooses the token of a step greedily.
-fn choose(config: &Config, decoding: Decoding, logits: &[f32], step: usize) -> Result<Choice> {
-    let unconstrained = argmax(logits, 0..config.llama.n_vocab as u32, step)?;
-    let actions = logits[config.actions.rows()].to_vec();
-    Ok(match decoding {
-        Decoding::Reference => {
-            let is_end = unconstrained == config.vocabulary.eos;
-            Choice { token: unconstrained, unconstrained, actions, is_end }
-        }
-        Decoding::Actions => {
-            let token = argmax(logits, config.actions.ids(), step)?;
-            Choice { token, unconstrained, actions, is_end: false }
-        }
-    })
 }
 
 /// Takes the time of one stage after another.

@@ -104,40 +104,77 @@ pub(crate) struct Decoded {
     pub accepted: Vec<bool>,
 }
 
-/// Decodes up to `n` tokens after a prompt and the first tokens of `draft`. `choose` gives the token after some
-/// logits, `[n_vocab]`, and is told how many there are before it. A pass gives the token after each of its
-/// rows, up to the first that was drafted wrongly; the next pass begins there.
-pub(crate) fn decode(
-    mut sequence: Sequence<'_>,
-    draft: &[u32],
+/// A motion of up to `n` tokens that is being decoded, pass by pass.
+pub(crate) struct Decoder {
+    draft: Vec<u32>,
     n: usize,
-    choose: impl Fn(&[f32], usize) -> Result<Choice>,
-) -> Result<Decoded> {
-    let mut decoded = Decoded::default();
-    loop {
+    decoded: Decoded,
+    is_complete: bool,
+}
+
+impl Decoder {
+    pub fn new(draft: Vec<u32>, n: usize) -> Self {
+        Self { draft, n, decoded: Decoded::default(), is_complete: false }
+    }
+
+    /// Takes the logits after each row of a pass, `[n_vocab]`: after the prompt or a token, and after each draft
+    /// that followed it. `choose` gives the token after some logits, and is told how many there are before it. The
+    /// pass gives the token after each of its rows, up to the first that was drafted wrongly. Returns how many
+    /// rows are to be forgotten, from that one on.
+    pub fn take(
+        &mut self,
+        logits: &[Vec<f32>],
+        choose: impl Fn(&[f32], usize) -> Result<Choice>,
+    ) -> Result<usize> {
+        let (decoded, n_draft) = (&mut self.decoded, logits.len() - 1);
         decoded.passes += 1;
-        let n_draft = sequence.all_logits().len() - 1;
-        let mut n_wrong = 0;
-        for (i, logits) in sequence.all_logits().iter().enumerate() {
+        for (i, logits) in logits.iter().enumerate() {
             let at = decoded.tokens.len();
             let Choice { token, unconstrained, actions, is_end } = choose(logits, at)?;
             decoded.unconstrained.push(unconstrained);
             decoded.logits.push(actions);
             decoded.tokens.push(token);
-            if at + 1 == n || is_end {
-                return Ok(decoded);
-            }
-            let is_right = i < n_draft && draft[at] == token;
-            decoded.accepted.push(is_right);
-            if !is_right {
-                n_wrong = n_draft - i;
+            if at + 1 == self.n || is_end {
+                self.is_complete = true;
                 break;
             }
+            let is_right = i < n_draft && self.draft[at] == token;
+            decoded.accepted.push(is_right);
+            if !is_right {
+                return Ok(n_draft - i);
+            }
         }
-        sequence.forget(n_wrong);
-        let at = decoded.tokens.len();
-        let drafts = drafts_from(draft, at, Llama::MAX_ROWS - 1);
-        sequence.step_drafted(&[&decoded.tokens[at - 1..], drafts].concat())?;
+        Ok(0)
+    }
+
+    /// Whether the last pass gave the last token.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// The rows of the next pass, after those that were right: the last token, and drafts after it; at most `room`.
+    pub fn next_rows(&self, room: usize) -> Vec<u32> {
+        let at = self.decoded.tokens.len();
+        let drafts = drafts_from(&self.draft, at, room - 1);
+        [&self.decoded.tokens[at - 1..], drafts].concat()
+    }
+
+    /// Decodes the rest after a sequence that has what was taken so far.
+    pub fn complete(
+        &mut self,
+        sequence: &mut Sequence<'_>,
+        choose: impl Fn(&[f32], usize) -> Result<Choice>,
+    ) -> Result<()> {
+        while !self.is_complete {
+            let logits = sequence.step_drafted(&self.next_rows(Llama::MAX_ROWS))?;
+            let n_wrong = self.take(logits, &choose)?;
+            sequence.forget(n_wrong);
+        }
+        Ok(())
+    }
+
+    pub fn into_decoded(self) -> Decoded {
+        self.decoded
     }
 }
 

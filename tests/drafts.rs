@@ -8,9 +8,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{open, picture};
+use common::{devices, open, picture};
 use openvla::image::RgbImage;
-use openvla::{Action, Decoding, OpenVla, Session, argmax};
+use openvla::{Action, Decoding, Devices, Kernels, OpenVla, Session, argmax};
 use openvla_example::{COMMITTED, Size, Spec, Variant};
 
 const INSTRUCTION: &str = "put eggplant into pot";
@@ -181,6 +181,8 @@ fn a_session_remembers_until_the_task_changes() {
 /// be from those of the same rows one by one: the root mean square of the difference over that of
 /// the latter, worst row.
 ///
+/// Our own kernels of quantized matrices compute each row of a step by itself, so that there steps are the same bits.
+///
 /// Measured on x86-64 as AVX2: F32 and all first tokens at most 6e-7; drafts in a prefill 4e-3 to
 /// 3e-2, since ggml's attention sums in f16 for few rows and in f32 for many; steps 6e-4 at F16 and
 /// 3e-3 at BF16, whose products round activations for one row and not for several, else 1e-7.
@@ -197,7 +199,11 @@ const TOGETHER: [(&str, [f64; 3]); 8] = [
 
 #[test]
 fn rows_together_have_the_logits_that_they_have_one_by_one() {
-    for (encoding, limits) in TOGETHER {
+    let is_own = Kernels::default().resolve() != Kernels::Ggml && devices() == Devices::Cpu;
+    for (encoding, mut limits) in TOGETHER {
+        if is_own && !["F32", "F16", "BF16"].contains(&encoding) {
+            limits[2] = 0.0;
+        }
         // Rows of 256, as blocks of K-quants are.
         let spec = Spec { size: Size::Wide, ..COMMITTED };
         let mut policy = policy(&spec, encoding, Decoding::Actions);

@@ -346,7 +346,7 @@ impl Builder {
     }
 
     /// Whether nodes may run on another device than the CPU.
-    pub(crate) fn has_gpu(&self) -> bool {
+    pub fn has_gpu(&self) -> bool {
         self.backend.host() > 0
     }
 

@@ -72,6 +72,11 @@ impl Weight {
         self.handle.shape
     }
 
+    /// Whether our own products read it, in their own layout: they compute each column by itself, whatever the others.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
+    }
+
     /// The device of its backend that it is on.
     pub fn device(&self) -> usize {
         self.handle.device

@@ -10,7 +10,7 @@ use crate::layers::{Products, RmsNorm};
 
 /// f16 zero and minus infinity: what a mask is made of.
 pub(crate) const SEEN: u16 = 0x0000;
-const HIDDEN: u16 = 0xFC00;
+pub(super) const HIDDEN: u16 = 0xFC00;
 
 /// What the row at `position` may look at, of `n_kv` rows.
 pub(crate) fn mask_row(position: usize, n_kv: usize) -> Vec<u16> {
@@ -44,6 +44,11 @@ pub(crate) struct Rows<'g> {
 }
 
 impl Layer {
+    /// Its matrices.
+    pub fn matrices(&self) -> impl Iterator<Item = &Weight> {
+        self.qkv.matrices().chain(self.gate_and_up.matrices()).chain([&self.out, &self.down])
+    }
+
     /// What gives the keys: the cache is on its device.
     pub fn keys(&self) -> &Weight {
         &self.k
@@ -220,6 +225,11 @@ impl LayerCache {
     /// Rows that it has room for.
     pub fn n_ctx(&self) -> usize {
         self.kv.shape()[1]
+    }
+
+    /// Copies its first `n` rows to those of another from `at` on.
+    pub fn copy(&self, g: &Builder, n: usize, to: &Self, at: usize) {
+        g.store_in(g.state(&self.kv).slice(1, 0, n), g.state(&to.kv).slice(1, at, n));
     }
 
     /// For `n_ctx` rows, of zeroed states.

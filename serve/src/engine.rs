@@ -13,6 +13,7 @@ use crate::live::Live;
 use crate::meta::Meta;
 use crate::metrics::Metrics;
 use crate::observation::{Answer, Observation};
+use crate::pace::Pace;
 use crate::policy::ModelInfo;
 use crate::queue::{Dropped, Evicted, Limits, Queue, Refused, Ticket};
 
@@ -33,10 +34,12 @@ struct State {
     queue: Queue<Job>,
     phase: Phase,
     model: Option<Arc<ModelInfo>>,
-    /// How long the last step took.
-    step: Duration,
+    /// How long steps take.
+    pace: Pace,
     /// When the current step began.
     busy_since: Option<Instant>,
+    /// Robots that it is for.
+    serving: usize,
 }
 
 /// Whether requests are accepted.
@@ -67,8 +70,9 @@ impl Engine {
             queue: Queue::new(limits),
             phase: Phase::Opening("the model is being opened".into()),
             model: None,
-            step: Duration::ZERO,
+            pace: Pace::default(),
             busy_since: None,
+            serving: 0,
         };
         let (state, wake) = (Mutex::new(state), Condvar::new());
         let (metrics, live) = (Metrics::default(), Live::default());
@@ -141,7 +145,7 @@ impl Engine {
     /// How many wait or are being served.
     pub fn pending(&self) -> usize {
         let state = self.state();
-        state.queue.len() + usize::from(state.busy_since.is_some())
+        state.queue.len() + state.serving
     }
 
     /// For how long the step goes on that goes on now.
@@ -149,18 +153,23 @@ impl Engine {
         self.state().busy_since.map(|since| since.elapsed())
     }
 
-    /// The next job, as soon as there is one; `None` when there will be none.
-    pub(crate) fn next(&self) -> Option<(Meta, Job)> {
+    /// The next job, as soon as there is one, and up to `most` with those that wait by then and go with it: if all will be
+    /// in time, and in less than `stall`. `None` when there will be none.
+    pub(crate) fn next(&self, most: usize, stall: Duration) -> Option<Vec<(Meta, Job)>> {
         let mut state = self.state();
         loop {
             state.busy_since = None;
+            let State { queue, pace, .. } = &mut *state;
             let now = Instant::now();
-            let (next, late) = state.queue.pop(now);
+            let most = (2..=most).take_while(|n| pace.takes(*n) < stall).last().unwrap_or(1);
+            let (next, late) = queue.pop(now, most, |n| pace.takes(n));
+            state.serving = next.len();
             self.count(&state);
             self.dismiss(late);
-            if next.is_some() {
+            if !next.is_empty() {
+                self.metrics().batch(next.len());
                 state.busy_since = Some(now);
-                return next;
+                return Some(next);
             }
             if matches!(state.phase, Phase::Closing | Phase::Closed) {
                 return None;
@@ -169,9 +178,9 @@ impl Engine {
         }
     }
 
-    /// Takes note of a step that has ended.
-    pub(crate) fn stepped(&self, took: Duration) {
-        self.state().step = took;
+    /// Takes note of a step of `n` robots that has ended.
+    pub(crate) fn stepped(&self, n: usize, took: Duration) {
+        self.state().pace.note(n, took);
     }
 
     /// Takes requests from now on.
@@ -188,7 +197,7 @@ impl Engine {
     /// Takes no requests until the model is open again. Those that wait go on waiting.
     pub(crate) fn reopen(&self, why: &str) {
         let mut state = self.state();
-        state.busy_since = None;
+        (state.busy_since, state.serving) = (None, 0);
         self.metrics().ready.set(0);
         if state.phase == Phase::Ready {
             state.phase = Phase::Opening(format!("the model failed and is opened again: {why}"));
@@ -210,8 +219,9 @@ impl Engine {
         let mut state = self.state();
         state.phase = Phase::Closed;
         self.metrics().ready.set(0);
-        while let (Some((_, job)), late) = state.queue.pop(Instant::now()) {
-            self.dismiss(late);
+        let (left, late) = state.queue.pop(Instant::now(), usize::MAX, |_| Duration::ZERO);
+        self.dismiss(late);
+        for (_, job) in left {
             let gone = Error::new(Code::NotReady, "the model failed and is not opened again");
             let _ = job.reply.send(Err(gone)); // whoever asked may have left
         }
@@ -257,7 +267,7 @@ impl State {
         match refused {
             Refused::Full => {
                 let waiting = self.queue.len();
-                let wait = self.step.as_secs_f64() * waiting as f64;
+                let wait = self.pace.takes(1).as_secs_f64() * waiting as f64;
                 let message = format!("{waiting} observations wait already");
                 let hint = "fewer robots, a faster device, or a longer --queue";
                 let seconds = wait.ceil().clamp(1.0, 3600.0) as u64;

@@ -26,6 +26,7 @@
 //! | `engine` | the queue between requests and the worker |
 //! | `meta` | the metadata of a request: whose it is, and what it says about time |
 //! | `queue`, `order`, `recent` | the queue's rules: deadlines, which observation is older, memory of clients; no clock of their own |
+//! | `pace` | how long steps take, of one robot and of several together |
 //! | `turns` | fair queueing of the decoding of bodies and images |
 //! | `worker` | the thread that owns the model |
 //! | `description` | what is served, for clients that ask |
@@ -64,6 +65,7 @@ pub mod observation;
 pub mod openpi;
 pub mod options;
 pub mod order;
+pub mod pace;
 pub mod page;
 pub mod plain;
 pub mod policy;

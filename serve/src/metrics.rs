@@ -47,6 +47,7 @@ pub struct Metrics {
     /// Answered requests and websocket messages.
     pub requests: Family<Request, Counter>,
     stages: Family<Stage, Histogram, Seconds>,
+    batches: Histogram,
     /// Observations in the queue.
     pub waiting: Gauge,
     /// Observations that a newer one replaced.
@@ -81,6 +82,8 @@ impl Default for Metrics {
         let stages = Family::new_with_constructor(Seconds);
         let help = "Time by stage; queue is all before the model, step all within it";
         registry.register_with_unit("stage", help, Unit::Seconds, stages.clone());
+        let batches = Histogram::new([1.0, 2.0, 3.0, 4.0, 6.0, 8.0]);
+        registry.register("batch_size", "Robots that a step served together", batches.clone());
         let mut gauge = |name: &str, help: &str| {
             let gauge = Gauge::<i64>::default();
             registry.register(name, help, gauge.clone());
@@ -108,6 +111,7 @@ impl Default for Metrics {
             registry,
             requests,
             stages,
+            batches,
             waiting,
             superseded,
             dropped,
@@ -145,6 +149,11 @@ impl Metrics {
         }
         self.drafted.inc_by(draft.accepted.len() as u64);
         self.accepted.inc_by(draft.accepted.iter().filter(|hit| **hit).count() as u64);
+    }
+
+    /// Counts a step for so many robots.
+    pub fn batch(&self, n: usize) {
+        self.batches.observe(n as f64);
     }
 
     /// Sets the model's memory on each device.
@@ -188,6 +197,8 @@ mod tests {
         let times = Times::new(std::time::Duration::from_millis(3), &timing);
         metrics.step(&times, &Draft { passes: 5, accepted: vec![true, true, false] });
         metrics.devices(&[("CPU".into(), 42)]);
+        metrics.batch(1);
+        metrics.batch(5);
         let text = metrics.text();
         for line in [
             r#"openvla_requests_total{form="act",outcome="ok"} 2"#,
@@ -195,6 +206,8 @@ mod tests {
             r#"openvla_stage_seconds_bucket{le="0.004",stage="queue"} 1"#,
             r#"openvla_stage_seconds_count{stage="step"} 1"#,
             r#"openvla_device_memory_bytes{device="CPU"} 42"#,
+            r#"openvla_batch_size_bucket{le="1.0"} 1"#,
+            "openvla_batch_size_sum 6.0",
             "openvla_draft_tokens_total 3",
             "openvla_draft_accepted_total 2",
             "openvla_queue_depth 0",

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
+use openvla::OpenVla;
 use openvla::cli::ModelArgs;
 
 use crate::auth::Token;
@@ -62,6 +63,10 @@ pub struct Settings {
     #[arg(long, value_name = "N", default_value_t = 64)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     pub queue: u16,
+    /// Robots whose observations may be served in one step, if they wait together and none is late for it
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=OpenVla::MAX_BATCH as i64))]
+    pub batch: u8,
     /// For how long a silent client is remembered
     #[arg(long, value_name = "S", default_value_t = 60)]
     pub session_s: u32,
@@ -148,6 +153,8 @@ impl Settings {
             unnorm_key: self.unnorm_key.clone(),
             memory: self.memory(),
             page: !self.no_page,
+            batch: self.batch.into(),
+            stall: self.stall(),
             on_failure: self.on_failure,
         }
     }

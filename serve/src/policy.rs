@@ -3,7 +3,10 @@
 use openvla::image::RgbImage;
 use openvla::oft;
 use openvla::prompt::Prompt;
-use openvla::{ActionSpace, Config, OftConfig, Preprocess, Profile, Session, Statistics, Usage};
+use openvla::{
+    ActionSpace, Config, OftConfig, OpenVla, Preprocess, Profile, Request, Session, Statistics,
+    Usage,
+};
 
 use crate::observation::{Motion, Observation};
 
@@ -22,6 +25,41 @@ pub trait Policy {
         observation: &Observation,
         unnorm_key: Option<&str>,
     ) -> openvla::Result<Motion>;
+
+    /// How many robots are better served together than one after another.
+    fn max_batch(&self) -> usize {
+        1
+    }
+
+    /// Runs one step of several sessions. Calls `answer` with the place and the result of each as soon as it is known.
+    fn act_each(
+        &mut self,
+        turns: &mut [Turn<'_>],
+        answer: &mut dyn FnMut(usize, openvla::Result<Motion>),
+    ) {
+        one_by_one(self, turns, answer);
+    }
+}
+
+fn one_by_one<P: Policy + ?Sized>(
+    policy: &mut P,
+    turns: &mut [Turn<'_>],
+    answer: &mut dyn FnMut(usize, openvla::Result<Motion>),
+) {
+    for (at, Turn { session, observation, unnorm_key }) in turns.iter_mut().enumerate() {
+        answer(at, policy.act(session, observation, *unnorm_key));
+    }
+}
+
+/// What [`Policy::act`] takes, of one of several robots.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    /// What is remembered of the robot.
+    pub session: &'a mut Session,
+    /// What it sees and is asked to do.
+    pub observation: &'a Observation,
+    /// The data set whose units its motion is in.
+    pub unnorm_key: Option<&'a str>,
 }
 
 /// The description of a model.
@@ -95,5 +133,26 @@ impl Policy for openvla::Policy {
                 policy.act(&seen, instruction, unnorm_key).map(Motion::from)
             }
         }
+    }
+
+    fn max_batch(&self) -> usize {
+        match self {
+            Self::OpenVla(policy) if policy.shares_passes() => OpenVla::MAX_BATCH,
+            _ => 1,
+        }
+    }
+
+    fn act_each(
+        &mut self,
+        turns: &mut [Turn<'_>],
+        answer: &mut dyn FnMut(usize, openvla::Result<Motion>),
+    ) {
+        let Self::OpenVla(policy) = self else { return one_by_one(self, turns, answer) };
+        let requests = turns.iter_mut().map(|Turn { session, observation, unnorm_key }| {
+            let Observation { image, instruction, .. } = observation;
+            Request { session, image, instruction, unnorm_key: *unnorm_key }
+        });
+        let mut requests: Vec<_> = requests.collect();
+        policy.act_each(&mut requests, |at, result| answer(at, result.map(Motion::from)));
     }
 }

@@ -3,6 +3,8 @@
 //! - A client has one slot. Its newer observation replaces the older one there, so a fast client neither
 //!   waits longer for being fast nor keeps others from their turn.
 //! - An observation past its deadline is never handed out.
+//! - Several are handed out together only if all of them can be answered in time, so that no deadline is missed for
+//!   the company.
 //! - An observation is refused if the client sent a newer one before, or if it is older than the
 //!   operator allows.
 
@@ -125,10 +127,23 @@ impl<T> Queue<T> {
         Ok((ticket, left))
     }
 
-    /// Dequeues the next observation, and all that are past their deadlines.
-    pub fn pop(&mut self, now: Instant) -> (Option<(Meta, T)>, Evicted<T>) {
+    /// Dequeues the next observations in their order, and all that are past their deadlines: one if there is one, and as
+    /// many more, up to `most`, as leave all of them in time. `takes` says how long it takes to serve so many together.
+    pub fn pop(
+        &mut self,
+        now: Instant,
+        most: usize,
+        takes: impl Fn(usize) -> Duration,
+    ) -> (Vec<(Meta, T)>, Evicted<T>) {
         let late = self.take_late(now);
-        (self.waiting.pop_front().map(|waiting| (waiting.meta, waiting.item)), late)
+        let deadlines = self.waiting.iter().take(most).map(|waiting| waiting.meta.deadline);
+        let soonest = deadlines.scan(None, |soonest: &mut Option<Instant>, deadline| {
+            *soonest = Some(soonest.map_or(deadline, |before| before.min(deadline)));
+            *soonest
+        });
+        let bears = |(i, soonest): &(usize, Instant)| *i == 0 || now + takes(i + 1) < *soonest;
+        let n = soonest.enumerate().take_while(bears).count();
+        (self.waiting.drain(..n).map(|waiting| (waiting.meta, waiting.item)).collect(), late)
     }
 
     /// Removes an observation, if it is still in the queue.
@@ -169,7 +184,7 @@ mod tests {
     }
 
     fn next(queue: &mut Queue<&'static str>, now: Instant) -> Option<&'static str> {
-        queue.pop(now).0.map(|(_, item)| item)
+        queue.pop(now, 1, |_| SECOND).0.pop().map(|(_, item)| item)
     }
 
     #[test]
@@ -209,8 +224,8 @@ mod tests {
         let later = now + SECOND;
         let (_, left) = queue.push(meta("b", later), "b", later, 0.0).unwrap();
         assert_eq!(left, [("a", Dropped::Late)]);
-        let (next, left) = queue.pop(later + SECOND);
-        assert!(next.is_none());
+        let (next, left) = queue.pop(later + SECOND, 1, |_| SECOND);
+        assert!(next.is_empty());
         assert_eq!(left, [("b", Dropped::Late)], "its deadline is over at the very moment");
     }
 
@@ -267,7 +282,8 @@ mod tests {
         /// place, and no more wait than may.
         #[test]
         fn nothing_is_lost_and_nothing_is_late(
-            steps in prop::collection::vec((0..6_u8, 0..3_u32, 1..5_u32), 1..80)
+            steps in prop::collection::vec((0..6_u8, 0..3_u32, 1..5_u32), 1..80),
+            most in 1..4_usize,
         ) {
             let mut queue: Queue<usize> =
                 Queue::new(Limits { waiting: 3, max_age: None, memory: 60 * SECOND });
@@ -276,12 +292,13 @@ mod tests {
             for (client, wait, life) in steps {
                 now += wait * SECOND;
                 if client == 5 {
-                    let (next, left) = queue.pop(now);
+                    let (next, left) = queue.pop(now, most, |n| n as u32 * SECOND);
+                    prop_assert!(next.len() <= most);
                     for (item, why) in left {
                         prop_assert!(why == Dropped::Late && deadlines[item] <= now);
                         out.push(item);
                     }
-                    if let Some((meta, item)) = next {
+                    for (meta, item) in next {
                         prop_assert!(meta.deadline > now);
                         out.push(item);
                     }
@@ -297,9 +314,48 @@ mod tests {
                 prop_assert!(queue.len() <= 3);
             }
             now += 60 * SECOND;
-            out.extend(queue.pop(now).1.into_iter().map(|(item, _)| item));
+            out.extend(queue.pop(now, most, |_| SECOND).1.into_iter().map(|(item, _)| item));
             out.sort();
             prop_assert_eq!(out, (0..pushed).collect::<Vec<_>>());
+        }
+
+        /// Those who wait, served together as far as the rule lets them, or one after another: who is in time alone is in
+        /// time together, in the same order, as long as company costs no more than a turn.
+        #[test]
+        fn nobody_is_late_for_the_company(
+            lives in prop::collection::vec(1..40_u32, 1..10),
+            most in 1..9_usize,
+            step in 1..6_u32,
+            further in 0..6_u32,
+        ) {
+            let further = further.min(step);
+            let takes = |n: usize| (step + (n as u32 - 1) * further) * SECOND;
+            let begun = Instant::now();
+            let serve = |most: usize| {
+                let mut queue: Queue<usize> =
+                    Queue::new(Limits { waiting: 10, max_age: None, memory: 60 * SECOND });
+                for (i, life) in lives.iter().enumerate() {
+                    let meta = Meta { deadline: begun + *life * SECOND, ..meta(&i.to_string(), begun) };
+                    queue.push(meta, i, begun, 0.0).unwrap();
+                }
+                let (mut now, mut in_time, mut all) = (begun, Vec::new(), 0);
+                loop {
+                    let (batch, late) = queue.pop(now, most, takes);
+                    all += batch.len() + late.len();
+                    if batch.is_empty() {
+                        return (in_time, all);
+                    }
+                    now += takes(batch.len());
+                    for (meta, item) in &batch {
+                        assert!(batch.len() == 1 || now < meta.deadline, "each bears the company");
+                        in_time.extend((now < meta.deadline).then_some(*item));
+                    }
+                }
+            };
+            let ((alone, n), (together, also_n)) = (serve(1), serve(most));
+            prop_assert_eq!((n, also_n), (lives.len(), lives.len()));
+            prop_assert!(alone.iter().all(|item| together.contains(item)), "{:?}, {:?}", alone, together);
+            prop_assert!(together.is_sorted());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that owns the model: one observation after the other to one safe motion each.
+//! The thread that owns the model: one observation after the other, or several that wait together, to one safe motion each.
 //!
 //! A step that panics, or a device that fails, ends the model's life but not the thread's: the model
 //! is opened again, or the program ends, as the operator wants it.
@@ -15,8 +15,8 @@ use crate::engine::{Engine, Job, late};
 use crate::error::{Code, Error};
 use crate::live::Step;
 use crate::meta::{Client, Meta};
-use crate::observation::{Answer, Observation, Times, UNSURE};
-use crate::policy::{ModelInfo, Policy};
+use crate::observation::{Answer, Motion, Observation, Times, UNSURE};
+use crate::policy::{ModelInfo, Policy, Turn};
 use crate::recent::Recent;
 use crate::safety::Safety;
 
@@ -40,6 +40,10 @@ pub struct Rules {
     pub memory: Duration,
     /// Whether the last step of each robot is kept for the page.
     pub page: bool,
+    /// The most robots that one step serves.
+    pub batch: usize,
+    /// How long a step may take.
+    pub stall: Duration,
     /// What happens after a failure.
     pub on_failure: OnFailure,
 }
@@ -98,37 +102,64 @@ impl Worker<'_> {
         self.warm_up(&mut policy, &model)?;
         self.engine.open(model.clone());
         tracing::info!(model = model.name, "ready");
-        while let Some((meta, job)) = self.engine.next() {
-            let begun = Instant::now();
-            match catch_panic(|| self.step(&mut policy, &model, &meta, &job.observation)) {
-                Ok(Err(error)) if error.code == Code::ModelFailed => {
-                    let why = anyhow!(error.message.clone());
-                    return Err(self.fail(why, error, job));
-                }
-                Ok(answer) => {
-                    self.engine.stepped(begun.elapsed());
-                    let kept = self.rules.page.then(|| answer.clone());
-                    let _ = job.reply.send(answer); // whoever asked may have left
-                    if let Some(answer) = kept {
-                        self.engine.live().keep(Step::new(&meta, job.observation, answer));
-                    }
-                    self.failures = 0;
-                }
-                Err(panic) => {
-                    let error = Error::new(Code::ModelFailed, "the model failed");
-                    return Err(self.fail(panic, error, job));
-                }
-            }
+        let most = self.rules.batch.min(policy.max_batch());
+        while let Some(jobs) = self.engine.next(most, self.rules.stall) {
+            self.serve(&mut policy, &model, jobs)?;
+            self.failures = 0;
         }
         Ok(())
     }
 
-    /// Turns requests away before anyone hears of the failure, so that who asks again at once does
-    /// not ask a model that is gone.
-    fn fail(&self, why: anyhow::Error, error: Error, job: Job) -> anyhow::Error {
-        self.engine.reopen(&format!("{why:#}"));
-        let _ = job.reply.send(Err(error)); // whoever asked may have left
-        why
+    /// One step for all of some jobs. Each is answered as soon as its motion is known.
+    ///
+    /// # Errors
+    /// If the model failed or panicked: those who have no motion by then are told.
+    fn serve<P: Policy>(
+        &mut self,
+        policy: &mut P,
+        model: &ModelInfo,
+        jobs: Vec<(Meta, Job)>,
+    ) -> Result<()> {
+        let (begun, engine, page) = (Instant::now(), self.engine, self.rules.page);
+        let n = jobs.len();
+        let (mut asked, mut replies) = (Vec::new(), Vec::new());
+        for (meta, Job { observation, reply }) in jobs {
+            asked.push((meta, observation));
+            replies.push(Some(reply));
+        }
+        let (mut shown, mut failed) = (Vec::new(), Vec::new());
+        let mut answer = |at: usize, result: Result<Answer, Error>| match result {
+            Err(error) if error.code == Code::ModelFailed => failed.push((at, error)),
+            result => {
+                shown.extend(page.then(|| (at, result.clone())));
+                let reply = replies[at].take().expect("one answer for each");
+                let _ = reply.send(result); // whoever asked may have left
+            }
+        };
+        let step = || self.step(policy, model, &asked, begun, &mut answer);
+        let panicked = catch_panic(step).err();
+        if panicked.is_none() && failed.is_empty() {
+            engine.stepped(n, begun.elapsed());
+        }
+        let mut asked: Vec<_> = asked.into_iter().map(Some).collect();
+        for (at, outcome) in shown {
+            let (meta, observation) = asked[at].take().expect("one answer for each");
+            engine.live().keep(Step::new(&meta, observation, outcome));
+        }
+        let why =
+            panicked.or_else(|| failed.first().map(|(_, error)| anyhow!(error.message.clone())));
+        let Some(why) = why else { return Ok(()) };
+        // Turns requests away before anyone hears of the failure, so that who asks again at once does not ask a model
+        // that is gone.
+        engine.reopen(&format!("{why:#}"));
+        let of_panic = || Error::new(Code::ModelFailed, "the model failed");
+        for (at, reply) in replies.iter_mut().enumerate() {
+            let Some(reply) = reply.take() else { continue };
+            let own = failed.iter().position(|(of, _)| *of == at);
+            let error = own.map_or_else(of_panic, |i| failed.swap_remove(i).1);
+            let _ = reply.send(Err(error)); // whoever asked may have left
+        }
+        Err(why)
     }
 
     /// A step before the first request, so that this one is as fast as those after it.
@@ -147,31 +178,70 @@ impl Worker<'_> {
             unnorm_key: Some(key.into()),
             n_actions: None,
         };
+        let begun = Instant::now();
         let act = || policy.act(&mut Session::default(), &observation, Some(key));
         catch_panic(act)?.context("the warm-up step failed")?;
+        self.engine.stepped(1, begun.elapsed());
         Ok(())
     }
 
+    /// Acts for all who ask, and calls `answer` with the place of each and what it is told.
     fn step(
         &mut self,
         policy: &mut impl Policy,
         model: &ModelInfo,
+        asked: &[(Meta, Observation)],
+        begun: Instant,
+        answer: &mut impl FnMut(usize, Result<Answer, Error>),
+    ) {
+        let mut places = Vec::new();
+        for (at, (_, observation)) in asked.iter().enumerate() {
+            match n_actions(model, observation) {
+                Ok(_) => places.push(at),
+                Err(error) => answer(at, Err(error)),
+            }
+        }
+        // A step that fails half way leaves no session behind.
+        let mut take = |at: &usize| {
+            let known = self.clients.entry(asked[*at].0.client.clone(), begun);
+            std::mem::take(&mut known.session)
+        };
+        let mut sessions: Vec<Session> = places.iter().map(&mut take).collect();
+        let turns = places.iter().zip(&mut sessions).map(|(at, session)| {
+            let observation = &asked[*at].1;
+            let unnorm_key = observation.unnorm_key.as_ref().or(self.rules.unnorm_key.as_ref());
+            Turn { session, observation, unnorm_key: unnorm_key.map(String::as_str) }
+        });
+        let mut turns: Vec<_> = turns.collect();
+        let mut acted = Vec::new();
+        policy.act_each(&mut turns, &mut |turn, motion| {
+            let at = places[turn];
+            let (meta, observation) = &asked[at];
+            acted.extend(motion.is_ok().then_some(turn));
+            let motion = motion.map_err(Error::from);
+            let check = |motion| self.check(model, meta, observation, begun, motion);
+            answer(at, motion.and_then(check));
+        });
+        for turn in acted {
+            let client = asked[places[turn]].0.client.clone();
+            self.clients.entry(client, begun).session = std::mem::take(&mut sessions[turn]);
+        }
+    }
+
+    /// A motion as an answer, if it is safe and in time.
+    fn check(
+        &mut self,
+        model: &ModelInfo,
         meta: &Meta,
         observation: &Observation,
+        begun: Instant,
+        motion: Motion,
     ) -> Result<Answer, Error> {
-        let begun = Instant::now();
-        let n_actions = n_actions(model, observation)?;
         let known = self.clients.entry(meta.client.clone(), begun);
-        // A step that fails half way leaves no session behind.
-        let mut session = std::mem::take(&mut known.session);
-        let key = observation.unnorm_key.as_ref().or(self.rules.unnorm_key.as_ref());
-        let motion = policy.act(&mut session, observation, key.map(String::as_str))?;
-        known.session = session;
-
         let dataset = model.statistics.datasets().get(&motion.unnorm_key);
         let ranges = dataset.map(|dataset| dataset.action.ranges()).unwrap_or_default();
         let mut actions = motion.actions;
-        actions.truncate(n_actions);
+        actions.truncate(n_actions(model, observation)?);
         let last = known.last.as_ref().filter(|(key, _)| *key == motion.unnorm_key);
         let last = last.map(|(_, motion)| motion.as_slice());
         let safety = self.rules.safety.check_all(&mut actions, &ranges, last)?;

@@ -45,7 +45,7 @@ impl Gate {
         self.0.1.notify_all();
     }
 
-    fn pass(&self) {
+    pub fn pass(&self) {
         let left = self.0.0.lock().unwrap();
         *self.0.1.wait_while(left, |left| *left == 0).unwrap() -= 1;
     }
@@ -87,6 +87,10 @@ impl Policy for Stub {
             statistics: Statistics::parse(statistics.to_string()).unwrap(),
             memory: vec![("CPU".into(), 42)],
         }
+    }
+
+    fn max_batch(&self) -> usize {
+        8
     }
 
     fn act(

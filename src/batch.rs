@@ -67,11 +67,11 @@ impl OpenVla {
     /// in groups.
     ///
     /// On a CPU, each robot's tokens are exactly those that it gets alone, whoever else is served: robots share passes
-    /// where the kernels compute each row by itself (our own, of a quantized Llama, and prompts of fewer than 512 rows), and
-    /// elsewhere they do not. On a GPU, a pass of several rows may round differently from a pass of one, and near-ties
+    /// where the kernels compute each row by itself (our own, of a quantized Llama, for prompts that have at most 480 rows with
+    /// the motion's), and elsewhere they do not. On a GPU, a pass of several rows may round differently from a pass of one, and near-ties
     /// may be resolved differently, as with drafts.
     ///
-    /// The first such step takes memory for the keys and values of all robots: 170 MB each for openvla-7b.
+    /// The first such step takes memory for the keys and values of all robots: some 160 MB each for openvla-7b.
     ///
     /// # Errors
     /// Of each request its own, as [`OpenVla::act_in`]; [`Error::SharedPass`] for all whose pass failed.

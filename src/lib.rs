@@ -28,9 +28,9 @@
 //! | `explain` | only if asked: a pass more | attention on each patch, for each token |
 //! | `statistics` | the data set's scale | a motion in its units |
 //!
-//! `batch` runs them in order, for one robot or several, `network` has those that run on the device: `encoder`, which is vision and
-//! projector, and `llama`. [`oft`] is the other policy, with the same encoder. `config` reads what the file says
-//! about itself, `layers` has what networks share. [`streamed`] runs the
+//! `batch` runs them in order, for one robot or several; `policy` is what programs see. `network` has those that run on
+//! the device: `encoder`, which is vision and projector, and `llama`. [`oft`] is the other policy, with the same encoder.
+//! `config` reads what the file says about itself, `layers` has what networks share. [`streamed`] runs the
 //! networks part by part where they do not fit. [`mod@format`] documents the file, [`cli`] is what
 //! programs share, `score` says how likely given motions are, and [`libero`] has the conventions of that environment's client.
 //!
@@ -40,9 +40,9 @@
 //! - No key of the file is named outside `config`. Tensors are named where they are loaded: in the `load`
 //!   functions, and for the three tables of the Llama in [`streamed`].
 //! - After `open`, a step reads no file, and allocates nothing on the device unless the prompt's
-//!   length changed, or a pass has a number of drafts that no pass before it had.
-//! - Graphs are the same on every device. What depends on it is where weights are (`placement`) and what
-//!   drafts cost (`speculative`).
+//!   length changed, or a pass has a number of drafts that no pass before it had, or more robots are served together.
+//! - Graphs are the same on every device, but for the head of a few rows. What depends on it is where weights are
+//!   (`placement`), what drafts cost (`speculative`), and whether robots share passes (`llama`).
 //! - No code here is unsafe: that is a matter of `openvla-kernels`.
 
 mod action;

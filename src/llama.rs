@@ -327,7 +327,7 @@ impl LmHead {
         g.compute_in(g.weight(&self.weight).mul_mat(x), logits);
         let actions = logits.slice(0, self.actions.start, self.actions.len());
         let n = x.shape()[1];
-        if g.has_gpu() || n > Llama::MAX_ROWS {
+        if n == 1 || n > Llama::MAX_ROWS || g.has_gpu() {
             return g.compute_in(action_weight.mul_mat(x), actions);
         }
         // Of floats, which it is, ggml sums a product of several columns in another order than of one: row by row,

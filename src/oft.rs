@@ -3,6 +3,9 @@
 //! in   `[3, width, height]` RGB bytes of each camera; `[n_state]` numbers in the data set's units
 //! out  `[n_action]` numbers for each of `chunk` time steps
 //!
+//! Several robots are served one after another: the Llama's one pass has some 600 rows, of which each costs as much as one
+//! of 300 on a CPU (`benches/SPEED.md`), so that together they would take as long.
+//!
 //! ref: openvla-oft `experiments/robot/openvla_utils.py` `get_vla_action`
 
 mod film;

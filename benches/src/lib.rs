@@ -7,6 +7,7 @@
 //! | [`work`] | the bytes and operations of each stage, computed |
 //! | [`machine`] | what this machine is, and what it reaches at best |
 //! | [`measure`] | the measurement |
+//! | [`robots`] | what several robots cost that are served together |
 //! | [`compare`] | what a device computes, held against the CPU |
 //! | [`results`] | what it gives: one versioned object, to write and to read |
 //! | [`report`] | that as tables |
@@ -21,6 +22,7 @@ pub mod plot;
 pub mod project;
 pub mod report;
 pub mod results;
+pub mod robots;
 pub mod subject;
 pub mod types;
 pub mod work;

@@ -12,8 +12,8 @@ use openvla_bench::compare::compare;
 use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
-use openvla_bench::workload::{INSTRUCTION, ModelFile};
-use openvla_bench::{plot, project, report, types};
+use openvla_bench::workload::{INSTRUCTION, ModelFile, Workload};
+use openvla_bench::{plot, project, report, robots, types};
 use openvla_kernels::Gguf;
 use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
@@ -76,6 +76,17 @@ enum Command {
         #[command(flatten)]
         device: DeviceArgs,
     },
+    /// Prints what steps of 1, 2, 4 and 8 robots cost that are served together
+    Robots {
+        /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+        #[arg(short, long, value_name = "MODEL.gguf")]
+        model: Option<PathBuf>,
+        /// Steps of each, of which the fastest counts, after one that does not
+        #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+        repetitions: u16,
+        #[command(flatten)]
+        device: DeviceArgs,
+    },
     /// Prints what cards that were not measured might reach with the same file
     Project {
         /// A result that `-o json` printed
@@ -120,6 +131,10 @@ fn run(args: Args) -> Result<()> {
         }
         Some(Command::Compare { model, device }) => {
             serde_json::to_string_pretty(&compare(&model, &device.options())?)? + "\n"
+        }
+        Some(Command::Robots { model, repetitions, device }) => {
+            let model = ModelFile::find(model)?;
+            robots::table(&mut Workload::open(&model.path, &device.options())?, repetitions.into())?
         }
         None => args.measure.run()?,
     };

@@ -2,7 +2,7 @@
 //!
 //! The server speaks first and says what it serves. A text frame is an error. Observations are maps
 //! with an image and a `prompt`; who sends the next one before the answer to the last gets both, or
-//! word that the newer one superseded the older.
+//! word that the newer one superseded the older, or came before it: frames are decoded side by side.
 //!
 //! ref: openpi `WebsocketPolicyServer`, `openpi_client.msgpack_numpy`
 
@@ -63,7 +63,7 @@ const OPENVLA: Schema = Schema {
     wrists: false,
     cameras: true,
     instruction: &["prompt", "instruction"],
-    options: &["unnorm_key", "client_id", "seq", "timestamp", "deadline_ms"],
+    options: &["unnorm_key", "client_id", "epoch", "seq", "timestamp", "deadline_ms"],
     hint: "a map with `observation/image` or `image`, an array of uint8, or of \
            float32 or float64 from 0 to 1, as openpi_client.msgpack_numpy packs it, and `prompt`, which is text",
 };

@@ -102,7 +102,7 @@ pub fn soak(soak: &Soak) -> Result<()> {
     let mut ends = Vec::new();
     if let (Some(spawn), Some(process)) = (&spawn, &mut process) {
         drive(soak, &target, || {
-            for signal in [Signal::TERM, Signal::HUP, Signal::TERM] {
+            for signal in [Signal::TERM, Signal::KILL, Signal::TERM] {
                 std::thread::sleep(SHORT.min(time / 8));
                 ends.push(restart(&target, spawn, process, signal)?);
             }
@@ -184,7 +184,7 @@ fn restart(
     Ok(ended)
 }
 
-/// SIGTERM asks for an end, of which the program makes its own. SIGHUP, which it leaves to the system, ends it at once.
+/// SIGTERM asks for an end, and what was accepted is answered first. SIGKILL is what a crash or a power cut looks like.
 fn end(target: &Target, process: &mut Process, signal: Signal) -> Result<String> {
     let (begun, is_asked) = (Instant::now(), signal == Signal::TERM);
     target.ending(is_asked);
@@ -192,7 +192,7 @@ fn end(target: &Target, process: &mut Process, signal: Signal) -> Result<String>
     if is_asked && !status.success() {
         target.broke("SIGTERM ends the server in peace", status.to_string());
     }
-    let name = if is_asked { "SIGTERM" } else { "SIGHUP" };
+    let name = if is_asked { "SIGTERM" } else { "SIGKILL" };
     Ok(format!("{name}: {status} after {:.1?}", begun.elapsed()))
 }
 

@@ -196,7 +196,7 @@ impl Talk {
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, headers) = decoded.await?;
                 let meta = meta(headers)?;
-                app.act(observation, meta).await
+                app.act("openpi", observation, meta).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))
         });
@@ -218,8 +218,10 @@ impl Talk {
             }
         }
         while let Some(first) = self.begun.first_entry().filter(|first| first.get().is_some()) {
-            if let Some((arrived, answer)) = first.remove() {
-                self.answer(arrived, &answer).await?;
+            let Some((arrived, answer)) = first.remove() else { continue };
+            match self.app.stop.check(arrived) {
+                Ok(()) => self.answer(arrived, &answer).await?,
+                Err(stopped) => self.refuse(&stopped).await?, // it has waited for an earlier one
             }
         }
         Ok(())

@@ -189,6 +189,22 @@ fn a_program_that_starts_again_says_so_by_its_epoch() {
 }
 
 #[test]
+fn while_it_is_stopped_every_frame_is_told_so() {
+    let server = Server::start(&[]);
+    let (mut socket, _) = connect(&server);
+    socket.send(Message::Binary(frame("wait", Some(1)).into())).unwrap();
+    server.seen();
+    server.post("/v1/stop", &[], b"");
+    assert_eq!(error(&mut socket), "stopped");
+    socket.send(Message::Binary(frame("x", Some(2)).into())).unwrap();
+    assert_eq!(error(&mut socket), "stopped");
+    server.gate.open(1);
+    server.post("/v1/release", &[], b"");
+    socket.send(Message::Binary(frame("x", Some(3)).into())).unwrap();
+    assert_eq!(rmp_serde::from_slice::<Reply<'_>>(&binary(&mut socket)).unwrap().seq, Some(3));
+}
+
+#[test]
 fn frames_that_are_no_observation_do_no_harm() {
     let server = Server::start(&["--max-body", "100000"]);
     let (mut socket, _) = connect(&server);

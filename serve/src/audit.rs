@@ -6,8 +6,8 @@
 //!  "model": "/srv/openvla-7b.gguf", "outcome": "ok"}
 //! ```
 //!
-//! `outcome` is `ok`, the error's code, or `stop` and `release`. What never asked for a motion, such as a body that is not JSON,
-//! is not in it, and neither is what its client did not wait for. Times are seconds since 1970.
+//! `outcome` is `ok`, the error's code, or `stop` and `release`. What did not come as far as the queue, such as a body that is
+//! not JSON, is not in it, and neither is what its client did not wait for. Times are seconds since 1970.
 //!
 //! A thread of its own writes the lines. Nobody waits for it: where it is behind, or the disk is full, lines are dropped,
 //! counted and, the first time, warned of. Past its size the file becomes `FILE.1`, that one `FILE.2`, up to `FILE.4`.

@@ -82,7 +82,7 @@ pub struct Settings {
     /// Show no page at / and keep no pictures for it
     #[arg(long)]
     pub no_page: bool,
-    /// Append a line of JSON for each motion and each refusal to a file
+    /// Append a line of JSON for each motion, or why there is none, to a file
     #[arg(long, value_name = "FILE", value_parser = output_file())]
     pub audit_log: Option<PathBuf>,
     /// Size at which that file becomes FILE.1, of which four are kept

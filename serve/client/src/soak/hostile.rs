@@ -164,7 +164,8 @@ fn bad_requests(target: &Target, _: &str, rng: &mut Rng) -> Result<(), Lost> {
     let answer = http.send(&bad[rng.usize(..bad.len())]).and_then(|()| http.answer());
     let answer = answer.map_err(|error| Lost(error, target.explains(before)))?;
     let is_told = (400..500).contains(&answer.status) && answer.json()["message"].is_string();
-    if !is_told && !(answer.status == 503 && target.explains(before)) {
+    let goes = answer.status == 503 && target.explains(before);
+    if !is_told && !goes {
         let how = format!("{} {}", answer.status, String::from_utf8_lossy(&answer.body));
         target.broke("a bad request is told what is wrong", how);
     }

@@ -85,6 +85,25 @@ fn model_code_does_not_know_the_device() {
     }
 }
 
+/// Of what SECURITY.md promises, each has a test that is there.
+#[test]
+fn every_test_that_security_is_said_to_rest_on_exists() {
+    let text = std::fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let sources: String = sources().into_iter().map(|(_, text)| text).collect();
+    let rows = text.lines().skip_while(|line| !line.starts_with("| way in |")).skip(2);
+    let rows: Vec<&str> = rows.take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() > 15, "found the table");
+    for row in rows {
+        let tests = row.trim_end_matches([' ', '|']).rsplit('|').next().unwrap();
+        let names: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "no test holds this: {row}");
+        for name in names {
+            let is_there = sources.contains(&format!("fn {name}("));
+            assert!(is_there, "there is no test {name}: {row}");
+        }
+    }
+}
+
 #[test]
 fn links_of_documents_lead_somewhere() {
     let folders =

@@ -80,7 +80,7 @@ pub async fn act(State(app): State<Arc<App>>, request: Request) -> Response {
         let meta = meta?;
         let (observation, encoding) =
             app.read(&meta, n, move || decode(&bytes, n_camera, max_pixels)).await?;
-        Ok((app.act(observation, meta).await?, encoding))
+        Ok((app.act("act", observation, meta).await?, encoding))
     };
     match answer.await {
         Ok((answer, encoding)) => encode(&answer, n_camera.is_some(), encoding),

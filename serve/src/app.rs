@@ -11,12 +11,14 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
 
+use crate::audit::{Audit, Entry};
 use crate::auth::{Token, check_origin, check_page};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
+use crate::stop::Stop;
 use crate::turns::Turns;
 
 /// The state that all requests share.
@@ -27,6 +29,9 @@ pub struct App {
     pub settings: Settings,
     /// Whether the server is shutting down.
     pub draining: watch::Receiver<bool>,
+    /// The emergency stop.
+    pub stop: Stop,
+    audit: Option<Arc<Audit>>,
     token: Option<Token>,
     /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
@@ -73,19 +78,22 @@ impl App {
         engine: Engine,
         settings: Settings,
         token: Option<Token>,
+        audit: Option<Arc<Audit>>,
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
         let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
-        Arc::new(Self { engine, settings, draining, token, bodies, pictures })
+        let stop = Stop::new(engine.metrics().stopped.clone());
+        Arc::new(Self { engine, settings, draining, stop, audit, token, bodies, pictures })
     }
 
     /// The metadata of a request, from its headers.
     ///
     /// # Errors
-    /// [`Code::BadRequest`], [`Code::ClientNeeded`].
+    /// [`Code::Stopped`], [`Code::BadRequest`], [`Code::ClientNeeded`].
     pub fn meta(&self, request: &Request) -> Result<Meta, Error> {
         let Arrived(arrived) = *extension(request);
+        self.stop.check(arrived)?; // before its body is read
         let Connection { number, .. } = *extension(request);
         let headers = Headers::of(request.headers())?;
         let meta = headers.meta(arrived, number, self.settings.deadline())?;
@@ -151,12 +159,35 @@ impl App {
         self.take_turn(&self.pictures, meta, samples, work).await
     }
 
-    /// Makes the picture the square that the model takes, when it is the client's turn, and waits for the
-    /// motion. The model's own thread would do that for all robots, one after the other.
+    /// Waits for the motion, unless there is an emergency stop, and keeps what comes of it in the audit log. `protocol` is
+    /// the metrics' name for it.
     ///
     /// # Errors
-    /// [`Code::DeadlineExceeded`], and those of [`Engine::act`].
-    pub async fn act(&self, observation: Observation, meta: Meta) -> Result<Answer, Error> {
+    /// [`Code::Stopped`], [`Code::DeadlineExceeded`], and those of [`Engine::act`].
+    pub async fn act(
+        &self,
+        protocol: &'static str,
+        observation: Observation,
+        meta: Meta,
+    ) -> Result<Answer, Error> {
+        let arrived = meta.arrived;
+        let asked = |audit| (audit, Entry::asked(protocol, &observation, &meta));
+        let entry = self.audit.as_ref().map(asked);
+        let answer = self.stop.unless(arrived, self.step(observation, meta)).await;
+        if let Some((audit, entry)) = entry {
+            audit.answered(entry, arrived.elapsed(), &answer);
+        }
+        answer
+    }
+
+    /// Keeps in the audit log that somebody set or released the emergency stop.
+    pub fn note(&self, what: &'static str, by: Option<String>, connection: u64) {
+        self.audit.iter().for_each(|audit| audit.add(Entry::event(what, by.clone(), connection)));
+    }
+
+    /// Makes the picture the square that the model takes, when it is the client's turn, and asks for the
+    /// motion. The model's own thread would do that for all robots, one after the other.
+    async fn step(&self, observation: Observation, meta: Meta) -> Result<Answer, Error> {
         let model = self.engine.model();
         let Some(preprocess) = model.and_then(|model| model.preprocess.clone()) else {
             return self.engine.act(observation, meta).await;

@@ -91,6 +91,8 @@ codes! {
     QueueFull = "queue_full", SERVICE_UNAVAILABLE;
     /// The model is not ready yet, or no longer.
     NotReady = "not_ready", SERVICE_UNAVAILABLE;
+    /// The emergency stop is set.
+    Stopped = "stopped", SERVICE_UNAVAILABLE;
     /// The motion would have been too late.
     DeadlineExceeded = "deadline_exceeded", GATEWAY_TIMEOUT;
 }

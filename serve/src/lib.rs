@@ -35,6 +35,8 @@
 //! | `live` | the last step of each robot, and who watches |
 //! | `page` | the page that people watch, and its events |
 //! | `view`, `checks` | what it shows of a step; what is wrong with a picture at a glance |
+//! | `stop` | the emergency stop |
+//! | `audit` | the audit log: who moved what when |
 //! | `error` | errors and their codes |
 //! | `metrics` | metrics for Prometheus |
 //! | `openapi.json` | the description of the API, served at `/openapi.json` |
@@ -48,6 +50,7 @@
 
 pub mod act;
 pub mod app;
+pub mod audit;
 pub mod auth;
 pub mod checks;
 pub mod compat;
@@ -74,6 +77,7 @@ pub mod recent;
 pub mod routes;
 pub mod safety;
 pub mod server;
+pub mod stop;
 pub mod turns;
 pub mod view;
 pub mod vla_eval;

@@ -34,13 +34,14 @@ fn log(options: &Options) {
 }
 
 fn run(options: Options) -> Result<()> {
-    let Options { model, settings, .. } = options;
+    let Options { model, mut settings, .. } = options;
     settings.token()?; // before anything listens
-    if model.path().is_none() {
+    settings.model = model.path();
+    if settings.model.is_none() {
         tracing::warn!("{}", cli::BUILT_IN);
     }
-    // Beside those, one owns the model and one decodes pictures.
-    check_threads(WORKERS + model.threads() + 2)?;
+    // Beside those, one owns the model, one decodes pictures and one writes the audit log.
+    check_threads(WORKERS + model.threads() + 3)?;
     let runtime =
         runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let served = runtime.block_on(async {

@@ -66,6 +66,10 @@ pub struct Metrics {
     pub restarts: Counter,
     /// 1 if requests are accepted.
     pub ready: Gauge,
+    /// 1 while the emergency stop is set.
+    pub stopped: Gauge,
+    /// Lines of the audit log that were lost.
+    pub audit_dropped: Counter,
     memory: Gauge,
     devices: Family<Device, Gauge>,
 }
@@ -93,6 +97,7 @@ impl Default for Metrics {
         let sessions = gauge("sessions", "Clients whose last motions are remembered");
         let connections = gauge("connections", "Open connections");
         let ready = gauge("ready", "1 if requests are taken");
+        let stopped = gauge("stopped", "1 while the emergency stop is set");
         let memory = gauge("resident_memory_bytes", "Memory of the process");
         let devices = Family::<Device, Gauge>::default();
         registry.register("device_memory_bytes", "What the model takes by device", devices.clone());
@@ -107,6 +112,7 @@ impl Default for Metrics {
         let accepted = counter("draft_accepted", "Tokens that were drafted and right");
         let refused = counter("connections_refused", "Connections closed for being too many");
         let restarts = counter("restarts", "Times the model was opened again after a failure");
+        let audit_dropped = counter("audit_dropped", "Lines of the audit log that were lost");
         Self {
             registry,
             requests,
@@ -122,6 +128,8 @@ impl Default for Metrics {
             refused,
             restarts,
             ready,
+            stopped,
+            audit_dropped,
             memory,
             devices,
         }

@@ -2,7 +2,7 @@
 //!
 //! The server speaks first and says what it serves. A text frame is an error. Observations are maps
 //! with an image and a `prompt`; who sends the next one before the answer to the last gets both, or
-//! word that the newer one superseded the older.
+//! word that the newer one superseded the older, or came before it: frames are decoded side by side.
 //!
 //! ref: openpi `WebsocketPolicyServer`, `openpi_client.msgpack_numpy`
 
@@ -63,7 +63,7 @@ const OPENVLA: Schema = Schema {
     wrists: false,
     cameras: true,
     instruction: &["prompt", "instruction"],
-    options: &["unnorm_key", "client_id", "seq", "timestamp", "deadline_ms"],
+    options: &["unnorm_key", "client_id", "epoch", "seq", "timestamp", "deadline_ms"],
     hint: "a map with `observation/image` or `image`, an array of uint8, or of \
            float32 or float64 from 0 to 1, as openpi_client.msgpack_numpy packs it, and `prompt`, which is text",
 };
@@ -196,7 +196,7 @@ impl Talk {
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, headers) = decoded.await?;
                 let meta = meta(headers)?;
-                app.act(observation, meta).await
+                app.act("openpi", observation, meta).await
             };
             (number, answer.await.map(|answer| (arrived, answer)))
         });
@@ -218,8 +218,10 @@ impl Talk {
             }
         }
         while let Some(first) = self.begun.first_entry().filter(|first| first.get().is_some()) {
-            if let Some((arrived, answer)) = first.remove() {
-                self.answer(arrived, &answer).await?;
+            let Some((arrived, answer)) = first.remove() else { continue };
+            match self.app.stop.check(arrived) {
+                Ok(()) => self.answer(arrived, &answer).await?,
+                Err(stopped) => self.refuse(&stopped).await?, // it has waited for an earlier one
             }
         }
         Ok(())

@@ -2,13 +2,16 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
 use openvla::OpenVla;
-use openvla::cli::ModelArgs;
+use openvla::cli::{ModelArgs, output_file};
+use prometheus_client::metrics::counter::Counter;
 
+use crate::audit::Audit;
 use crate::auth::Token;
 use crate::queue::Limits;
 use crate::safety::Safety;
@@ -79,6 +82,16 @@ pub struct Settings {
     /// Show no page at / and keep no pictures for it
     #[arg(long)]
     pub no_page: bool,
+    /// Append a line of JSON for each motion, or why there is none, to a file
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    pub audit_log: Option<PathBuf>,
+    /// Size at which that file becomes FILE.1, of which four are kept
+    #[arg(long, value_name = "BYTES", default_value_t = 64 << 20)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub audit_log_size: u64,
+    /// The model's file, for the audit log
+    #[arg(skip)]
+    pub model: Option<PathBuf>,
     /// Answer errors of /act and the websocket as the reference does: "error" with status 200
     #[arg(long)]
     pub compat_errors: bool,
@@ -135,6 +148,17 @@ impl Settings {
             self.host
         );
         Ok(token)
+    }
+
+    /// The audit log, if one is wanted; `dropped` counts what is lost.
+    ///
+    /// # Errors
+    /// As [`Audit::open`].
+    pub fn audit(&self, dropped: Counter) -> Result<Option<Arc<Audit>>> {
+        let model =
+            self.model.as_ref().map_or("built-in".into(), |path| path.display().to_string());
+        let open = |path: &PathBuf| Audit::open(path, self.audit_log_size, model, dropped);
+        Ok(self.audit_log.as_ref().map(open).transpose()?.map(Arc::new))
     }
 
     /// The queue's part.

@@ -160,6 +160,7 @@ impl Server {
     fn of(app: &App) -> Self {
         let metrics = app.engine.metrics();
         let ready = app.engine.check_ready(app.settings.stall());
+        let ready = app.stop.check(std::time::Instant::now()).and(ready);
         Self {
             model: app.engine.model().map(|model| model.name.clone()),
             why: ready.err().map(|error| error.message),

@@ -74,7 +74,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Answer, Error> {
     };
     let max_pixels = app.settings.max_pixels;
     let observation = app.decode(&meta, draft.samples, move || draft.decode(max_pixels)).await?;
-    app.act(observation, meta).await
+    app.act("plain", observation, meta).await
 }
 
 fn from_json(body: &[u8], is_oft: bool) -> Result<Fields, Error> {

@@ -13,7 +13,7 @@ use axum::{Json, Router};
 use crate::app::{App, Arrived};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
-use crate::{act, openpi, page, plain, vla_eval};
+use crate::{act, openpi, page, plain, stop, vla_eval};
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -34,6 +34,8 @@ pub fn routes(app: Arc<App>) -> Router {
         .route("/act/", post(act::act)) // FastAPI, which serves the reference, redirects it
         .route("/v1/act", post(plain::act))
         .route("/v1/act/", post(plain::act))
+        .route("/v1/stop", post(stop::stop))
+        .route("/v1/release", post(stop::release))
         .route("/v1/model", get(model))
         .route("/healthz", get(async || (TEXT, "OK\n")))
         .route("/readyz", get(ready))

@@ -19,6 +19,7 @@ use tokio_io_timeout::TimeoutStream;
 use tower_service::Service;
 
 use crate::app::{App, Connection};
+use crate::audit::Audit;
 use crate::engine::Engine;
 use crate::options::Settings;
 use crate::page;
@@ -33,8 +34,8 @@ const LINGER: Duration = Duration::from_millis(500);
 /// up.
 ///
 /// # Errors
-/// If the model cannot be opened, fails too often or hangs, if not all was answered in time, or if no
-/// thread can be started for the model.
+/// If the model or the audit log cannot be opened, the model fails too often or hangs, if not all was answered in time, or if
+/// no thread can be started for the model.
 pub async fn serve<P, O>(
     listener: TcpListener,
     settings: Settings,
@@ -47,10 +48,11 @@ where
 {
     let engine = Engine::new(settings.limits());
     let token = settings.token()?;
+    let audit = Flushed(settings.audit(engine.metrics().audit_dropped.clone())?);
     let (mut worker, mut ended) = start(&engine, &settings, open)?;
     let (drain, draining) = watch::channel(false);
     let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
-    let app = App::new(engine.clone(), settings.clone(), token, draining.clone());
+    let app = App::new(engine.clone(), settings.clone(), token, audit.0.clone(), draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
     if !settings.no_page {
         tokio::spawn(page::run(Arc::clone(&app)));
@@ -87,6 +89,15 @@ where
         .take()
         .map_or(Ok(Ok(())), JoinHandle::join)
         .map_err(|_| anyhow!("the worker panicked"))?
+}
+
+/// An audit log whose last lines are written before the server ends, however it does.
+struct Flushed(Option<Arc<Audit>>);
+
+impl Drop for Flushed {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|audit| audit.flush());
+    }
 }
 
 /// The worker's thread, and word of its end.

@@ -40,7 +40,9 @@ const PING: Duration = Duration::from_secs(20);
 /// `GET /health`: whether observations are taken.
 pub async fn health(State(app): State<Arc<App>>) -> Response {
     let ready = app.engine.check_ready(app.settings.stall());
-    ready.map(|()| Json(json!({ "status": "ok" }))).into_response()
+    // Not an error while it is stopped: who watches over servers would start another, which is not.
+    let status = if app.stop.check(Instant::now()).is_err() { "stopped" } else { "ok" };
+    ready.map(|()| Json(json!({ "status": status }))).into_response()
 }
 
 /// `GET /config`: what vla-eval's tools may set elsewhere, and nothing here.
@@ -69,9 +71,20 @@ pub async fn upgrade(
     let at = Arc::clone(&app);
     websocket::accept(&at, upgrade, "vla-eval", async move |socket| {
         let (work, chunk) = (JoinSet::new(), VecDeque::new());
-        let (reads, episode, step, waiting) = (false, 0, None, None);
-        let mut talk =
-            Talk { app, connection, wishes, socket, work, reads, episode, chunk, step, waiting };
+        let (reads, episode, step, waiting, asked) = (false, 0, None, None, Instant::now());
+        let mut talk = Talk {
+            app,
+            connection,
+            wishes,
+            socket,
+            work,
+            reads,
+            episode,
+            chunk,
+            asked,
+            step,
+            waiting,
+        };
         let _ = talk.run().await; // an error means that the client is gone, which is not our concern
     })
 }
@@ -88,8 +101,9 @@ struct Talk {
     reads: bool,
     /// Counts the episodes.
     episode: u64,
-    /// Actions that were computed and are not given out yet.
+    /// Actions that were computed and are not given out yet, and when their observation came.
     chunk: VecDeque<Vec<f32>>,
+    asked: Instant,
     /// The step that is being computed.
     step: Option<(u64, AbortHandle)>,
     /// The observation after that: the newest.
@@ -260,6 +274,7 @@ impl Talk {
             return self.give(asked.seq).await;
         }
         let (app, episode, seq) = (Arc::clone(&self.app), self.episode, asked.seq);
+        self.asked = asked.arrived;
         let meta = self.meta(asked.arrived, Some(asked.timestamp));
         let wishes = self.wishes.clone();
         let step = self.work.spawn(async move {
@@ -272,7 +287,7 @@ impl Talk {
                 let samples = draft.samples;
                 let observation = app.decode(&meta, samples, move || draft.decode(max_pixels));
                 let observation = observation.await?;
-                app.act(observation, meta).await
+                app.act("vla_eval", observation, meta).await
             };
             Done::Step(episode, seq, Box::new(act.await))
         });
@@ -280,8 +295,12 @@ impl Talk {
         Ok(())
     }
 
-    /// Answers with the next action of the chunk.
+    /// Answers with the next action of the chunk. What was computed before an emergency stop is thrown away.
     async fn give(&mut self, seq: u64) -> Result<(), Disconnected> {
+        if let Err(stopped) = self.app.stop.check(self.asked) {
+            self.chunk.clear();
+            return self.refuse(seq, "observation", &stopped).await;
+        }
         let action = self.chunk.pop_front().ok_or(Disconnected)?;
         self.app.engine.metrics().answered("vla_eval", "ok");
         self.send("action", Action { actions: Array::new(&action) }, seq).await

@@ -162,6 +162,48 @@ fn who_does_not_wait_gets_the_newest() {
     assert_eq!(error(&mut socket), "out_of_order");
 }
 
+/// The count may start again, and what the program before sent is refused.
+#[test]
+fn a_program_that_starts_again_says_so_by_its_epoch() {
+    #[derive(Serialize)]
+    struct Robot {
+        image: Picture,
+        prompt: &'static str,
+        client_id: &'static str,
+        epoch: u64,
+        seq: u64,
+    }
+    let server = Server::start(&[]);
+    let (mut before, mut after) = (connect(&server).0, connect(&server).0);
+    let send = |socket: &mut Socket, epoch: u64, seq: u64| {
+        let (image, prompt, client_id) = (Picture(vec![2, 3, 3]), "wave", "arm");
+        let frame = rmp_serde::to_vec_named(&Robot { image, prompt, client_id, epoch, seq });
+        socket.send(Message::Binary(frame.unwrap().into())).unwrap();
+    };
+    for (epoch, seq) in [(1, 7), (2, 7)] {
+        send(&mut after, epoch, seq);
+        binary(&mut after);
+    }
+    send(&mut before, 1, 8);
+    assert_eq!(error(&mut before), "out_of_order");
+}
+
+#[test]
+fn while_it_is_stopped_every_frame_is_told_so() {
+    let server = Server::start(&[]);
+    let (mut socket, _) = connect(&server);
+    socket.send(Message::Binary(frame("wait", Some(1)).into())).unwrap();
+    server.seen();
+    server.post("/v1/stop", &[], b"");
+    assert_eq!(error(&mut socket), "stopped");
+    socket.send(Message::Binary(frame("x", Some(2)).into())).unwrap();
+    assert_eq!(error(&mut socket), "stopped");
+    server.gate.open(1);
+    server.post("/v1/release", &[], b"");
+    socket.send(Message::Binary(frame("x", Some(3)).into())).unwrap();
+    assert_eq!(rmp_serde::from_slice::<Reply<'_>>(&binary(&mut socket)).unwrap().seq, Some(3));
+}
+
 #[test]
 fn frames_that_are_no_observation_do_no_harm() {
     let server = Server::start(&["--max-body", "100000"]);

@@ -219,6 +219,8 @@ fn the_description_names_every_route_and_every_error() {
         "/v1/act",
         "/v1/model",
         "/v1/realtime/robot/openpi",
+        "/v1/release",
+        "/v1/stop",
         "/vla-eval",
     ];
     assert_eq!(paths, known);

@@ -102,6 +102,20 @@ fn with_a_token_the_page_asks_for_it_and_shows_nothing_without() {
 }
 
 #[test]
+fn an_emergency_stop_is_seen() {
+    let server = Server::start(&[]);
+    let mut events = Events::of(&server, "");
+    assert!(events.next("server").unwrap()["why"].is_null());
+    server.post("/v1/stop", &[("x-client-id", "operator")], b"");
+    let why = loop {
+        if let Some(why) = events.next("server").unwrap()["why"].as_str() {
+            break why.to_owned();
+        }
+    };
+    assert!(why.contains("the emergency stop is set by `operator`"), "{why}");
+}
+
+#[test]
 fn without_one_pages_of_others_see_no_robots() {
     let server = Server::start(&[]);
     let refused = |headers: &[(&str, &str)]| {

@@ -323,6 +323,28 @@ fn an_episode_begins_anew() {
 }
 
 #[test]
+fn a_stop_takes_what_is_left_of_a_chunk_with_it() {
+    let server = Server::oft(&[]);
+    let mut socket = connect(&server, "");
+    let look = || {
+        let images = Cameras { agentview: raw(2), wrist: Some(raw(2)), third: Some(raw(2)) };
+        let (data, dtype) = (ByteBuf::from(vec![0; 12]), "<f4".to_owned());
+        let states = Some(Array { is_array: true, data, dtype, shape: vec![3] });
+        Observation { images, task_description: "Wave", states }
+    };
+    send(&mut socket, "observation", 1, look());
+    action(&mut socket, 1);
+    server.seen();
+    server.post("/v1/stop", &[], b"");
+    send(&mut socket, "observation", 2, look());
+    assert!(error(&mut socket, 2).starts_with("observation_failed: stopped: "));
+    server.post("/v1/release", &[], b"");
+    send(&mut socket, "observation", 3, look());
+    action(&mut socket, 3);
+    server.seen(); // the model has looked again
+}
+
+#[test]
 fn frames_that_are_none_do_no_harm() {
     let server = Server::start(&["--max-body", "100000"]);
     let mut socket = connect(&server, "");

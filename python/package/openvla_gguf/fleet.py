@@ -384,8 +384,9 @@ class Handover:
             headers = {**self.token, "X-Client-Id": "health-check"}
             async with self.session.post("/v1/act", json=body, headers=headers) as answer:
                 body, status = await answer.json(), answer.status
-        # Robots that are refused because many wait do not make a replica ill; its server knows whether it is stuck.
-        if status == 503 and body["code"] == "queue_full":
+        # Robots that are refused because many wait do not make a replica ill; its server knows whether it is stuck. Nor does
+        # an emergency stop, which a replica in its place would not have.
+        if status == 503 and body["code"] in ("queue_full", "stopped"):
             async with self.session.get("/readyz", headers=self.token) as answer:
                 body, status = await answer.text(), answer.status
         if status != 200:

@@ -91,6 +91,11 @@ impl Client {
         Ok(Self { server, url, authorization, agent: agent.into(), fields: Map::new() })
     }
 
+    /// The header `Authorization` that requests have.
+    pub fn authorization(&self) -> Option<&String> {
+        self.authorization.as_ref()
+    }
+
     /// Adds what an OpenVLA-OFT model reads beside the picture: picture files of its wrist cameras, in its order, and
     /// the arm's state. All further requests send it.
     pub fn with_arm(mut self, wrists: &[Vec<u8>], state: Option<&[f64]>) -> Self {

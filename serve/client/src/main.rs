@@ -1,6 +1,8 @@
-//! `openvla-client`: a control loop to copy. It never waits for an answer to take the next picture.
+//! `openvla-client`: a control loop to copy, which never waits for an answer to take the next picture; and a soak of the
+//! server, in files of its own.
 
 mod record;
+mod soak;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -17,6 +19,7 @@ use openvla_client::{Client, Refusal, Reply, Server};
 use serde_json::{Value, json};
 
 use crate::record::Recorder;
+use crate::soak::Soak;
 
 /// Sends pictures to openvla-serve and shows what comes back, and when.
 #[derive(Parser)]
@@ -30,6 +33,8 @@ struct Cli {
 enum Command {
     /// Pictures at a fixed rate, as a camera takes them, whether answers have come or not
     Camera(Camera),
+    /// Many clients for a while, most of which do not behave: does the server keep its promises?
+    Soak(Soak),
 }
 
 #[derive(Args)]
@@ -65,6 +70,7 @@ fn main() -> ExitCode {
     let Cli { command } = cli::start();
     cli::end(match command {
         Command::Camera(args) => camera(&args),
+        Command::Soak(args) => soak::soak(&args),
     })
 }
 

@@ -149,11 +149,12 @@ pub fn soak(soak: &Soak) -> Result<()> {
 /// Lets all clients loose until `work` is done.
 fn drive(soak: &Soak, target: &Target, work: impl FnOnce() -> Result<()>) -> Result<()> {
     target.over.store(false, Ordering::Relaxed);
+    let began = robots::unix() as u64; // a server remembers names for a while
     let done = std::thread::scope(|scope| {
         scope.spawn(|| robots::watcher(target));
         for i in 0..usize::from(soak.clients) {
             let mut rng = fastrand::Rng::with_seed(soak.seed.wrapping_add(i as u64));
-            let name = format!("soak-{i}");
+            let name = format!("soak-{began}-{i}");
             scope.spawn(move || {
                 if i % 4 == 0 {
                     let form = Form::ALL[i / 4 % Form::ALL.len()];

@@ -60,14 +60,17 @@ impl Devices {
         }
         let mut all = Device::all();
         let kinds: Vec<_> = all.iter().map(|gpu| (gpu.kind.as_str(), gpu.is_discrete)).collect();
-        let chosen = self.choose(&kinds).ok_or_else(|| Error::NoDevice {
-            wanted: match self {
-                Self::Gpu(kind, Some(number)) => format!("{kind}:{number}"),
-                Self::Gpu(kind, None) => kind.clone(),
+        let chosen = self.choose(&kinds).ok_or_else(|| {
+            let (kind, number) = match self {
+                Self::Gpu(kind, number) => (kind.as_str(), *number),
                 Self::Auto | Self::Cpu => unreachable!("are always there"),
-            },
-            found: all.iter().map(|gpu| format!("{} ({})", gpu.name, gpu.description)).collect(),
-            why: Device::complaint(),
+            };
+            let found = all.iter().map(|gpu| format!("{} ({})", gpu.name, gpu.description));
+            Error::NoDevice {
+                wanted: number.map_or(kind.to_owned(), |number| format!("{kind}:{number}")),
+                found: found.collect(),
+                why: Device::complaint().filter(|why| concerns(why, kind)),
+            }
         })?;
         let mut i = 0..;
         all.retain(|_| chosen.contains(&i.next().expect("counts on")));
@@ -218,9 +221,23 @@ impl Placement {
     }
 }
 
+/// Whether a complaint of ggml's may be about devices of this kind: not about another kind's module.
+fn concerns(complaint: &str, kind: &str) -> bool {
+    let mut others = ["cuda", "vulkan"].into_iter().filter(|other| *other != kind);
+    !others.any(|other| complaint.contains(&format!("libggml-{other}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_module_that_does_not_load_explains_no_other_kind_of_device() {
+        let missing =
+            "load_backend: failed to load kit/libggml-cuda.so: libcublas.so.13: cannot open";
+        assert!(concerns(missing, "cuda") && !concerns(missing, "vulkan"));
+        assert!(concerns("CUDA driver version is insufficient", "cuda"));
+    }
 
     const GB: usize = 1 << 30;
 

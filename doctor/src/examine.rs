@@ -150,7 +150,8 @@ pub fn examine(
     let mut judge = Judge::new(policy, key, scale);
     for index in moments {
         let seen = episode.seen(index)?;
-        let moment = match judgments.of(index, &seen) {
+        let hash = seen.hash();
+        let moment = match judgments.of(index, &hash) {
             Some(moment) => {
                 progress.inc(pictures);
                 moment.clone()
@@ -161,7 +162,7 @@ pub fn examine(
                 };
                 let (given, log_likelihoods) =
                     judge_moment(&mut judge, &seen, &instruction, trials, asked, progress)?;
-                let moment = Moment { index, seen: seen.hash(), given, log_likelihoods };
+                let moment = Moment { index, seen: hash, given, log_likelihoods };
                 judgments.keep(moment.clone())?;
                 moment
             }

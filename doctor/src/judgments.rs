@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use openvla::checksum;
 use serde::{Deserialize, Serialize};
 
-use crate::episode::Seen;
 use crate::judge::Judged;
 
 /// A moment under every hypothesis.
@@ -17,7 +16,7 @@ use crate::judge::Judged;
 pub struct Moment {
     /// Its index in the episode.
     pub index: usize,
-    /// What tells its pictures and state from others: see [`Seen::hash`].
+    /// What tells its pictures and state from others: see [`crate::episode::Seen::hash`].
     pub seen: String,
     /// The input as it is.
     pub given: Judged,
@@ -74,10 +73,9 @@ impl Judgments {
         Ok(judgments)
     }
 
-    /// What was said to a moment before, if anything, and its pictures are the same.
-    pub fn of(&self, index: usize, seen: &Seen) -> Option<&Moment> {
-        let hash = seen.hash();
-        self.moments.iter().find(|moment| moment.index == index && moment.seen == hash)
+    /// What was said to a moment before, if anything, and its pictures are the same: `seen` is their hash.
+    pub fn of(&self, index: usize, seen: &str) -> Option<&Moment> {
+        self.moments.iter().find(|moment| moment.index == index && moment.seen == seen)
     }
 
     /// Keeps a moment.

@@ -197,7 +197,7 @@ fn end(target: &Target, process: &mut Process, signal: Signal) -> Result<String>
     Ok(format!("{name}: {status} after {:.1?}", begun.elapsed()))
 }
 
-/// What the server takes without clients, as soon as that is no more than `before`.
+/// What the server takes without clients, once that has fallen to `before`.
 fn settled(
     process: &Option<Process>,
     begun: Instant,

@@ -13,7 +13,7 @@ use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
 use openvla_bench::workload::{INSTRUCTION, ModelFile, Workload};
-use openvla_bench::{plot, project, report, robots, types};
+use openvla_bench::{jitter, plot, project, report, robots, types};
 use openvla_kernels::Gguf;
 use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
@@ -87,6 +87,17 @@ enum Command {
         #[command(flatten)]
         device: DeviceArgs,
     },
+    /// Prints how evenly many steps take their time, and what held the slowest up
+    Jitter {
+        /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+        #[arg(short, long, value_name = "MODEL.gguf")]
+        model: Option<PathBuf>,
+        /// Steps that count
+        #[arg(short, long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+        repetitions: u32,
+        #[command(flatten)]
+        device: DeviceArgs,
+    },
     /// Prints what cards that were not measured might reach with the same file
     Project {
         /// A result that `-o json` printed
@@ -136,6 +147,14 @@ fn run(args: Args) -> Result<()> {
             let model = ModelFile::find(model)?;
             robots::table(&mut Workload::open(&model.path, &device.options())?, repetitions.into())?
         }
+        Some(Command::Jitter { model, repetitions, device }) => {
+            let model = ModelFile::find(model)?;
+            let mut workload = Workload::open(&model.path, &device.options())?;
+            let progress = progress(0, "steps");
+            let table = jitter::table(&mut workload, repetitions as usize, &progress)?;
+            progress.finish_and_clear();
+            table
+        }
         None => args.measure.run()?,
     };
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
@@ -143,7 +162,7 @@ fn run(args: Args) -> Result<()> {
 
 fn types(checkpoint: &Path, episodes: u32, seed: u64, output: Option<PathBuf>) -> Result<String> {
     let plan = Plan { episodes: episodes as usize, seed, pace: Pace::Blocking, steps: STEPS };
-    let progress = progress(0);
+    let progress = progress(0, "episodes");
     let comparison = Comparison::of(checkpoint, &plan, &progress)?;
     progress.finish_and_clear();
     if let Some(stem) = output {

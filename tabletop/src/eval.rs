@@ -115,12 +115,13 @@ fn report(suite: Suite, plan: &Plan, outcomes: &[Outcome]) -> Report {
     }
 }
 
-/// A progress bar of `n` episodes, shown from the third second on, and only to people.
-pub fn progress(n: u64) -> ProgressBar {
+/// A progress bar of `n` of something, such as episodes, shown from the third second on, and only to people.
+pub fn progress(n: u64, unit: &str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{bar:30} {pos} of {len} episodes, {eta} left");
+    let template = format!("{{bar:30}} {{pos}} of {{len}} {unit}, {{eta}} left");
+    let style = ProgressStyle::with_template(&template);
     let bar = ProgressBar::with_draw_target(Some(n), ProgressDrawTarget::stderr_with_hz(2));
     bar.with_style(style.expect("a sound template"))
 }

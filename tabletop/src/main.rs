@@ -268,7 +268,7 @@ fn eval(args: &Eval) -> Result<()> {
         steps: args.steps as usize,
     };
     let suites = args.suite.as_ref().map_or(Suite::value_variants(), std::slice::from_ref);
-    let bar = progress(suites.len() as u64 * u64::from(args.episodes));
+    let bar = progress(suites.len() as u64 * u64::from(args.episodes), "episodes");
     for suite in suites {
         let report = evaluate(*suite, &plan, &mut policies, &bar)?;
         bar.suspend(|| print(&report, args.json))?;
@@ -333,7 +333,7 @@ fn write_png(path: &Path, picture: &RgbImage) -> Result<()> {
 }
 
 fn write_data(args: &Record) -> Result<()> {
-    let bar = progress(args.episodes.into());
+    let bar = progress(args.episodes.into(), "episodes");
     let size = (!args.no_images).then_some(args.size);
     let learner = args.trainee.learner();
     let data = DataSet { seed: args.seed, episodes: args.episodes as usize, size, learner };

@@ -210,21 +210,21 @@ impl Tally {
         self.milliseconds.sort_by(f64::total_cmp);
         let n = self.milliseconds.len();
         let quantile = |q: f64| self.milliseconds.get(((n as f64 - 1.0) * q).round() as usize);
-        let quantiles = [0.5, 0.9, 0.99].map(|q| quantile(q).copied());
+        let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0].map(|q| quantile(q).copied());
         let asked = args.steps as f64 / args.hz; // the last picture's time counts, too
         let rate = n as f64 / took.as_secs_f64().max(asked);
         let mut out = std::io::stdout().lock();
         if args.json {
             let line = json!({ "pictures": args.steps, "outcomes": self.outcomes, "hz": rate,
-                               "ms_p50_p90_p99": quantiles });
+                               "ms_p50_p90_p99_p999_max": quantiles });
             writeln!(out, "{line}")?;
         } else {
             let outcomes: Vec<String> =
                 self.outcomes.iter().map(|(outcome, n)| format!("{n} {outcome}")).collect();
             let times = match quantiles {
-                [Some(p50), Some(p90), Some(p99)] => format!(
+                [Some(p50), Some(p90), Some(p99), Some(p999), Some(max)] => format!(
                     "; {rate:.2} motions a second; half within {p50:.1} ms, 90 % {p90:.1}, 99 % \
-                     {p99:.1}"
+                     {p99:.1}, 99.9 % {p999:.1}, all {max:.1}"
                 ),
                 _ => String::new(),
             };

@@ -22,13 +22,15 @@
 //! | [`weights`] | reads, reorders, pads and converts each tensor |
 //! | [`random`] | random weights in place of a checkpoint's |
 //! | [`proof`] | reference cases in f32, and checksums |
-//! | [`verify`], [`inspect`], [`export`] | files that were written: checked, described, for llama.cpp |
+//! | [`verify`], [`certificate`] | files that were written, checked; and what another machine is to find |
+//! | [`inspect`], [`export`] | described, for llama.cpp |
 //!
 //! Data flows from top to bottom; everything is checked before anything is written.
 
 pub mod aliases;
 pub mod atomic_file;
 pub mod cards;
+pub mod certificate;
 pub mod checkpoint;
 pub mod describe;
 pub mod export;

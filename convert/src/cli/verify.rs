@@ -1,13 +1,16 @@
-//! `verify`: checks that a file, on this machine, acts as its checkpoint does.
+//! `verify`: checks that a file, on this machine, acts as its checkpoint does, and writes and checks certificates.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use openvla::cli::{DeviceArgs, say, signature};
+use openvla::cli::{self, DeviceArgs, output_file, say, signature};
+use openvla_convert::certificate::{Certificate, ModelFile};
 use openvla_convert::hub::Content;
 use openvla_convert::inputs::{self, Checked, Found, Places};
+use openvla_convert::interrupt;
+use openvla_convert::sha256;
 use openvla_convert::verify::{Choice, Verification, verify};
 use serde::Serialize;
 
@@ -20,9 +23,17 @@ use super::inspect::{json_char, printable};
 pub struct Verify {
     /// The model file
     model: PathBuf,
-    /// Check first that this public key of minisign, or of this file, signed the model: MODEL.gguf.minisig
+    /// Check first that this public key of minisign, or of this file, signed the model: MODEL.gguf.minisig; with
+    /// --check-certificate, that it signed the certificate, which names the model's SHA-256: FILE.minisig
     #[arg(long, value_name = "KEY", value_parser = signature::public_key)]
     key: Option<signature::PublicKey>,
+    /// If all checks pass, write what was found to this file, to be signed and handed on with the model
+    #[arg(long, value_name = "FILE", value_parser = output_file())]
+    #[arg(conflicts_with = "check_certificate")]
+    certificate: Option<PathBuf>,
+    /// Check that this certificate is of this very file, and that this machine computes what it says
+    #[arg(long, value_name = "FILE")]
+    check_certificate: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -78,13 +89,19 @@ struct Report {
     /// The files that the model was made of, if that was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     source_files: Option<Vec<Checked>>,
+    /// What is other than a certificate says, if there is one and all other checks pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    certificate_differences: Option<Vec<String>>,
 }
 
 pub fn run(args: &Verify) -> Result<()> {
-    let Verify { model, key, json, device, source } = args;
+    let Verify { model, key, certificate, check_certificate, json, device, source } = args;
     if let Some(key) = key {
-        say(format_args!("signed: {}", signature::check(model, key)?));
+        let signed = check_certificate.as_ref().unwrap_or(model);
+        say(format_args!("signed: {}", signature::check(signed, key)?));
     }
+    let given = check_certificate.as_deref().map(|file| open_certificate(file, model));
+    let given = given.transpose()?;
     let options = device.options();
     let progress = super::progress(0)?;
     let source_files = match source.places()? {
@@ -98,14 +115,54 @@ pub fn run(args: &Verify) -> Result<()> {
     progress.set_message("checksums");
     let verification = verify(model, &options, &progress)?;
     progress.finish_and_clear();
-    let report = Report { verification, source_files };
+    let here = match (&given, certificate) {
+        _ if !verification.sound => None,
+        (None, None) => None,
+        (Some(given), _) => Some(given.model.sha256.clone()),
+        (None, Some(_)) => Some(hash(model)?),
+    };
+    let here = here.map(|sha256| Certificate::new(model, sha256, &verification, &options));
+    let here = here.transpose()?;
+    let differences =
+        given.as_ref().zip(here.as_ref()).map(|(given, here)| given.differences(here));
+    let report = Report { verification, source_files, certificate_differences: differences };
     let text = if *json {
         serde_json::to_string(&report)?.chars().map(json_char).collect::<String>() + "\n"
     } else {
         describe(&report)
     };
     std::io::stdout().write_all(text.as_bytes())?;
-    report.check()
+    report.check()?;
+    if let (Some(out), Some(here)) = (certificate, here) {
+        cli::write(out, here.to_json())?;
+        say(format_args!("wrote {}", out.display()));
+    }
+    Ok(())
+}
+
+/// Reads a certificate, and checks that it is of this very file before anything of that is read.
+fn open_certificate(file: &Path, model: &Path) -> Result<Certificate> {
+    let certificate = Certificate::read(file)?;
+    let ModelFile { file: theirs, sha256: wanted, .. } = &certificate.model;
+    let found = hash(model)?;
+    ensure!(
+        *wanted == found,
+        "{} is a certificate of another file: of {theirs:?}, whose SHA-256 is {wanted:?}; that of {} is {found}",
+        file.display(),
+        model.display()
+    );
+    Ok(certificate)
+}
+
+fn hash(model: &Path) -> Result<String> {
+    let progress = super::progress(model.metadata().map_or(0, |found| found.len()))?;
+    progress.set_message("SHA-256 of the model");
+    let hash = sha256::of_file(model, |n| {
+        progress.inc(n as u64);
+        Ok(interrupt::check()?)
+    });
+    progress.finish_and_clear();
+    hash
 }
 
 impl Report {
@@ -124,6 +181,12 @@ impl Report {
             wrong.is_empty(),
             "{file} was not made of these files: {} differ or are missing",
             names.join(", ")
+        );
+        let differences = self.certificate_differences.as_deref().unwrap_or_default();
+        ensure!(
+            differences.is_empty(),
+            "this machine does not compute what the certificate says, in {} places",
+            differences.len()
         );
         Ok(())
     }
@@ -170,6 +233,15 @@ fn describe(report: &Report) -> String {
             "  {what}: off by {:.2e} of their size, {error_limit:.0e} is possible for such a file",
             case.error
         ));
+    }
+    match report.certificate_differences.as_deref() {
+        Some([]) => line(format_args!("all as in the certificate")),
+        Some(differences) => {
+            differences
+                .iter()
+                .for_each(|what| line(format_args!("not as in the certificate: {what}")));
+        }
+        None => {}
     }
     text
 }

@@ -39,8 +39,8 @@ pub struct Places {
 }
 
 impl Places {
-    /// What a model file calls a file of the conversion. No two have one name: only a run's own adapter is in a folder
-    /// of the checkpoint's.
+    /// What a model file calls a file of the conversion. Names do not clash: of the checkpoint's files, only those of a
+    /// run's own adapter are in a folder.
     fn name(&self, path: &Path) -> String {
         let is_in = |folder: Option<&PathBuf>| {
             folder.is_some() && path.parent() == folder.map(PathBuf::as_path)

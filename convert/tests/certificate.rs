@@ -216,7 +216,7 @@ fn a_certificate_of_another_file_is_refused() {
     let it = Model::certified("tabletop.gguf");
     let mut bytes = fs::read(it.at("model.gguf")).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
-    for other in [&bytes[..], b"no model at all", b""] {
+    for other in [&bytes[..], b"not a model", b""] {
         fs::write(it.at("model.gguf"), other).unwrap();
         let words = ["model.json is a certificate of another file", "SHA-256"];
         assert_fails(&it.check(&[]), &words);
@@ -247,7 +247,7 @@ fn a_certificate_that_was_not_signed_is_refused() {
 }
 
 #[test]
-fn files_that_are_no_certificates_are_errors_in_words() {
+fn files_that_are_not_certificates_are_errors_in_words() {
     let it = Model::certified("tabletop.gguf");
     let sound = it.certificate();
     let changed = |change: &dyn Fn(&mut Value)| {

@@ -5,6 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Output;
 
 use common::{assert_fails, example, openvla_convert, stderr, stdout};
 use openvla_example::{COMMITTED, Spec, Variant};
@@ -33,7 +34,7 @@ fn convert(dir: &Path, args: &[&str]) {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-fn verify(dir: &Path, args: &[&str]) -> std::process::Output {
+fn verify(dir: &Path, args: &[&str]) -> Output {
     openvla_convert(&[&["verify", "model.gguf", "-t", "2"], args].concat(), dir)
 }
 
@@ -136,6 +137,29 @@ fn files_that_are_not_the_source_are_named() {
     let of = |name: &str| &found.iter().find(|file| file["name"] == name).unwrap()["found"];
     assert_eq!([of("config.json"), of("tokenizer.model")], ["differs", "missing"]);
     assert_fails(&verify(dir.path(), &["--source", "nowhere"]), &["nowhere", "folder"]);
+}
+
+/// In the cache that the Hub's programs share.
+#[test]
+#[cfg(feature = "hub")]
+fn a_repository_is_held_against_a_model_as_a_folder_is() {
+    let dir = converted("ckpt");
+    let repository = dir.path().join("hub/models--robots--arm");
+    copy(&dir.path().join("ckpt"), &repository.join("snapshots/0123abc"));
+    fs::create_dir(repository.join("refs")).unwrap();
+    fs::write(repository.join("refs/main"), "0123abc").unwrap();
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_openvla-convert"));
+        command.args(args).current_dir(dir.path());
+        command.env("HF_HUB_CACHE", "hub").env("HF_HUB_OFFLINE", "1").output().unwrap()
+    };
+    let output = run(&["verify", "model.gguf", "-t", "1", "--source", "robots/arm"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).contains("same    model.safetensors\n"), "{}", stdout(&output));
+    let of_folder = listed(dir.path());
+    let output = run(&["robots/arm", "--q8", "--no-proof", "-o", "model.gguf"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(listed(dir.path()), of_folder);
 }
 
 /// Replaces bytes in the model's header by as many others.

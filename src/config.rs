@@ -8,6 +8,7 @@ mod check;
 mod general;
 mod oft;
 mod proof;
+mod source_files;
 
 use std::collections::BTreeMap;
 
@@ -25,6 +26,7 @@ pub use cards::{ActionCard, Dimension, Gripper};
 pub use general::{BaseModel, General, Source};
 pub use oft::{OftConfig, OftHead};
 pub use proof::{Expected, Proof, ProofCase, checksum};
+pub use source_files::SourceFile;
 
 /// Everything about a model except its tensors.
 #[derive(Debug, Clone, PartialEq)]

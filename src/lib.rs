@@ -83,7 +83,7 @@ pub use any_policy::Policy;
 pub use batch::Request;
 pub use config::{
     ARCHITECTURE, ActionCard, BaseModel, Config, Dimension, Expected, General, Gripper,
-    LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, TowerConfig, checksum,
+    LlamaConfig, OftConfig, OftHead, Proof, ProofCase, Source, SourceFile, TowerConfig, checksum,
 };
 pub use decode::{Header, MAX_PIXELS, decode, decode_within};
 pub use encoder::{Features, SoftTokens};

@@ -46,6 +46,8 @@ pub struct CheckpointInfo {
     pub preprocessor: HfPreprocessor,
     /// The files of an OpenVLA-OFT run, if it is one.
     pub run: Option<RunFiles>,
+    /// The files with `config` and `preprocessor`.
+    pub settings: [PathBuf; 2],
     /// The folder of the model that an OpenVLA-OFT run is to be merged into.
     base: Option<PathBuf>,
 }
@@ -54,6 +56,8 @@ pub struct CheckpointInfo {
 pub struct StatisticsText {
     /// The file, or the key in a file, to be shown.
     pub from: String,
+    /// The file.
+    pub file: PathBuf,
     /// Whether they come from `config.json`, where a fine-tuned model still has its base model's.
     pub inherited: bool,
     /// See [`files::json_text`] about numbers that JSON lacks.
@@ -101,7 +105,7 @@ impl CheckpointInfo {
             Some(base) if !files.iter().any(|name| dir.join(name).exists()) => base,
             _ => dir,
         };
-        let preprocessor = read_preprocessor(folder(&[PREPROCESSOR, PROCESSOR]))?;
+        let (processor, preprocessor) = read_preprocessor(folder(&[PREPROCESSOR, PROCESSOR]))?;
         Ok(Self {
             dir: dir.to_owned(),
             name: model_name(dir)?,
@@ -110,6 +114,7 @@ impl CheckpointInfo {
             config,
             preprocessor,
             run,
+            settings: [path, processor],
             base: base.map(Path::to_owned),
         })
     }
@@ -154,15 +159,16 @@ struct Processor {
     image_processor: Option<HfPreprocessor>,
 }
 
-fn read_preprocessor(dir: &Path) -> Result<HfPreprocessor> {
-    let path = dir.join(PREPROCESSOR);
+fn read_preprocessor(dir: &Path) -> Result<(PathBuf, HfPreprocessor)> {
+    let [path, other] = [PREPROCESSOR, PROCESSOR].map(|name| dir.join(name));
     if !files::exists(&path)? {
-        let processor: Option<Processor> = files::read_json_optional(&dir.join(PROCESSOR))?;
+        let processor: Option<Processor> = files::read_json_optional(&other)?;
         if let Some(found) = processor.and_then(|processor| processor.image_processor) {
-            return Ok(found);
+            return Ok((other, found));
         }
     }
-    files::read_json(&path)
+    let found = files::read_json(&path)?;
+    Ok((path, found))
 }
 
 /// The file names in a folder, sorted.
@@ -344,9 +350,11 @@ impl StatisticsText {
         if let Some(statistics) = Self::in_folder(dir)? {
             return Ok(statistics);
         }
+        let [config, _] = &checkpoint.settings;
         match &checkpoint.config.norm_stats {
             Some(stats) => Ok(Self {
-                from: format!("norm_stats of {}", dir.join("config.json").display()),
+                from: format!("norm_stats of {}", config.display()),
+                file: config.clone(),
                 inherited: true,
                 json: stats.to_string(),
             }),
@@ -374,7 +382,8 @@ impl StatisticsText {
     /// Names the file if it cannot be read.
     pub fn read(path: &Path) -> Result<Self> {
         let json = files::json_text(path, files::read(path)?)?;
-        Ok(Self { from: path.display().to_string(), inherited: false, json })
+        let (from, file) = (path.display().to_string(), path.to_owned());
+        Ok(Self { from, file, inherited: false, json })
     }
 
     /// Parses and checks the statistics.

@@ -15,13 +15,14 @@
 //! | `actions` | `token_end`, `token_count` |
 //! | `datasets` | action cards by data set: `dimensions` of `name`, `unit`, `q01`, `q99`, |
 //! | | `normalised`; `gripper` of `open`, `closed`; `rate_hz`; `note`. Unknown is absent |
+//! | `source_files` | the files that it was converted from: `name`, `sha256` |
 //! | `checksums`, `reference_cases` | whether the file carries them |
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use openvla::{ActionCard, Config, General, OftConfig, Resize, Statistics};
+use openvla::{ActionCard, Config, General, OftConfig, Resize, SourceFile, Statistics};
 use openvla_kernels::Gguf;
 use serde::Serialize;
 
@@ -46,6 +47,7 @@ pub struct Inspection {
     pub prompt: Prompt,
     pub actions: Actions,
     pub datasets: BTreeMap<String, ActionCard>,
+    pub source_files: Vec<SourceFile>,
     pub checksums: bool,
     pub reference_cases: bool,
     /// Finds a data set by the name that users type.
@@ -153,6 +155,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         } else {
             config.cards
         },
+        source_files: SourceFile::read_all(&file)?,
         checksums: has("openvla.checksum"),
         reference_cases: has("openvla.proof"),
         general: config.general,

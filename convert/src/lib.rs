@@ -18,16 +18,19 @@
 //! | [`imatrix`] | importance matrices: reading them, collecting them |
 //! | [`cards`], [`describe`] | the metadata: the runtime's `Config` of the checkpoint |
 //! | [`fingerprint`] | a hash that tells the weights from those of other checkpoints |
+//! | [`sha256`], [`inputs`] | the hash of every file that was read |
 //! | [`weights`] | reads, reorders, pads and converts each tensor |
 //! | [`random`] | random weights in place of a checkpoint's |
 //! | [`proof`] | reference cases in f32, and checksums |
-//! | [`verify`], [`inspect`], [`export`] | files that were written: checked, described, for llama.cpp |
+//! | [`verify`], [`certificate`] | files that were written, checked; and what another machine is to find |
+//! | [`inspect`], [`export`] | described, for llama.cpp |
 //!
 //! Data flows from top to bottom; everything is checked before anything is written.
 
 pub mod aliases;
 pub mod atomic_file;
 pub mod cards;
+pub mod certificate;
 pub mod checkpoint;
 pub mod describe;
 pub mod export;
@@ -37,6 +40,7 @@ pub mod hf_config;
 #[cfg_attr(not(feature = "hub"), path = "hub_none.rs")]
 pub mod hub;
 pub mod imatrix;
+pub mod inputs;
 pub mod inspect;
 pub mod interrupt;
 pub mod lora;
@@ -50,6 +54,7 @@ pub mod proof;
 pub mod random;
 pub mod recognize;
 pub mod run_files;
+pub mod sha256;
 pub mod tensors;
 pub mod tokenizer;
 pub mod torch;
@@ -60,13 +65,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
-use openvla::{Config, Profile, Proof};
+use openvla::{Config, Profile, Proof, SourceFile};
 use openvla_kernels::Header;
 
 use crate::atomic_file::AtomicFile;
 use crate::checkpoint::{Checkpoint, CheckpointInfo, StatisticsText};
 use crate::describe::Pictures;
 use crate::imatrix::ImportanceMatrix;
+use crate::inputs::{Inputs, Places};
 use crate::lora::Adapter;
 use crate::mapper::Shapes;
 use crate::mapping::Mapping;
@@ -136,6 +142,7 @@ impl From<Encoding> for Options {
 /// A checkpoint that was read and checked, and what its file will hold.
 pub struct Conversion {
     weights: Box<dyn TensorSource>,
+    inputs: Inputs,
     encoding: Encoding,
     proof: bool,
     n_threads: usize,
@@ -224,10 +231,19 @@ impl Conversion {
         let plan = plan::plan(&mapping, encoding, &options.overrides)?;
         let importance = options.importance.as_deref();
         let importance = importance.map(|path| ImportanceMatrix::open(path, &plan)).transpose()?;
+        let places = Places {
+            checkpoint: checkpoint.to_owned(),
+            base: base.map(Path::to_owned),
+            adapter: options.adapter.clone(),
+            statistics: options.statistics.clone(),
+            importance: options.importance.clone(),
+        };
+        let inputs = Inputs::new(&places, &info, &tensors, adapter.as_ref(), &statistics)?;
         let weights = Box::new(CheckpointWeights { tensors, adapter, importance, n_threads });
         let statistics = statistics.from;
         Ok(Self {
             weights,
+            inputs,
             encoding,
             proof,
             n_threads,
@@ -270,6 +286,7 @@ impl Conversion {
         let proof = false;
         Ok(Self {
             weights,
+            inputs: Inputs::default(),
             encoding,
             proof,
             n_threads,
@@ -307,43 +324,63 @@ impl Conversion {
         format!("{plan}on the device: {weights} bytes of weights{cache} and intermediate results\n")
     }
 
-    /// Writes the file. `progress` counts bytes: first those read for the reference cases, if there
-    /// are to be any, then those of the file.
+    /// Writes the file, and hashes those that it is made of meanwhile. `progress` counts bytes: first those read for the
+    /// reference cases, if there are to be any, then those of the file.
     ///
     /// # Errors
     /// Names what cannot be read, converted or written. An existing file is then left unchanged.
     pub fn write(&self, out: &Path, progress: &ProgressBar) -> Result<()> {
         let mut proof = Proof { cases: Vec::new(), checksums: vec![0; self.plan.len()] };
-        let header = self.header(&proof);
+        let header = self.header(&proof, &self.inputs.unhashed());
         let cases = if self.proof { proof::bytes_written(&self.config) } else { 0 };
         let n_byte = (header.encode().len() + header.data_bytes() + cases) as u64;
         let mut file = AtomicFile::create(out, n_byte)?;
-        if self.proof {
-            progress.set_length(proof::bytes_read(&self.config, &self.plan));
-            progress.set_message("reference cases in f32");
-            proof.cases = proof::run_cases(&self.config, self.n_threads, |prefix| {
-                let part = weights::in_f32(&*self.weights, &self.plan, prefix)?;
-                progress.inc(part.bytes().len() as u64);
-                Ok(part)
-            })?;
-        }
+        let hashed = self.inputs.hash_during(self.n_threads, || {
+            if self.proof {
+                self.compute_cases(&mut proof, progress)?;
+            }
+            self.write_tensors(&mut proof, &mut file, progress)?;
+            progress.set_message("SHA-256 of the checkpoint");
+            Ok(())
+        })?;
+        file.replace_start(&self.header(&proof, &hashed).encode())?;
+        file.finish()
+    }
+
+    fn compute_cases(&self, proof: &mut Proof, progress: &ProgressBar) -> Result<()> {
+        progress.set_length(proof::bytes_read(&self.config, &self.plan));
+        progress.set_message("reference cases in f32");
+        proof.cases = proof::run_cases(&self.config, self.n_threads, |prefix| {
+            let part = weights::in_f32(&*self.weights, &self.plan, prefix)?;
+            progress.inc(part.bytes().len() as u64);
+            Ok(part)
+        })?;
+        Ok(())
+    }
+
+    /// Writes tensors, and their checksums into `proof`, after room for the header.
+    fn write_tensors(
+        &self,
+        proof: &mut Proof,
+        file: &mut AtomicFile<'_>,
+        progress: &ProgressBar,
+    ) -> Result<()> {
         progress.reset();
         progress.set_length(self.data_bytes());
         progress.set_message("tensors");
-        file.append(&self.header(&proof).encode())?;
+        file.append(&self.header(proof, &self.inputs.unhashed()).encode())?;
         proof.checksums.clear();
         weights::for_each_tensor(&*self.weights, &self.plan, |bytes| {
             proof.checksums.push(openvla::checksum(bytes));
             progress.inc(bytes.len() as u64);
             file.append(bytes)
-        })?;
-        file.replace_start(&self.header(&proof).encode())?;
-        file.finish()
+        })
     }
 
-    fn header(&self, proof: &Proof) -> Header {
+    fn header(&self, proof: &Proof, files: &[SourceFile]) -> Header {
         let mut header = Header::default();
         self.config.write(&mut header);
+        SourceFile::write_all(files, &mut header);
         proof.write(&mut header);
         for planned in &self.plan {
             header.tensor(&planned.tensor.name, planned.dtype, planned.tensor.shape);

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::mapper::MappedTensor;
 use crate::plan::PlannedTensor;
+use crate::sha256;
 
 /// What the robot is asked, case by case.
 const INSTRUCTIONS: [&str; 2] = ["put eggplant into pot", "move the pot to the left"];
@@ -54,7 +55,7 @@ pub fn image(name: &str) -> Result<RgbImage> {
 
 /// SHA-256 of an image's RGB bytes, in hexadecimal.
 pub fn image_hash(image: &RgbImage) -> String {
-    Sha256::digest(image.as_raw()).iter().map(|byte| format!("{byte:02x}")).collect()
+    sha256::hex(&Sha256::digest(image.as_raw()))
 }
 
 /// Bytes of tensors that [`run_cases`] asks for: those of layers once per pass, the others once.

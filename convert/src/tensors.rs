@@ -108,6 +108,11 @@ impl Tensors {
         Ok(())
     }
 
+    /// The files.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|(path, _)| path.as_path())
+    }
+
     /// Takes out the tensors that `matches`.
     pub fn remove(&mut self, matches: impl Fn(&str) -> bool) {
         self.entries.retain(|name, _| !matches(name));

@@ -10,14 +10,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::iter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::tokenizer::{TokenType, Tokenizer, Vocabulary};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::files::{checkpoint_error, read_json_optional};
+use crate::files::{checkpoint_error, exists, read_json_optional};
 
 mod sentencepiece;
 
@@ -48,6 +48,22 @@ const UNUSED_SCORE: f32 = -10_000.0;
 /// does not exist, or the tokenizer is not of Llama-2's scheme.
 pub fn read(dir: &Path, rows: usize) -> Result<Vocabulary> {
     read_files(dir, rows).with_context(|| format!("cannot use the tokenizer in {}", dir.display()))
+}
+
+/// The files of [`FILES`] that [`read`] reads in a folder.
+///
+/// # Errors
+/// As [`exists`].
+pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let has_json = exists(&dir.join(TOKENIZER))?;
+    for name in FILES.iter().filter(|name| !(has_json && **name == ADDED)) {
+        let path = dir.join(name);
+        if exists(&path)? {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 fn read_files(dir: &Path, rows: usize) -> Result<Vocabulary> {

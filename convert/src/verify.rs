@@ -54,6 +54,8 @@ pub struct CaseReport {
     /// where the head computes those; else of the action tokens' logits at the worst step, each step centered on its
     /// mean.
     pub error: f64,
+    /// The largest difference of such a number.
+    pub largest_difference: f64,
 }
 
 /// The tokens of one case.
@@ -156,21 +158,22 @@ fn chunk(policy: &mut OpenVlaOft, input: &Case) -> Result<Output> {
 }
 
 fn compare(config: &Config, case: &ProofCase, output: &Output) -> Result<CaseReport> {
-    let (choice, normalized, error) = match &case.expected {
+    let (choice, normalized, errors) = match &case.expected {
         Expected::Actions(wanted) => {
             let [got, wanted] = [&output[0], wanted].map(|x| as_f64(x));
-            let error = relative_error(&got, &wanted);
-            (None, [got, wanted], error)
+            let errors = Errors::of(&got, &wanted);
+            (None, [got, wanted], errors)
         }
         Expected::Tokens { tokens: wanted, logits } => {
-            let errors = output.iter().zip(logits).map(|(got, wanted)| {
-                relative_error(&centered(&as_f64(got)), &centered(&as_f64(wanted)))
-            });
-            let error = errors.fold(0.0, f64::max);
+            let steps = output.iter().zip(logits);
+            let of_step = |(got, wanted): (&Vec<f32>, &Vec<f32>)| {
+                Errors::of(&centered(&as_f64(got)), &centered(&as_f64(wanted)))
+            };
+            let errors = steps.map(of_step).fold(Errors::default(), Errors::worse);
             let choice = choice(config, wanted, output)?;
             let normalized =
                 [&choice.tokens, wanted].map(|tokens| config.actions.normalized(tokens));
-            (Some(choice), normalized, error)
+            (Some(choice), normalized, errors)
         }
     };
     let (_, dataset) = config.statistics.select(Some(&case.unnorm_key))?;
@@ -194,7 +197,8 @@ fn compare(config: &Config, case: &ProofCase, output: &Output) -> Result<CaseRep
         unnorm_key: case.unnorm_key.clone(),
         choice,
         action_off,
-        error,
+        error: errors.relative,
+        largest_difference: errors.largest,
     })
 }
 
@@ -220,7 +224,24 @@ fn centered(logits: &[f64]) -> Vec<f64> {
     logits.iter().map(|x| x - mean).collect()
 }
 
-fn relative_error(got: &[f64], wanted: &[f64]) -> f64 {
-    let wrong: f64 = got.iter().zip(wanted).map(|(a, b)| (a - b).powi(2)).sum();
-    (wrong / wanted.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt()
+/// How far numbers are from those that are wanted: see [`CaseReport`].
+#[derive(Default)]
+struct Errors {
+    relative: f64,
+    largest: f64,
+}
+
+impl Errors {
+    fn of(got: &[f64], wanted: &[f64]) -> Self {
+        let differences = || got.iter().zip(wanted).map(|(a, b)| (a - b).abs());
+        let wrong: f64 = differences().map(|x| x.powi(2)).sum();
+        let relative = (wrong / wanted.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt();
+        Self { relative, largest: differences().fold(0.0, f64::max) }
+    }
+
+    fn worse(self, other: Self) -> Self {
+        let (relative, largest) =
+            (self.relative.max(other.relative), self.largest.max(other.largest));
+        Self { relative, largest }
+    }
 }

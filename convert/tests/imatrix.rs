@@ -78,11 +78,16 @@ fn collecting_writes_a_file_that_converting_reads() {
             &[&[&checkpoint(), "--outtype", "IQ4_NL", "-o", out], args].concat(),
             dir.path(),
         ));
-        fs::read(dir.path().join(out)).unwrap()
+        let file = Gguf::open(&dir.path().join(out)).unwrap();
+        let data = file.tensors().iter().map(|tensor| file.bytes()[tensor.range.clone()].to_vec());
+        let files = file.get::<Vec<String>>("openvla.source.sha256").unwrap();
+        (data.collect::<Vec<_>>().concat(), files)
     };
-    let plain = convert(&[], "plain.gguf");
-    let weighed = convert(&["--imatrix", "calibration.gguf"], "weighed.gguf");
+    let (plain, files) = convert(&[], "plain.gguf");
+    let (weighed, more) = convert(&["--imatrix", "calibration.gguf"], "weighed.gguf");
     assert!(plain.len() == weighed.len() && plain != weighed, "other scales, and nothing else");
+    let added: Vec<_> = more.iter().filter(|file| !files.contains(file)).collect();
+    assert!(added.len() == 1 && added[0].ends_with("  imatrix/calibration.gguf"), "{added:?}");
     // The same prompts give the same file; and any file of the model will do.
     succeeds(&imatrix(dir.path(), &[("-o", "again.gguf")]));
     let [first, again] =

@@ -314,4 +314,20 @@ fn an_adapter_that_was_merged_twice_or_not_at_all_is_noticed() {
         // BF16's rounding of the sum, and of the adapter's matrices, whose product is below 0.02.
         assert!((x - y).abs() <= 0.01 * x.abs() + 2e-4, "{y} of the run, {x} merged here");
     }
+    let file = Gguf::open(&dir.path().join("model.gguf")).unwrap();
+    let made_of: Vec<String> = file.get("openvla.source.sha256").unwrap();
+    for name in ["base/config.json", "base/model.safetensors", "dataset_statistics.json", HEAD]
+        .into_iter()
+        .chain(["lora_adapter/adapter_config.json", "lora_adapter/adapter_model.safetensors"])
+    {
+        assert!(made_of.iter().any(|file| file.ends_with(&format!("  {name}"))), "{made_of:?}");
+    }
+    let check = |args: &[&str]| {
+        let usual = ["verify", "model.gguf", "--source", "run"];
+        openvla_convert(&[&usual, args].concat(), dir.path())
+    };
+    assert_fails(&check(&[]), &["base/config.json", "say with --base where it is"]);
+    succeeds(&check(&["--base", "base"]));
+    let unmerged = check(&["--base", "run"]);
+    assert!(stdout(&unmerged).contains("missing base/model.safetensors"), "{}", stdout(&unmerged));
 }

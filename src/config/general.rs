@@ -1,7 +1,7 @@
 //! `general.*`: what people, file browsers and model hubs read. ref: `docs/gguf.md` of ggml.
 
 use openvla_kernels::{Gguf, Header, Value};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -46,7 +46,7 @@ pub struct General {
 }
 
 /// The checkpoint that a file was converted from, as far as it is public.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Source {
     /// Its page.
     pub url: Option<String>,

@@ -151,7 +151,7 @@ impl Convert {
 }
 
 /// A folder, fetched from the Hub unless there is one of that name.
-fn folder(source: &Path, content: Content) -> Result<PathBuf> {
+pub fn folder(source: &Path, content: Content) -> Result<PathBuf> {
     let dir = hub::locate(source, content)?;
     if let Some(HubRevision { repository, revision }) = hub_revision(&dir)? {
         say(format_args!("{repository} is at {revision}"));

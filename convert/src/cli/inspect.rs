@@ -77,6 +77,10 @@ fn facts(report: &Inspection, out: &mut String) -> Result<()> {
     let size = BinaryBytes(report.file_bytes);
     let dtype = report.r#type.map_or_else(|| format!("type {}", general.file_type), str::to_owned);
     let converter = general.converter_version.as_ref().map(|v| format!("openvla-convert {v}"));
+    let made_of = match report.source_files.len() {
+        0 => "files that it does not name".to_owned(),
+        n => format!("{n} files, whose SHA-256 it has (--json)"),
+    };
     let carried = |yes, what| if yes { what } else { "none" };
     for (label, value) in [
         ("file", format!("{}, {size}, {dtype}", report.file)),
@@ -88,6 +92,7 @@ fn facts(report: &Inspection, out: &mut String) -> Result<()> {
         ("code", known(&[&general.repo_url])),
         ("license", known(&[&general.license, &general.license_name, &general.license_link])),
         ("source", source),
+        ("made of", made_of),
         ("converter", known(&[&converter])),
         ("checksums", carried(report.checksums, "in the file").to_owned()),
         ("test cases", carried(report.reference_cases, "in the file").to_owned()),
@@ -170,7 +175,7 @@ fn summary(card: &ActionCard) -> String {
 }
 
 /// Escapes control characters: a file's strings must not command the terminal.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let escape = |c: char| match c {
         '"' | '\'' => c.to_string(),
         c => c.escape_debug().to_string(),
@@ -179,7 +184,7 @@ fn printable(text: &str) -> String {
 }
 
 /// Escapes the control characters that JSON leaves as they are: all but ASCII's.
-fn json_char(c: char) -> String {
+pub fn json_char(c: char) -> String {
     match c {
         '\n' => c.to_string(),
         c if c.is_control() => format!("\\u{:04x}", u32::from(c)),

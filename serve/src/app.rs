@@ -12,13 +12,14 @@ use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
 
 use crate::audit::{Audit, Entry};
-use crate::auth::{Token, check_origin, check_page};
+use crate::auth::{check_origin, check_page};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
 use crate::stop::Stop;
+use crate::tokens::{Caller, Tokens};
 use crate::turns::Turns;
 
 /// The state that all requests share.
@@ -31,8 +32,9 @@ pub struct App {
     pub draining: watch::Receiver<bool>,
     /// The emergency stop.
     pub stop: Stop,
+    /// Who may do what.
+    pub tokens: Arc<Tokens>,
     audit: Option<Arc<Audit>>,
-    token: Option<Token>,
     /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
     /// Limits how many image files are decoded at a time: one for each core. Bodies are read meanwhile.
@@ -77,14 +79,14 @@ impl App {
     pub fn new(
         engine: Engine,
         settings: Settings,
-        token: Option<Token>,
+        tokens: Arc<Tokens>,
         audit: Option<Arc<Audit>>,
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
         let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
         let stop = Stop::new(engine.metrics().stopped.clone());
-        Arc::new(Self { engine, settings, draining, stop, audit, token, bodies, pictures })
+        Arc::new(Self { engine, settings, draining, stop, tokens, audit, bodies, pictures })
     }
 
     /// The metadata of a request, from its headers.
@@ -97,6 +99,7 @@ impl App {
         let Connection { number, .. } = *extension(request);
         let headers = Headers::of(request.headers())?;
         let meta = headers.meta(arrived, number, self.settings.deadline())?;
+        let meta = Meta { caller: extension::<Caller>(request).clone(), ..meta };
         if self.settings.max_delta.is_some() && matches!(meta.client, Client::Connection(_)) {
             let message = "--max-delta compares a motion with the client's last one";
             let hint = "name the robot in the header X-Client-Id";
@@ -181,8 +184,9 @@ impl App {
     }
 
     /// Keeps in the audit log that somebody set or released the emergency stop.
-    pub fn note(&self, what: &'static str, by: Option<String>, connection: u64) {
-        self.audit.iter().for_each(|audit| audit.add(Entry::event(what, by.clone(), connection)));
+    pub fn note(&self, what: &'static str, by: Option<String>, caller: &Caller, connection: u64) {
+        let event = || Entry::event(what, by.clone(), caller, connection);
+        self.audit.iter().for_each(|audit| audit.add(event()));
     }
 
     /// Makes the picture the square that the model takes, when it is the client's turn, and asks for the
@@ -228,16 +232,19 @@ impl App {
         decoded
     }
 
-    /// Whether a request may be served: by its token, or by where a browser's page came from.
+    /// Who asks: by its token, or anybody where a server has none and no other site's page asks. What they may do is
+    /// [`Tokens::permit`]'s.
     ///
     /// # Errors
     /// [`Code::Unauthorized`], [`Code::ForbiddenOrigin`].
-    pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
-        match &self.token {
-            _ if ["/healthz", "/readyz", "/health"].contains(&path) => Ok(()),
-            Some(token) => token.check(headers),
-            None => check_origin(headers),
+    pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<Caller, Error> {
+        if ["/healthz", "/readyz", "/health"].contains(&path) {
+            return Ok(Caller::default());
         }
+        if self.tokens.is_empty() {
+            return check_origin(headers).map(|()| Caller::default());
+        }
+        self.tokens.check(headers)
     }
 
     /// Whether the page may show what the robots see, given that the request was [admitted](App::admit).
@@ -245,7 +252,7 @@ impl App {
     /// # Errors
     /// [`Code::ForbiddenOrigin`].
     pub fn admit_page(&self, headers: &HeaderMap) -> Result<(), Error> {
-        if self.token.is_some() { Ok(()) } else { check_page(headers) }
+        if self.tokens.is_empty() { check_page(headers) } else { Ok(()) }
     }
 }
 

@@ -6,7 +6,7 @@
 //!  "model": "/srv/openvla-7b.gguf", "outcome": "ok"}
 //! ```
 //!
-//! `outcome` is `ok`, the error's code, or `stop` and `release`. What did not come as far as the queue, such as a body that is
+//! `token` is there if the client's token has a name. `outcome` is `ok`, the error's code, or `stop` and `release`. What did not come as far as the queue, such as a body that is
 //! not JSON, is not in it, and neither is what its client did not wait for. Times are seconds since 1970.
 //!
 //! A thread of its own writes the lines. Nobody waits for it: where it is behind, or the disk is full, lines are dropped,
@@ -26,6 +26,7 @@ use serde::Serialize;
 use crate::error::Error;
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Observation};
+use crate::tokens::Caller;
 
 /// Lines that may wait for the disk.
 const MAX_WAITING: usize = 1024;
@@ -43,6 +44,9 @@ pub struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     protocol: Option<&'static str>,
     client: Option<String>,
+    /// The name of the token that was shown, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<String>,
     connection: u64,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     asked: Option<Asked>,
@@ -95,12 +99,19 @@ impl Entry {
             Client::Connection(_) | Client::Episode(..) => None,
         };
         let (protocol, asked) = (Some(protocol), Some(asked));
-        Self { protocol, client, connection: meta.connection, asked, ..Self::default() }
+        let (token, connection) = (meta.caller.name().map(str::to_owned), meta.connection);
+        Self { protocol, client, token, connection, asked, ..Self::default() }
     }
 
     /// Something else that somebody did.
-    pub fn event(outcome: &'static str, client: Option<String>, connection: u64) -> Self {
-        Self { client, connection, outcome, ..Self::default() }
+    pub fn event(
+        outcome: &'static str,
+        client: Option<String>,
+        caller: &Caller,
+        connection: u64,
+    ) -> Self {
+        let token = caller.name().map(str::to_owned);
+        Self { client, token, connection, outcome, ..Self::default() }
     }
 }
 
@@ -261,7 +272,7 @@ mod tests {
         let audit = Audit::open(Path::new("/dev/full"), 1 << 20, String::new(), dropped.clone());
         let audit = audit.unwrap();
         for _ in 0..3 {
-            audit.add(Entry::event("stop", None, 1));
+            audit.add(Entry::event("stop", None, &Caller::default(), 1));
         }
         audit.flush();
         assert_eq!(dropped.get(), 3);
@@ -274,7 +285,7 @@ mod tests {
         let (dropped, model) = (Counter::default(), String::new());
         let audit = Audit { lines: send, dropped: dropped.clone(), model };
         for _ in 0..MAX_WAITING + 5 {
-            audit.add(Entry::event("stop", None, 1)); // returns
+            audit.add(Entry::event("stop", None, &Caller::default(), 1)); // returns
         }
         assert_eq!(dropped.get(), 5);
     }

@@ -61,6 +61,8 @@ codes! {
     ClientNeeded = "client_needed", BAD_REQUEST;
     /// The token is missing or wrong.
     Unauthorized = "unauthorized", UNAUTHORIZED;
+    /// The token is right, and not for this.
+    MissingScope = "missing_scope", FORBIDDEN;
     /// A web page of another origin asks.
     ForbiddenOrigin = "forbidden_origin", FORBIDDEN;
     /// There is no such route.

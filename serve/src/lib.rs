@@ -13,7 +13,7 @@
 //! | `server` | the listener, limits of connections, shutdown |
 //! | `routes` | the route of each request, with metrics and logs |
 //! | `app` | shared state: token, limits, reading of bodies, decoding of images |
-//! | `auth` | tokens and origins |
+//! | `tokens`, `auth` | who may do what; what requests show of who asks |
 //! | `act`, `compat` | the reference's protocol, and its errors |
 //! | `openpi` | openpi's websocket |
 //! | `vla_eval`, `vla_frame` | that of vla-eval, which evaluates policies on benchmarks, and what its frames hold |
@@ -78,6 +78,7 @@ pub mod routes;
 pub mod safety;
 pub mod server;
 pub mod stop;
+pub mod tokens;
 pub mod turns;
 pub mod view;
 pub mod vla_eval;

@@ -175,6 +175,7 @@ mod tests {
 
     use super::*;
     use crate::error::Code;
+    use crate::tokens::Caller;
 
     fn step(robot: &str, instruction: &str) -> Step {
         let now = Instant::now();
@@ -182,9 +183,9 @@ mod tests {
             "" => Client::Connection(7),
             name => Client::Named(name.into()),
         };
-        let (epoch, seq, timestamp) = (None, None, Some(0.0));
-        let meta =
-            Meta { client, connection: 7, epoch, seq, timestamp, arrived: now, deadline: now };
+        let (caller, epoch, seq, timestamp) = (Caller::default(), None, None, Some(0.0));
+        let (connection, arrived, deadline) = (7, now, now);
+        let meta = Meta { client, caller, connection, epoch, seq, timestamp, arrived, deadline };
         let observation = Observation::new(RgbImage::new(1, 1), instruction.into(), None).unwrap();
         Step::new(&meta, observation, Err(Error::new(Code::NotFinite, "x")))
     }

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, IsTerminal};
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,10 @@ use anyhow::{Context, Result, anyhow};
 use openvla::cli;
 use openvla_serve::options::Options;
 use openvla_serve::server::serve;
+use openvla_serve::tokens::Tokens;
 use tokio::net::TcpListener;
 use tokio::runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 fn main() -> ExitCode {
@@ -35,7 +36,7 @@ fn log(options: &Options) {
 
 fn run(options: Options) -> Result<()> {
     let Options { model, mut settings, .. } = options;
-    settings.token()?; // before anything listens
+    let tokens = settings.tokens()?; // before anything listens
     settings.model = model.path();
     if settings.model.is_none() {
         tracing::warn!("{}", cli::BUILT_IN);
@@ -50,6 +51,10 @@ fn run(options: Options) -> Result<()> {
         let at = SocketAddr::new(settings.host, settings.port.unwrap_or_else(usual));
         let listener = bind(at).await;
         let listener = listener.map_err(|error| cannot_listen(at, &error))?;
+        if settings.client_tokens.is_some() {
+            let hangup = signal(SignalKind::hangup()).expect("the system has signals");
+            tokio::spawn(reread(Arc::clone(&tokens), hangup));
+        }
         let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
             .map(|kind| signal(kind).expect("the system has signals"));
         tracing::info!(address = %listener.local_addr()?, "listening");
@@ -60,11 +65,24 @@ fn run(options: Options) -> Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        serve(listener, settings, move || model.open(), stopped).await
+        serve(listener, settings, tokens, move || model.open(), stopped).await
     });
     // A step that hangs must not keep the program.
     runtime.shutdown_background();
     served
+}
+
+/// Reads the tokens of clients again at each SIGHUP.
+async fn reread(tokens: Arc<Tokens>, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        match tokens.reread() {
+            Ok(n) => tracing::info!(n, "SIGHUP: the tokens were read again"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, "SIGHUP: the tokens stay as they were");
+            }
+        }
+    }
 }
 
 /// Threads that connections are served on.

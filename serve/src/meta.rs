@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::tokens::Caller;
+
 /// Who sent an observation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Client {
@@ -18,6 +20,8 @@ pub enum Client {
 pub struct Meta {
     /// The client.
     pub client: Client,
+    /// Whose token it showed.
+    pub caller: Caller,
     /// The number of its connection, in the order in which they were opened.
     pub connection: u64,
     /// Which run of the client's program it is, if the client says so: higher is later.

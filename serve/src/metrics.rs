@@ -10,6 +10,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::observation::{Draft, Times};
+use crate::tokens::Caller;
 
 /// The labels of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -18,6 +19,13 @@ pub struct Request {
     pub form: &'static str,
     /// `ok`, or the error's code.
     pub outcome: &'static str,
+}
+
+/// The labels of requests by who asked: the names in the file of clients, of which there are only so many.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Asked {
+    token: String,
+    outcome: &'static str,
 }
 
 /// The label of a stage.
@@ -46,6 +54,7 @@ pub struct Metrics {
     registry: Registry,
     /// Answered requests and websocket messages.
     pub requests: Family<Request, Counter>,
+    asked: Family<Asked, Counter>,
     stages: Family<Stage, Histogram, Seconds>,
     batches: Histogram,
     /// Observations in the queue.
@@ -83,6 +92,9 @@ impl Default for Metrics {
             "Requests and messages answered, by outcome",
             requests.clone(),
         );
+        let asked = Family::default();
+        let help = "The same by the name of the client's token, where it has one";
+        registry.register("token_requests", help, asked.clone());
         let stages = Family::new_with_constructor(Seconds);
         let help = "Time by stage; queue is all before the model, step all within it";
         registry.register_with_unit("stage", help, Unit::Seconds, stages.clone());
@@ -116,6 +128,7 @@ impl Default for Metrics {
         Self {
             registry,
             requests,
+            asked,
             stages,
             batches,
             waiting,
@@ -138,8 +151,11 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Counts an answered request.
-    pub fn answered(&self, form: &'static str, outcome: &'static str) {
+    pub fn answered(&self, form: &'static str, outcome: &'static str, caller: &Caller) {
         self.requests.get_or_create(&Request { form, outcome }).inc();
+        if let Some(token) = caller.name() {
+            self.asked.get_or_create(&Asked { token: token.to_owned(), outcome }).inc();
+        }
     }
 
     /// Counts a step.
@@ -198,9 +214,10 @@ mod tests {
     #[test]
     fn what_happened_is_in_the_text() {
         let metrics = Metrics::default();
-        metrics.answered("act", "ok");
-        metrics.answered("act", "ok");
-        metrics.answered("plain", "queue_full");
+        let caller = Caller::default();
+        metrics.answered("act", "ok", &caller);
+        metrics.answered("act", "ok", &caller);
+        metrics.answered("plain", "queue_full", &caller);
         let timing = openvla::Timing::default();
         let times = Times::new(std::time::Duration::from_millis(3), &timing);
         metrics.step(&times, &Draft { passes: 5, accepted: vec![true, true, false] });

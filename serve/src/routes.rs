@@ -13,6 +13,7 @@ use axum::{Json, Router};
 use crate::app::{App, Arrived};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
+use crate::tokens::Scope;
 use crate::{act, openpi, page, plain, stop, vla_eval};
 
 /// The description of the API.
@@ -70,14 +71,34 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
     (METRICS, app.engine.metrics().text()).into_response()
 }
 
+/// What a token must allow; nothing in particular where anyone may look who has one.
+fn scope(app: &App, request: &Request) -> Option<Scope> {
+    match request.uri().path() {
+        "/" if page::is_page(app, request) => Some(Scope::Watch),
+        page::EVENTS | "/metrics" => Some(Scope::Watch),
+        "/" | VLLM | "/vla-eval" | "/act" | "/act/" | "/v1/act" | "/v1/act/" => Some(Scope::Act),
+        "/v1/stop" | "/v1/release" => Some(Scope::Act),
+        _ => None, // probes, descriptions, and what is not there
+    }
+}
+
 async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let arrived = Instant::now();
     request.extensions_mut().insert(Arrived(arrived));
     let upgrades = request.headers().contains_key(header::UPGRADE);
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
-    let mut response = match app.admit(request.headers(), &path) {
-        Ok(()) => next.run(request).await,
+    let admitted = app.admit(request.headers(), &path);
+    let caller = admitted.as_ref().cloned().unwrap_or_default();
+    let permitted = admitted.and_then(|caller| match scope(&app, &request) {
+        Some(scope) => app.tokens.permit(&caller, scope),
+        None => Ok(()),
+    });
+    let mut response = match permitted {
+        Ok(()) => {
+            request.extensions_mut().insert(caller.clone());
+            next.run(request).await
+        }
         Err(error) if error.code == Code::Unauthorized => {
             page::sign_in(&app, &request).unwrap_or_else(|| error.into_response())
         }
@@ -95,7 +116,7 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     };
     // A connection that became a websocket is not an answer; its messages are counted one by one.
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        app.engine.metrics().answered(form, outcome);
+        app.engine.metrics().answered(form, outcome, &caller);
         if *app.draining.borrow() {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }

@@ -25,6 +25,7 @@ use crate::options::Settings;
 use crate::page;
 use crate::policy::Policy;
 use crate::routes::routes;
+use crate::tokens::Tokens;
 use crate::worker::run;
 
 /// For how long after the signal to stop a connection may still bring a request.
@@ -39,6 +40,7 @@ const LINGER: Duration = Duration::from_millis(500);
 pub async fn serve<P, O>(
     listener: TcpListener,
     settings: Settings,
+    tokens: Arc<Tokens>,
     open: O,
     stop: impl Future<Output = ()>,
 ) -> Result<()>
@@ -47,12 +49,11 @@ where
     O: FnMut() -> Result<P> + Send + 'static,
 {
     let engine = Engine::new(settings.limits());
-    let token = settings.token()?;
     let audit = Flushed(settings.audit(engine.metrics().audit_dropped.clone())?);
     let (mut worker, mut ended) = start(&engine, &settings, open)?;
     let (drain, draining) = watch::channel(false);
     let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
-    let app = App::new(engine.clone(), settings.clone(), token, audit.0.clone(), draining.clone());
+    let app = App::new(engine.clone(), settings.clone(), tokens, audit.0.clone(), draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
     if !settings.no_page {
         tokio::spawn(page::run(Arc::clone(&app)));

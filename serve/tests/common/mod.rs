@@ -24,6 +24,7 @@ use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
 use openvla_serve::policy::{ModelInfo, Policy};
 use openvla_serve::server::serve;
+use openvla_serve::tokens::Tokens;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -136,6 +137,7 @@ pub struct Server {
     pub address: SocketAddr,
     pub gate: Gate,
     pub saw: Receiver<Observation>,
+    pub tokens: Arc<Tokens>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<()>>>,
     agent: ureq::Agent,
@@ -181,6 +183,7 @@ impl Server {
         open: impl FnMut() -> Result<P> + Send + 'static,
     ) -> Self {
         let settings = options(args).settings;
+        let tokens = settings.tokens().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let (send, address) = channel();
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -188,12 +191,13 @@ impl Server {
             .enable_all()
             .build()
             .unwrap();
+        let known = Arc::clone(&tokens);
         let thread = std::thread::spawn(move || {
             let served = runtime.block_on(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 send.send(listener.local_addr().unwrap()).unwrap();
                 let stop = async { stopped.await.unwrap_or(()) };
-                serve(listener, settings, open, stop).await
+                serve(listener, settings, known, open, stop).await
             });
             runtime.shutdown_background();
             served
@@ -204,7 +208,7 @@ impl Server {
             .timeout_global(Some(PATIENCE))
             .build()
             .into();
-        Self { address, gate, saw, stop: Some(stop), thread: Some(thread), agent }
+        Self { address, gate, saw, tokens, stop: Some(stop), thread: Some(thread), agent }
     }
 
     fn ready(self) -> Self {

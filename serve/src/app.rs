@@ -7,7 +7,7 @@ use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use openvla::cli::Threads;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
 
@@ -18,6 +18,7 @@ use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
+use crate::reload::Reload;
 use crate::stop::Stop;
 use crate::tokens::{Caller, Tokens};
 use crate::turns::Turns;
@@ -34,6 +35,10 @@ pub struct App {
     pub stop: Stop,
     /// Who may do what.
     pub tokens: Arc<Tokens>,
+    /// Puts another model in the place of what is served.
+    pub reload: Arc<Reload>,
+    /// Whether nobody does so now.
+    pub reloading: Arc<Semaphore>,
     audit: Option<Arc<Audit>>,
     /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
@@ -81,12 +86,25 @@ impl App {
         settings: Settings,
         tokens: Arc<Tokens>,
         audit: Option<Arc<Audit>>,
+        reload: Arc<Reload>,
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
         let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
         let stop = Stop::new(engine.metrics().stopped.clone());
-        Arc::new(Self { engine, settings, draining, stop, tokens, audit, bodies, pictures })
+        let reloading = Arc::new(Semaphore::new(1));
+        Arc::new(Self {
+            engine,
+            settings,
+            draining,
+            stop,
+            tokens,
+            reload,
+            reloading,
+            audit,
+            bodies,
+            pictures,
+        })
     }
 
     /// The metadata of a request, from its headers.
@@ -183,10 +201,11 @@ impl App {
         answer
     }
 
-    /// Keeps in the audit log that somebody set or released the emergency stop.
-    pub fn note(&self, what: &'static str, by: Option<String>, caller: &Caller, connection: u64) {
-        let event = || Entry::event(what, by.clone(), caller, connection);
-        self.audit.iter().for_each(|audit| audit.add(event()));
+    /// Keeps something in the audit log that is not a motion.
+    pub fn note(&self, entry: Entry) {
+        if let Some(audit) = &self.audit {
+            audit.add(entry);
+        }
     }
 
     /// Makes the picture the square that the model takes, when it is the client's turn, and asks for the

@@ -3,10 +3,11 @@
 //! ```text
 //! {"time": 1796023454.2, "protocol": "plain", "client": "arm", "connection": 7, "seq": 3, "instruction": "open the drawer",
 //!  "unnorm_key": "bridge_orig", "latency_ms": 80.1, "actions": [[0.1, …]], "tokens": [31872, …],
-//!  "model": "/srv/openvla-7b.gguf", "outcome": "ok"}
+//!  "model": "/srv/openvla-7b.gguf", "fingerprint": "9f2c…", "outcome": "ok"}
 //! ```
 //!
-//! `token` is there if the client's token has a name. `outcome` is `ok`, the error's code, or `stop` and `release`. What did not come as far as the queue, such as a body that is
+//! `token` is there if the client's token has a name. `outcome` is `ok`, the error's code, or `stop`,
+//! `release`, `reload` (with the model that is served from then on) and `reload_failed`. What did not come as far as the queue, such as a body that is
 //! not JSON, is not in it, and neither is what its client did not wait for. Times are seconds since 1970.
 //!
 //! A thread of its own writes the lines. Nobody waits for it: where it is behind, or the disk is full, lines are dropped,
@@ -52,7 +53,14 @@ pub struct Entry {
     asked: Option<Asked>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     moved: Option<Moved>,
-    outcome: &'static str,
+    /// The file of the model that moved the robot, or that is served from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Its fingerprint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// `ok`, an error's code, or what was done.
+    pub outcome: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -68,7 +76,6 @@ struct Asked {
 struct Moved {
     actions: Vec<Vec<f64>>,
     tokens: Vec<u32>,
-    model: String,
 }
 
 enum Message {
@@ -81,8 +88,6 @@ enum Message {
 pub struct Audit {
     lines: SyncSender<Message>,
     dropped: Counter,
-    /// The model's file.
-    model: String,
 }
 
 impl Entry {
@@ -120,14 +125,14 @@ impl Audit {
     ///
     /// # Errors
     /// If the file cannot be opened, or no thread be started.
-    pub fn open(path: &Path, most: u64, model: String, dropped: Counter) -> Result<Self> {
+    pub fn open(path: &Path, most: u64, dropped: Counter) -> Result<Self> {
         let log =
             Log::open(path, most).with_context(|| format!("--audit-log {}", path.display()))?;
         let (send, lines) = sync_channel(MAX_WAITING);
         let failed = dropped.clone();
         let thread = std::thread::Builder::new().name("audit".into());
         thread.spawn(move || write(log, &lines, &failed)).context("cannot start a thread")?;
-        Ok(Self { lines: send, dropped, model })
+        Ok(Self { lines: send, dropped })
     }
 
     /// Adds what came of an observation that came so long ago.
@@ -138,11 +143,10 @@ impl Audit {
         match answer {
             Ok(answer) => {
                 entry.outcome = "ok";
-                entry.moved = Some(Moved {
-                    actions: answer.actions.clone(),
-                    tokens: answer.tokens.clone(),
-                    model: self.model.clone(),
-                });
+                let (actions, tokens) = (answer.actions.clone(), answer.tokens.clone());
+                entry.moved = Some(Moved { actions, tokens });
+                entry.model = Some(answer.file.clone());
+                entry.fingerprint = Some(answer.fingerprint.clone());
                 if let Some(asked) = &mut entry.asked {
                     asked.unnorm_key = Some(answer.unnorm_key.clone());
                 }
@@ -269,7 +273,7 @@ mod tests {
     #[test]
     fn a_full_disk_loses_lines_and_counts_them() {
         let dropped = Counter::default();
-        let audit = Audit::open(Path::new("/dev/full"), 1 << 20, String::new(), dropped.clone());
+        let audit = Audit::open(Path::new("/dev/full"), 1 << 20, dropped.clone());
         let audit = audit.unwrap();
         for _ in 0..3 {
             audit.add(Entry::event("stop", None, &Caller::default(), 1));
@@ -282,8 +286,8 @@ mod tests {
     #[test]
     fn a_slow_disk_loses_lines_and_keeps_nobody() {
         let (send, _stands_still) = sync_channel(MAX_WAITING);
-        let (dropped, model) = (Counter::default(), String::new());
-        let audit = Audit { lines: send, dropped: dropped.clone(), model };
+        let dropped = Counter::default();
+        let audit = Audit { lines: send, dropped: dropped.clone() };
         for _ in 0..MAX_WAITING + 5 {
             audit.add(Entry::event("stop", None, &Caller::default(), 1)); // returns
         }

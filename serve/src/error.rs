@@ -87,6 +87,10 @@ codes! {
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED;
     /// The model computed numbers that are not finite.
     NotFinite = "not_finite", INTERNAL_SERVER_ERROR;
+    /// Another model is being opened already.
+    ReloadRunning = "reload_running", CONFLICT;
+    /// The other model cannot be served; what was served is served on.
+    ReloadFailed = "reload_failed", UNPROCESSABLE_ENTITY;
     /// The model failed.
     ModelFailed = "model_failed", INTERNAL_SERVER_ERROR;
     /// The queue is full.

@@ -31,6 +31,8 @@
 //! | `worker` | the thread that owns the model |
 //! | `description` | what is served, for clients that ask |
 //! | `policy` | the interface of a model to the worker |
+//! | `models` | where models come from: files, which are checked if they take the place of another |
+//! | `reload`, `memory` | another model in the place of the one that is served; whether there is room for both |
 //! | `safety` | checks of every motion: finite, within bounds, near the last one |
 //! | `live` | the last step of each robot, and who watches |
 //! | `page` | the page that people watch, and its events |
@@ -60,9 +62,11 @@ pub mod error;
 pub mod field;
 pub mod json;
 pub mod live;
+pub mod memory;
 pub mod message;
 pub mod meta;
 pub mod metrics;
+pub mod models;
 pub mod numpy;
 pub mod observation;
 pub mod openpi;
@@ -74,6 +78,7 @@ pub mod plain;
 pub mod policy;
 pub mod queue;
 pub mod recent;
+pub mod reload;
 pub mod routes;
 pub mod safety;
 pub mod server;

@@ -10,6 +10,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::observation::{Draft, Times};
+use crate::policy::ModelInfo;
 use crate::tokens::Caller;
 
 /// The labels of requests.
@@ -32,6 +33,19 @@ struct Asked {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Stage {
     stage: &'static str,
+}
+
+/// The labels of the model that is served.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Served {
+    model: String,
+    fingerprint: String,
+}
+
+/// The label of what came of a reload.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reloaded {
+    outcome: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -81,6 +95,8 @@ pub struct Metrics {
     pub audit_dropped: Counter,
     memory: Gauge,
     devices: Family<Device, Gauge>,
+    served: Family<Served, Gauge>,
+    reloads: Family<Reloaded, Counter>,
 }
 
 impl Default for Metrics {
@@ -113,6 +129,10 @@ impl Default for Metrics {
         let memory = gauge("resident_memory_bytes", "Memory of the process");
         let devices = Family::<Device, Gauge>::default();
         registry.register("device_memory_bytes", "What the model takes by device", devices.clone());
+        let served = Family::<Served, Gauge>::default();
+        registry.register("model", "1 for the model that is served", served.clone());
+        let reloads = Family::<Reloaded, Counter>::default();
+        registry.register("reloads", "Times that another model was to be served", reloads.clone());
         let mut counter = |name: &str, help: &str| {
             let counter = Counter::<u64, AtomicU64>::default();
             registry.register(name, help, counter.clone());
@@ -145,6 +165,8 @@ impl Default for Metrics {
             audit_dropped,
             memory,
             devices,
+            served,
+            reloads,
         }
     }
 }
@@ -180,8 +202,20 @@ impl Metrics {
         self.batches.observe(n as f64);
     }
 
-    /// Sets the model's memory on each device.
-    pub fn devices(&self, memory: &[(String, usize)]) {
+    /// Sets what is served, and its memory on each device.
+    pub fn model(&self, model: &ModelInfo) {
+        let (name, fingerprint) = (model.name.clone(), model.fingerprint.clone());
+        self.served.clear();
+        self.served.get_or_create(&Served { model: name, fingerprint }).set(1);
+        self.devices(&model.memory);
+    }
+
+    /// Counts a reload.
+    pub fn reloaded(&self, outcome: &'static str) {
+        self.reloads.get_or_create(&Reloaded { outcome }).inc();
+    }
+
+    fn devices(&self, memory: &[(String, usize)]) {
         for (device, bytes) in memory {
             let label = Device { device: device.clone() };
             self.devices.get_or_create(&label).set(i64::try_from(*bytes).unwrap_or(i64::MAX));

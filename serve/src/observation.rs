@@ -262,6 +262,11 @@ pub struct Answer {
     pub draft: Draft,
     /// The time of each stage.
     pub timing_ms: Times,
+    /// The fingerprint of the model whose motion it is.
+    pub fingerprint: String,
+    /// That model's file: for the audit log.
+    #[serde(skip)]
+    pub file: String,
     /// The `seq` of the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,

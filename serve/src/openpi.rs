@@ -82,6 +82,7 @@ struct Reply<'a> {
     warning: Option<&'static str>,
     safety: &'a safety::Report,
     draft: &'a Draft,
+    fingerprint: &'a str,
     seq: Option<u64>,
     server_timing: ServerTiming,
 }
@@ -246,6 +247,7 @@ impl Talk {
             warning: answer.warning,
             safety: &answer.safety,
             draft: &answer.draft,
+            fingerprint: &answer.fingerprint,
             seq: answer.seq,
             server_timing: ServerTiming {
                 infer_ms: times.step,

@@ -93,9 +93,9 @@ pub struct Settings {
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 20)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub audit_log_size: u64,
-    /// The model's file, for the audit log
-    #[arg(skip)]
-    pub model: Option<PathBuf>,
+    /// Folder whose model files POST /v1/reload may name; without it, that reads the served file again
+    #[arg(long, value_name = "FOLDER")]
+    pub models: Option<PathBuf>,
     /// Answer errors of /act and the websocket as the reference does: "error" with status 200
     #[arg(long)]
     pub compat_errors: bool,
@@ -159,9 +159,7 @@ impl Settings {
     /// # Errors
     /// As [`Audit::open`].
     pub fn audit(&self, dropped: Counter) -> Result<Option<Arc<Audit>>> {
-        let model =
-            self.model.as_ref().map_or("built-in".into(), |path| path.display().to_string());
-        let open = |path: &PathBuf| Audit::open(path, self.audit_log_size, model, dropped);
+        let open = |path: &PathBuf| Audit::open(path, self.audit_log_size, dropped);
         Ok(self.audit_log.as_ref().map(open).transpose()?.map(Arc::new))
     }
 

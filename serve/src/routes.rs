@@ -14,7 +14,7 @@ use crate::app::{App, Arrived};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
 use crate::tokens::Scope;
-use crate::{act, openpi, page, plain, stop, vla_eval};
+use crate::{act, openpi, page, plain, reload, stop, vla_eval};
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -37,6 +37,7 @@ pub fn routes(app: Arc<App>) -> Router {
         .route("/v1/act/", post(plain::act))
         .route("/v1/stop", post(stop::stop))
         .route("/v1/release", post(stop::release))
+        .route("/v1/reload", post(reload::post))
         .route("/v1/model", get(model))
         .route("/healthz", get(async || (TEXT, "OK\n")))
         .route("/readyz", get(ready))
@@ -78,6 +79,7 @@ fn scope(app: &App, request: &Request) -> Option<Scope> {
         page::EVENTS | "/metrics" => Some(Scope::Watch),
         "/" | VLLM | "/vla-eval" | "/act" | "/act/" | "/v1/act" | "/v1/act/" => Some(Scope::Act),
         "/v1/stop" | "/v1/release" => Some(Scope::Act),
+        "/v1/reload" => Some(Scope::Admin),
         _ => None, // probes, descriptions, and what is not there
     }
 }

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,9 +22,10 @@ use tower_service::Service;
 use crate::app::{App, Connection};
 use crate::audit::Audit;
 use crate::engine::Engine;
+use crate::models::Models;
 use crate::options::Settings;
 use crate::page;
-use crate::policy::Policy;
+use crate::reload::{Successor, reload};
 use crate::routes::routes;
 use crate::tokens::Tokens;
 use crate::worker::run;
@@ -37,23 +39,22 @@ const LINGER: Duration = Duration::from_millis(500);
 /// # Errors
 /// If the model or the audit log cannot be opened, the model fails too often or hangs, if not all was answered in time, or if
 /// no thread can be started for the model.
-pub async fn serve<P, O>(
+pub async fn serve(
     listener: TcpListener,
     settings: Settings,
     tokens: Arc<Tokens>,
-    open: O,
+    models: impl Models,
     stop: impl Future<Output = ()>,
-) -> Result<()>
-where
-    P: Policy,
-    O: FnMut() -> Result<P> + Send + 'static,
-{
+) -> Result<()> {
     let engine = Engine::new(settings.limits());
     let audit = Flushed(settings.audit(engine.metrics().audit_dropped.clone())?);
-    let (mut worker, mut ended) = start(&engine, &settings, open)?;
+    let (models, (successors, coming)) = (Arc::new(models), channel());
+    let (mut worker, mut ended) = start(&engine, &settings, Arc::clone(&models), coming)?;
+    let reload = reload(engine.clone(), settings.rules(), models, successors);
     let (drain, draining) = watch::channel(false);
     let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
-    let app = App::new(engine.clone(), settings.clone(), tokens, audit.0.clone(), draining.clone());
+    let (all, log) = (settings.clone(), audit.0.clone());
+    let app = App::new(engine.clone(), all, tokens, log, reload, draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
     if !settings.no_page {
         tokio::spawn(page::run(Arc::clone(&app)));
@@ -104,16 +105,17 @@ impl Drop for Flushed {
 /// The worker's thread, and word of its end.
 type Worker = (Option<JoinHandle<Result<()>>>, oneshot::Receiver<()>);
 
-fn start<P: Policy>(
+fn start<M: Models>(
     engine: &Engine,
     settings: &Settings,
-    open: impl FnMut() -> Result<P> + Send + 'static,
+    models: Arc<M>,
+    successors: Receiver<Successor<M::Policy>>,
 ) -> Result<Worker> {
     let (end, ended) = oneshot::channel();
     let (engine, rules) = (engine.clone(), settings.rules());
     let work = move || {
         let _end = end; // dropped with the thread, however it ends
-        run(&engine, &rules, open)
+        run(&engine, &rules, &*models, &successors)
     };
     let named = std::thread::Builder::new().name("model".into());
     let thread = named.spawn(work).context("cannot start the model's thread")?;

@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::app::{App, Connection};
+use crate::audit::Entry;
 use crate::error::{Code, Error};
 use crate::observation::Headers;
 use crate::tokens::Caller;
@@ -137,7 +138,7 @@ pub async fn stop(
     app.stop.set(by.clone());
     let (connection, token) = (connection.number, caller.name());
     tracing::warn!(by, token, connection, "stopped: no motion leaves the server");
-    app.note("stop", by, &caller, connection);
+    app.note(Entry::event("stop", by, &caller, connection));
     state(&app)
 }
 
@@ -150,13 +151,14 @@ pub async fn release(
 ) -> Response {
     let by = name(request.headers());
     let (connection, token) = (connection.number, caller.name());
-    app.note("release", by.clone(), &caller, connection);
+    app.note(Entry::event("release", by.clone(), &caller, connection));
     tracing::warn!(by, token, connection, "released: motions leave the server");
     app.stop.release();
     state(&app)
 }
 
-fn name(headers: &http::HeaderMap) -> Option<String> {
+/// The name that a client gives itself.
+pub fn name(headers: &http::HeaderMap) -> Option<String> {
     Headers::of(headers).ok()?.client_id.filter(|name| name.len() <= 128)
 }
 

@@ -244,6 +244,8 @@ fn step(image: RgbImage, change: impl FnOnce(&mut Answer)) -> Step {
         safety: Report::default(),
         draft: Draft::default(),
         timing_ms: Times::new(Duration::ZERO, &openvla::Timing::default()),
+        fingerprint: String::new(),
+        file: String::new(),
         seq: None,
     };
     change(&mut answer);

@@ -23,10 +23,11 @@ enum Wants {
 }
 
 const ACT: Wants = Wants::Scope(Scope::Act);
+const ADMIN: Wants = Wants::Scope(Scope::Admin);
 const WATCH: Wants = Wants::Scope(Scope::Watch);
 
 /// Every route, as it is asked.
-const ROUTES: [(&str, &str, &str, Wants); 21] = [
+const ROUTES: [(&str, &str, &str, Wants); 23] = [
     ("GET", "/healthz", "", Wants::Nothing),
     ("GET", "/readyz", "", Wants::Nothing),
     ("GET", "/health", "", Wants::Nothing),
@@ -45,6 +46,8 @@ const ROUTES: [(&str, &str, &str, Wants); 21] = [
     ("GET", "/v1/realtime/robot/openpi", UPGRADE, ACT),
     ("GET", "/vla-eval", UPGRADE, ACT),
     ("POST", "/", "", ACT),
+    ("GET", "/v1/reload", "", ADMIN),
+    ("POST", "/v1/reload", "", ADMIN),
     ("GET", "/", "", WATCH),
     ("GET", "/page/events", "", WATCH),
     ("GET", "/metrics", "", WATCH),

@@ -20,6 +20,7 @@ use openvla::{
     ActionSpace, Bounds, OftConfig, OftHead, OpenVla, Preprocess, Profile, Resize, Session,
     Statistics, Timing,
 };
+use openvla_serve::models::{Files, Models};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
 use openvla_serve::policy::{ModelInfo, Policy};
@@ -58,11 +59,14 @@ pub struct Stub {
     gate: Gate,
     saw: Sender<Observation>,
     oft: Option<OftConfig>,
+    pub fingerprint: String,
+    /// Whether every step fails.
+    pub fails: bool,
 }
 
 impl Stub {
     pub fn new(gate: Gate, saw: Sender<Observation>) -> Self {
-        Self { gate, saw, oft: None }
+        Self { gate, saw, oft: None, fingerprint: "0123456789abcdef".into(), fails: false }
     }
 }
 
@@ -73,6 +77,8 @@ impl Policy for Stub {
         let statistics = json!({ "bridge_orig": dataset, "fractal20220817_data": dataset });
         ModelInfo {
             name: "a stub".into(),
+            file: "built-in".into(),
+            fingerprint: self.fingerprint.clone(),
             image_size: 224,
             preprocess: None,
             shown: Preprocess {
@@ -87,6 +93,7 @@ impl Policy for Stub {
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
             statistics: Statistics::parse(statistics.to_string()).unwrap(),
             memory: vec![("CPU".into(), 42)],
+            scratch: 0,
         }
     }
 
@@ -100,6 +107,7 @@ impl Policy for Stub {
         observation: &Observation,
         key: Option<&str>,
     ) -> openvla::Result<Motion> {
+        assert!(!self.fails, "as it was told");
         let instruction = observation.instruction.as_str();
         if instruction != "warm up" {
             let _ = self.saw.send(observation.clone()); // a test may not look
@@ -172,15 +180,15 @@ impl Server {
     /// With the example checkpoint.
     pub fn example(args: &[&str]) -> Self {
         let model = options(args).model;
-        Self::with(args, Gate::default(), channel().1, move || model.open()).ready()
+        Self::with(args, Gate::default(), channel().1, Files(model)).ready()
     }
 
     /// With whatever opens, ready or not.
-    pub fn with<P: Policy>(
+    pub fn with(
         args: &[&str],
         gate: Gate,
         saw: Receiver<Observation>,
-        open: impl FnMut() -> Result<P> + Send + 'static,
+        models: impl Models,
     ) -> Self {
         let settings = options(args).settings;
         let tokens = settings.tokens().unwrap();
@@ -197,7 +205,7 @@ impl Server {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 send.send(listener.local_addr().unwrap()).unwrap();
                 let stop = async { stopped.await.unwrap_or(()) };
-                serve(listener, settings, known, open, stop).await
+                serve(listener, settings, known, models, stop).await
             });
             runtime.shutdown_background();
             served

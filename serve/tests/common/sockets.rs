@@ -1,5 +1,7 @@
 //! Both websocket protocols, as far as tests of what surrounds them need.
 
+#![allow(dead_code)] // each test binary uses its own part
+
 use std::net::TcpStream;
 
 use openvla_serve::field::Field;

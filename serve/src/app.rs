@@ -1,5 +1,6 @@
 //! The state that all requests share, and the steps of a request before the engine: metadata, body, image.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,6 +19,7 @@ use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
+use crate::rate::{Rate, Who};
 use crate::reload::Reload;
 use crate::stop::Stop;
 use crate::tokens::{Caller, Tokens};
@@ -40,6 +42,8 @@ pub struct App {
     /// Whether nobody does so now.
     pub reloading: Arc<Semaphore>,
     audit: Option<Arc<Audit>>,
+    /// How often each client may ask, if there is a limit.
+    rate: Option<Rate>,
     /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
     /// Limits how many image files are decoded at a time: one for each core. Bodies are read meanwhile.
@@ -56,6 +60,8 @@ pub struct Arrived(pub Instant);
 pub struct Connection {
     /// Counts from 0.
     pub number: u64,
+    /// Where it comes from.
+    pub address: IpAddr,
     _slot: Arc<Slot>,
 }
 
@@ -73,9 +79,9 @@ impl Drop for Slot {
 
 impl Connection {
     /// A connection that was just accepted, with a permit to be open.
-    pub fn new(number: u64, engine: Engine, permit: OwnedSemaphorePermit) -> Self {
+    pub fn new(number: u64, address: IpAddr, engine: Engine, permit: OwnedSemaphorePermit) -> Self {
         engine.metrics().connections.inc();
-        Self { number, _slot: Arc::new(Slot { engine, _permit: permit }) }
+        Self { number, address, _slot: Arc::new(Slot { engine, _permit: permit }) }
     }
 }
 
@@ -92,6 +98,7 @@ impl App {
         let cores = Threads::default().count();
         let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
         let stop = Stop::new(engine.metrics().stopped.clone());
+        let rate = settings.rate.map(Rate::new);
         let reloading = Arc::new(Semaphore::new(1));
         Arc::new(Self {
             engine,
@@ -102,6 +109,7 @@ impl App {
             reload,
             reloading,
             audit,
+            rate,
             bodies,
             pictures,
         })
@@ -264,6 +272,30 @@ impl App {
             return check_origin(headers).map(|()| Caller::default());
         }
         self.tokens.check(headers)
+    }
+
+    /// Counts a request for a motion, by who asks: the name of its token, else its own, else its address.
+    ///
+    /// # Errors
+    /// [`Code::RateLimited`].
+    pub fn limit(
+        &self,
+        caller: &Caller,
+        client: Option<&str>,
+        connection: &Connection,
+    ) -> Result<(), Error> {
+        let Some(rate) = &self.rate else { return Ok(()) };
+        let who = match (caller.name(), client) {
+            (Some(token), _) => Who::Token(token.to_owned()),
+            (None, Some(client)) => Who::Client(client.to_owned()),
+            (None, None) => Who::Address(connection.address),
+        };
+        rate.take(who, Instant::now()).map_err(|wait| {
+            let message = format!("more than --rate allows: the next may come in {wait:.0?}");
+            let hint = "ask again when the last answer is there, or raise --rate";
+            let seconds = wait.as_secs_f64().ceil().max(1.0) as u64;
+            Error::new(Code::RateLimited, message).hint(hint).retry_after(seconds)
+        })
     }
 
     /// Whether the page may show what the robots see, given that the request was [admitted](App::admit).

@@ -25,7 +25,7 @@ use prometheus_client::metrics::counter::Counter;
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::meta::{Client, Meta};
+use crate::meta::Meta;
 use crate::observation::{Answer, Observation};
 use crate::tokens::Caller;
 
@@ -99,10 +99,7 @@ impl Entry {
             unnorm_key: observation.unnorm_key.clone(),
             latency_ms: 0.0,
         };
-        let client = match &meta.client {
-            Client::Named(name) => Some(name.clone()),
-            Client::Connection(_) | Client::Episode(..) => None,
-        };
+        let client = meta.client.name().map(str::to_owned);
         let (protocol, asked) = (Some(protocol), Some(asked));
         let (token, connection) = (meta.caller.name().map(str::to_owned), meta.connection);
         Self { protocol, client, token, connection, asked, ..Self::default() }

@@ -87,6 +87,8 @@ codes! {
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED;
     /// The model computed numbers that are not finite.
     NotFinite = "not_finite", INTERNAL_SERVER_ERROR;
+    /// The client asks more often than it may.
+    RateLimited = "rate_limited", TOO_MANY_REQUESTS;
     /// Another model is being opened already.
     ReloadRunning = "reload_running", CONFLICT;
     /// The other model cannot be served; what was served is served on.

@@ -37,6 +37,7 @@
 //! | `live` | the last step of each robot, and who watches |
 //! | `page` | the page that people watch, and its events |
 //! | `view`, `checks` | what it shows of a step; what is wrong with a picture at a glance |
+//! | `rate` | how often a client may ask |
 //! | `stop` | the emergency stop |
 //! | `audit` | the audit log: who moved what when |
 //! | `error` | errors and their codes |
@@ -77,6 +78,7 @@ pub mod page;
 pub mod plain;
 pub mod policy;
 pub mod queue;
+pub mod rate;
 pub mod recent;
 pub mod reload;
 pub mod routes;

@@ -15,6 +15,16 @@ pub enum Client {
     Episode(u64, u64),
 }
 
+impl Client {
+    /// Its name, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Named(name) => Some(name),
+            Self::Connection(_) | Self::Episode(..) => None,
+        }
+    }
+}
+
 /// The metadata of a request.
 #[derive(Debug, Clone)]
 pub struct Meta {

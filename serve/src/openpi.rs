@@ -187,6 +187,10 @@ impl Talk {
             let at = Arc::clone(&app);
             let answer = async {
                 app.tokens.permit(&caller, Scope::Act)?; // it may have been taken back
+                let is_known = caller.name().is_some();
+                if is_known {
+                    app.limit(&caller, None, &connection)?; // before it is decoded
+                }
                 let meta = |headers: Headers| -> Result<Meta, Error> {
                     let meta = headers.meta(arrived, connection.number, app.settings.deadline())?;
                     Ok(Meta { caller: caller.clone(), ..meta })
@@ -201,6 +205,9 @@ impl Talk {
                 };
                 let (headers, frame) = app.read(&meta(Headers::default())?, n, read).await?;
                 let turn = meta(headers)?;
+                if !is_known {
+                    app.limit(&caller, turn.client.name(), &connection)?;
+                }
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, headers) = decoded.await?;
                 let meta = meta(headers)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
 use openvla::OpenVla;
-use openvla::cli::{ModelArgs, output_file};
+use openvla::cli::{ModelArgs, between, output_file};
 use prometheus_client::metrics::counter::Counter;
 
 use crate::audit::Audit;
@@ -63,6 +63,10 @@ pub struct Settings {
     #[arg(long, value_name = "MS", default_value_t = 60_000)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=crate::observation::MAX_DEADLINE_MS))]
     pub deadline_ms: u64,
+    /// Motions that a client may ask for each second, at most so many at once: by its token's name, its own, else its
+    /// address [default: any number]
+    #[arg(long, value_name = "HZ", value_parser = between(0.01, 10_000.0))]
+    pub rate: Option<f64>,
     /// How old an observation's timestamp may be when it comes [default: any age]
     #[arg(long, value_name = "MS")]
     pub max_age_ms: Option<u64>,

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
-use crate::app::{App, Arrived};
+use crate::app::{App, Arrived, extension};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
 use crate::tokens::Scope;
@@ -21,6 +21,9 @@ pub const OPENAPI: &str = include_str!("openapi.json");
 
 /// Where vLLM has openpi's websocket.
 const VLLM: &str = "/v1/realtime/robot/openpi";
+
+/// Where motions are asked for, one by one.
+const MOTIONS: [&str; 4] = ["/act", "/act/", "/v1/act", "/v1/act/"];
 
 /// All routes.
 pub fn routes(app: Arc<App>) -> Router {
@@ -92,9 +95,14 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     let method = request.method().clone();
     let admitted = app.admit(request.headers(), &path);
     let caller = admitted.as_ref().cloned().unwrap_or_default();
-    let permitted = admitted.and_then(|caller| match scope(&app, &request) {
-        Some(scope) => app.tokens.permit(&caller, scope),
-        None => Ok(()),
+    let permitted = admitted.and_then(|caller| {
+        scope(&app, &request).map_or(Ok(()), |scope| app.tokens.permit(&caller, scope))?;
+        if MOTIONS.contains(&&*path) {
+            // Before the body is read.
+            let client = stop::name(request.headers());
+            app.limit(&caller, client.as_deref(), extension(&request))?;
+        }
+        Ok(())
     });
     let mut response = match permitted {
         Ok(()) => {

@@ -1,6 +1,7 @@
 //! The listener, the limits of connections, and shutdown.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
@@ -70,8 +71,8 @@ pub async fn serve(
     tracing::info!(pending = engine.pending(), "draining");
     let _ = drain.send(true); // connections may all be gone
     // The system has accepted these already, and their clients may have sent a request.
-    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
-        accepting.take(stream, &engine);
+    while let Ok(Ok((stream, address))) = timeout(Duration::ZERO, listener.accept()).await {
+        accepting.take(stream, address, &engine);
     }
     drop(listener);
     let limit = Duration::from_secs(drain_s);
@@ -141,7 +142,7 @@ impl Accepting {
     async fn accept_all(&mut self, listener: &TcpListener, engine: &Engine) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.take(stream, engine),
+                Ok((stream, address)) => self.take(stream, address, engine),
                 Err(error) => {
                     // Such as too many open files: others must close theirs first.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -151,12 +152,13 @@ impl Accepting {
         }
     }
 
-    fn take(&mut self, stream: TcpStream, engine: &Engine) {
+    fn take(&mut self, stream: TcpStream, address: SocketAddr, engine: &Engine) {
         let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() else {
             engine.metrics().refused.inc();
             return; // closes it, so that the client knows at once
         };
-        let connection = Connection::new(self.number, engine.clone(), permit);
+        let connection =
+            Connection::new(self.number, address.ip().to_canonical(), engine.clone(), permit);
         self.number += 1;
         let (router, draining) = (self.router.clone(), self.draining.clone());
         let patience = self.settings.patience();

@@ -242,10 +242,14 @@ impl Talk {
                 self.refuse(asked.seq, "hello", &Error::bad_request(message)).await
             }
             Kind::EpisodeStart | Kind::EpisodeEnd => self.end_episode().await,
-            Kind::Observation => match self.app.tokens.permit(&self.caller, Scope::Act) {
-                Ok(()) => self.observe(asked).await,
-                Err(error) => self.refuse(asked.seq, "observation", &error).await,
-            },
+            Kind::Observation => {
+                let permitted = self.app.tokens.permit(&self.caller, Scope::Act);
+                let counted = || self.app.limit(&self.caller, None, &self.connection);
+                match permitted.and_then(|()| counted()) {
+                    Ok(()) => self.observe(asked).await,
+                    Err(error) => self.refuse(asked.seq, "observation", &error).await,
+                }
+            }
             Kind::Error => Ok(()),
             Kind::Other(name) => {
                 let message = format!("there are no frames of type `{name}`");

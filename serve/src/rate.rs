@@ -1,4 +1,4 @@
-//! How often a client may ask: `--rate HZ`, a bucket of as many tokens as a second brings, and one at least. Without a clock:
+//! How often a client may ask: `--rate HZ`, a bucket that holds the tokens of one second, and at least one. Without a clock:
 //! the time is an argument.
 //!
 //! Each request takes a token, and is refused if there is none; what is refused takes nothing. A bucket is known by the time
@@ -28,7 +28,7 @@ pub enum Who {
 struct Bucket(Option<Instant>);
 
 impl Bucket {
-    /// Takes a token of a bucket that gets one each `period` and holds as many as come in `depth`.
+    /// Takes a token of a bucket that gets one each `period` and is filled within `depth`.
     ///
     /// # Errors
     /// How long it takes until there is one.

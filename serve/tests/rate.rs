@@ -43,7 +43,7 @@ fn over_the_rate_every_protocol_says_so_and_goes_on() {
         let step = openpi.step_of(Some(&[7; 12]), "x", Some(name));
         assert_eq!(step.is_ok(), is_first, "{name}: {step:?}");
     }
-    // What is no motion is not limited.
+    // What is not a motion is not limited.
     for _ in 0..3 {
         assert_eq!(server.post("/v1/stop", &arm, b"").status, 200);
         assert_eq!(server.post("/v1/release", &arm, b"").status, 200);

@@ -37,7 +37,11 @@ impl Policy {
         Self::load(&Gguf::built_in(name, bytes)?, options)
     }
 
-    pub(crate) fn load(file: &Gguf, options: &Options) -> Result<Self> {
+    /// Opens a model file whose header has been read.
+    ///
+    /// # Errors
+    /// As [`OpenVla::open`].
+    pub fn load(file: &Gguf, options: &Options) -> Result<Self> {
         let config = options.config(file)?;
         Ok(if config.oft.is_some() {
             Self::Oft(OpenVlaOft::load(file, config, options)?)

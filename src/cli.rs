@@ -120,6 +120,11 @@ impl ModelArgs {
         model_path(self.model.clone())
     }
 
+    /// Another file, opened in the same way.
+    pub fn of(&self, file: &Path) -> Self {
+        Self { model: Some(file.to_owned()), ..self.clone() }
+    }
+
     /// CPU threads that it computes with.
     pub fn threads(&self) -> usize {
         self.device.threads.count()

@@ -91,7 +91,7 @@ pub use error::{Error, Result};
 pub use explain::Explanation;
 pub use image;
 pub use network::{Network, Sequence};
-pub use openvla_kernels::{Device, Kernels, Usage};
+pub use openvla_kernels::{Device, Gguf, Kernels, Usage};
 pub use options::{Decoding, Options};
 pub use placement::Devices;
 pub use policy::{Action, OpenVla, Timing, Unconstrained};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use openvla_kernels::{Backend, Gguf, Kernels};
+use openvla_kernels::{Backend, Device, Gguf, Kernels};
 
 use crate::Result;
 use crate::config::Config;
@@ -52,12 +52,28 @@ impl Default for Options {
 
 impl Options {
     /// What the file says about itself, with what they say about pictures in its place.
-    pub(crate) fn config(&self, file: &Gguf) -> Result<Config> {
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn config(&self, file: &Gguf) -> Result<Config> {
         let mut config = Config::read(file)?;
         let preprocess = &mut config.preprocess;
         preprocess.profile = self.profile.unwrap_or(preprocess.profile);
         preprocess.center_crop = self.center_crop.unwrap_or(preprocess.center_crop);
         Ok(config)
+    }
+
+    /// Bytes of weights and cache that a model of this file would take in the machine's own memory, now that GPUs have
+    /// so much free.
+    ///
+    /// # Errors
+    /// [`crate::Error::DeviceMemory`] if a GPU has no room for its part, [`crate::Error::NoDevice`], and as
+    /// [`Config::read`].
+    pub fn host_bytes(&self, file: &Gguf) -> Result<usize> {
+        let gpus = self.devices.gpus()?;
+        let needs = Needs::new(file, &self.config(file)?);
+        let placement = Placement::new(&needs, &free(&gpus), self.n_gpu_layers)?;
+        Ok(placement.bytes_on(gpus.len(), &needs))
     }
 }
 
@@ -72,6 +88,11 @@ pub enum Decoding {
     Reference,
 }
 
+/// The memory that GPUs have free, in bytes.
+fn free(gpus: &[Device]) -> Vec<(String, usize)> {
+    gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect()
+}
+
 /// The devices of a model, and where each tensor of its file goes.
 pub(crate) struct ModelDevices {
     pub backend: Arc<Backend>,
@@ -84,8 +105,7 @@ impl ModelDevices {
     pub fn new(file: &Gguf, config: &Config, options: &Options) -> Result<Self> {
         let gpus = options.devices.gpus()?;
         let needs = Needs::new(file, config);
-        let free: Vec<_> = gpus.iter().map(|gpu| (gpu.name.clone(), gpu.memory().0)).collect();
-        let placement = Placement::new(&needs, &free, options.n_gpu_layers)?;
+        let placement = Placement::new(&needs, &free(&gpus), options.n_gpu_layers)?;
         let backend = Backend::open(&gpus, options.n_threads, options.kernels)?;
         Ok(Self { backend, has_gpus: !gpus.is_empty(), placement })
     }

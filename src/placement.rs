@@ -211,6 +211,15 @@ impl Placement {
         Ok(Self { layers })
     }
 
+    /// Bytes on a device.
+    pub fn bytes_on(&self, device: usize, needs: &Needs) -> usize {
+        let if_here = |at: usize, bytes: usize| if at == device { bytes } else { 0 };
+        let layers = self.layers.iter().zip(&needs.layers);
+        let layers: usize = layers.map(|(at, bytes)| if_here(*at, *bytes)).sum();
+        let last = *self.layers.last().expect("a Llama has layers");
+        layers + if_here(0, needs.front) + if_here(last, needs.head)
+    }
+
     /// The device of a tensor.
     pub fn device(&self, name: &str) -> usize {
         match llama::part(name, self.layers.len()) {
@@ -299,6 +308,17 @@ mod tests {
         assert_eq!((device("output_norm.weight"), device("action_head.weight")), (1, 1));
         assert_eq!(place(&[24 * GB], None).unwrap().device("output.weight"), 0);
         assert_eq!(place(&[24 * GB], Some(99)).unwrap().device("output.weight"), 0);
+    }
+
+    #[test]
+    fn what_is_not_on_gpus_is_in_the_machine_s_own_memory() {
+        let all = GB + 32 * (GB / 8) + GB / 8;
+        let on = |placement: Placement, device| placement.bytes_on(device, &needs());
+        assert_eq!(on(place(&[], None).unwrap(), 0), all);
+        let placement = place(&[24 * GB], Some(20)).unwrap();
+        assert_eq!(placement.bytes_on(0, &needs()), GB + 20 * (GB / 8));
+        assert_eq!(on(placement, 1), 12 * (GB / 8) + GB / 8);
+        assert_eq!(on(place(&[24 * GB], None).unwrap(), 1), 0);
     }
 
     #[test]

@@ -89,28 +89,35 @@ pub fn verify(path: &Path, options: &Options, progress: &ProgressBar) -> Result<
     let damaged = proof.damaged(&file, |n| progress.inc(n as u64));
     let error_limit = limit(&file);
     drop(file); // frees its pages before the model is loaded
-    let mut cases = Vec::new();
-    if damaged.is_empty() && !proof.cases.is_empty() {
-        let mut policy = Policy::open(path, options)?;
-        let tokenizer = Tokenizer::new(&config.vocabulary)?;
-        for case in &proof.cases {
-            let input = proof::input(&config, &tokenizer, case)?;
-            let output = match &mut policy {
-                Policy::OpenVla(policy) => steps(policy, case, &input)?,
-                Policy::Oft(policy) => chunk(policy, &input)?,
-            };
-            cases.push(compare(&config, case, &output)?);
-        }
-    }
+    let is_run = damaged.is_empty() && !proof.cases.is_empty();
+    let run = || cases(&config, &proof, &mut Policy::open(path, options)?);
+    let cases = if is_run { run()? } else { Vec::new() };
     let sound = damaged.is_empty() && cases.iter().all(|case| case.error <= error_limit);
     let n_checksum = proof.checksums.len();
     let file = path.display().to_string();
     Ok(Verification { file, n_checksum, damaged, cases, error_limit, sound })
 }
 
+/// Runs the reference cases of a file on its policy. `config` is what the file says of itself.
+///
+/// # Errors
+/// If a case cannot be run, such as one of a picture that this version has not.
+pub fn cases(config: &Config, proof: &Proof, policy: &mut Policy) -> Result<Vec<CaseReport>> {
+    let tokenizer = Tokenizer::new(&config.vocabulary)?;
+    let run = |case: &ProofCase| {
+        let input = proof::input(config, &tokenizer, case)?;
+        let output = match policy {
+            Policy::OpenVla(policy) => steps(policy, case, &input)?,
+            Policy::Oft(policy) => chunk(policy, &input)?,
+        };
+        compare(config, case, &output)
+    };
+    proof.cases.iter().map(run).collect()
+}
+
 /// The relative error that the file's coarsest type can cause: the worst that `tests/golden.rs` and `tests/oft.rs`
 /// allow on random networks, and far more than a trained model shows.
-fn limit(file: &Gguf) -> f64 {
+pub fn limit(file: &Gguf) -> f64 {
     let of = |dtype: DType| match dtype {
         DType::F32 => 1e-2,
         DType::F16 | DType::BF16 => 5e-2,

@@ -178,6 +178,7 @@ fn notes(answer: &Answer) -> Vec<(&'static str, String)> {
     let mut notes = vec![
         ("server-timing", format!("queue;dur={:.3}, step;dur={:.3}", times.queue, times.step)),
         ("x-openvla-unnorm-key", answer.unnorm_key.clone()),
+        ("x-openvla-fingerprint", answer.fingerprint.clone()),
     ];
     if !tokens.is_empty() {
         notes.push(("x-openvla-tokens", list(&tokens)));

@@ -1,5 +1,6 @@
 //! The state that all requests share, and the steps of a request before the engine: metadata, body, image.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,18 +8,21 @@ use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use openvla::cli::Threads;
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{timeout, timeout_at};
 
 use crate::audit::{Audit, Entry};
-use crate::auth::{Token, check_origin, check_page};
+use crate::auth::{check_origin, check_page};
 use crate::engine::{Engine, late};
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers, Observation};
 use crate::options::Settings;
+use crate::rate::{Rate, Who};
+use crate::reload::Reload;
 use crate::stop::Stop;
+use crate::tokens::{Caller, Tokens};
 use crate::turns::Turns;
 
 /// The state that all requests share.
@@ -31,8 +35,15 @@ pub struct App {
     pub draining: watch::Receiver<bool>,
     /// The emergency stop.
     pub stop: Stop,
+    /// Who may do what.
+    pub tokens: Arc<Tokens>,
+    /// Puts another model in the place of what is served.
+    pub reload: Arc<Reload>,
+    /// Whether nobody does so now.
+    pub reloading: Arc<Semaphore>,
     audit: Option<Arc<Audit>>,
-    token: Option<Token>,
+    /// How often each client may ask, if there is a limit.
+    rate: Option<Rate>,
     /// Limits how many bodies are decoded at a time: one for each core, since they may be large.
     bodies: Turns,
     /// Limits how many image files are decoded at a time: one for each core. Bodies are read meanwhile.
@@ -49,6 +60,8 @@ pub struct Arrived(pub Instant);
 pub struct Connection {
     /// Counts from 0.
     pub number: u64,
+    /// Where it comes from.
+    pub address: IpAddr,
     _slot: Arc<Slot>,
 }
 
@@ -66,9 +79,9 @@ impl Drop for Slot {
 
 impl Connection {
     /// A connection that was just accepted, with a permit to be open.
-    pub fn new(number: u64, engine: Engine, permit: OwnedSemaphorePermit) -> Self {
+    pub fn new(number: u64, address: IpAddr, engine: Engine, permit: OwnedSemaphorePermit) -> Self {
         engine.metrics().connections.inc();
-        Self { number, _slot: Arc::new(Slot { engine, _permit: permit }) }
+        Self { number, address, _slot: Arc::new(Slot { engine, _permit: permit }) }
     }
 }
 
@@ -77,14 +90,29 @@ impl App {
     pub fn new(
         engine: Engine,
         settings: Settings,
-        token: Option<Token>,
+        tokens: Arc<Tokens>,
         audit: Option<Arc<Audit>>,
+        reload: Arc<Reload>,
         draining: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let cores = Threads::default().count();
         let [bodies, pictures] = [(); 2].map(|()| Turns::new(cores, settings.memory()));
         let stop = Stop::new(engine.metrics().stopped.clone());
-        Arc::new(Self { engine, settings, draining, stop, audit, token, bodies, pictures })
+        let rate = settings.rate.map(Rate::new);
+        let reloading = Arc::new(Semaphore::new(1));
+        Arc::new(Self {
+            engine,
+            settings,
+            draining,
+            stop,
+            tokens,
+            reload,
+            reloading,
+            audit,
+            rate,
+            bodies,
+            pictures,
+        })
     }
 
     /// The metadata of a request, from its headers.
@@ -97,6 +125,7 @@ impl App {
         let Connection { number, .. } = *extension(request);
         let headers = Headers::of(request.headers())?;
         let meta = headers.meta(arrived, number, self.settings.deadline())?;
+        let meta = Meta { caller: extension::<Caller>(request).clone(), ..meta };
         if self.settings.max_delta.is_some() && matches!(meta.client, Client::Connection(_)) {
             let message = "--max-delta compares a motion with the client's last one";
             let hint = "name the robot in the header X-Client-Id";
@@ -180,9 +209,11 @@ impl App {
         answer
     }
 
-    /// Keeps in the audit log that somebody set or released the emergency stop.
-    pub fn note(&self, what: &'static str, by: Option<String>, connection: u64) {
-        self.audit.iter().for_each(|audit| audit.add(Entry::event(what, by.clone(), connection)));
+    /// Keeps something in the audit log that is not a motion.
+    pub fn note(&self, entry: Entry) {
+        if let Some(audit) = &self.audit {
+            audit.add(entry);
+        }
     }
 
     /// Makes the picture the square that the model takes, when it is the client's turn, and asks for the
@@ -228,16 +259,43 @@ impl App {
         decoded
     }
 
-    /// Whether a request may be served: by its token, or by where a browser's page came from.
+    /// Who asks: by its token, or anybody where a server has none and no other site's page asks. What they may do is
+    /// [`Tokens::permit`]'s.
     ///
     /// # Errors
     /// [`Code::Unauthorized`], [`Code::ForbiddenOrigin`].
-    pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Error> {
-        match &self.token {
-            _ if ["/healthz", "/readyz", "/health"].contains(&path) => Ok(()),
-            Some(token) => token.check(headers),
-            None => check_origin(headers),
+    pub fn admit(&self, headers: &HeaderMap, path: &str) -> Result<Caller, Error> {
+        if ["/healthz", "/readyz", "/health"].contains(&path) {
+            return Ok(Caller::default());
         }
+        if self.tokens.is_empty() {
+            return check_origin(headers).map(|()| Caller::default());
+        }
+        self.tokens.check(headers)
+    }
+
+    /// Counts a request for a motion, by who asks: the name of its token, else its own, else its address.
+    ///
+    /// # Errors
+    /// [`Code::RateLimited`].
+    pub fn limit(
+        &self,
+        caller: &Caller,
+        client: Option<&str>,
+        connection: &Connection,
+    ) -> Result<(), Error> {
+        let Some(rate) = &self.rate else { return Ok(()) };
+        let who = match (caller.name(), client) {
+            (Some(token), _) => Who::Token(token.to_owned()),
+            (None, Some(client)) => Who::Client(client.to_owned()),
+            (None, None) => Who::Address(connection.address),
+        };
+        rate.take(who, Instant::now()).map_err(|wait| {
+            let message = format!("more than --rate allows: the next may come in {wait:.0?}");
+            let hint = "ask again when the last answer is there, or raise --rate";
+            let seconds = wait.as_secs_f64().ceil().max(1.0) as u64;
+            Error::new(Code::RateLimited, message).hint(hint).retry_after(seconds)
+        })
     }
 
     /// Whether the page may show what the robots see, given that the request was [admitted](App::admit).
@@ -245,7 +303,7 @@ impl App {
     /// # Errors
     /// [`Code::ForbiddenOrigin`].
     pub fn admit_page(&self, headers: &HeaderMap) -> Result<(), Error> {
-        if self.token.is_some() { Ok(()) } else { check_page(headers) }
+        if self.tokens.is_empty() { check_page(headers) } else { Ok(()) }
     }
 }
 

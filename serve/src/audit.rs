@@ -3,10 +3,11 @@
 //! ```text
 //! {"time": 1796023454.2, "protocol": "plain", "client": "arm", "connection": 7, "seq": 3, "instruction": "open the drawer",
 //!  "unnorm_key": "bridge_orig", "latency_ms": 80.1, "actions": [[0.1, …]], "tokens": [31872, …],
-//!  "model": "/srv/openvla-7b.gguf", "outcome": "ok"}
+//!  "model": "/srv/openvla-7b.gguf", "fingerprint": "9f2c…", "outcome": "ok"}
 //! ```
 //!
-//! `outcome` is `ok`, the error's code, or `stop` and `release`. What did not come as far as the queue, such as a body that is
+//! `token` is there if the client's token has a name. `outcome` is `ok`, the error's code, or `stop`,
+//! `release`, `reload` (with the model that is served from then on) and `reload_failed`. What did not come as far as the queue, such as a body that is
 //! not JSON, is not in it, and neither is what its client did not wait for. Times are seconds since 1970.
 //!
 //! A thread of its own writes the lines. Nobody waits for it: where it is behind, or the disk is full, lines are dropped,
@@ -24,8 +25,9 @@ use prometheus_client::metrics::counter::Counter;
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::meta::{Client, Meta};
+use crate::meta::Meta;
 use crate::observation::{Answer, Observation};
+use crate::tokens::Caller;
 
 /// Lines that may wait for the disk.
 const MAX_WAITING: usize = 1024;
@@ -43,12 +45,22 @@ pub struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     protocol: Option<&'static str>,
     client: Option<String>,
+    /// The name of the token that was shown, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<String>,
     connection: u64,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     asked: Option<Asked>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     moved: Option<Moved>,
-    outcome: &'static str,
+    /// The file of the model that moved the robot, or that is served from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Its fingerprint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// `ok`, an error's code, or what was done.
+    pub outcome: &'static str,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,7 +76,6 @@ struct Asked {
 struct Moved {
     actions: Vec<Vec<f64>>,
     tokens: Vec<u32>,
-    model: String,
 }
 
 enum Message {
@@ -77,8 +88,6 @@ enum Message {
 pub struct Audit {
     lines: SyncSender<Message>,
     dropped: Counter,
-    /// The model's file.
-    model: String,
 }
 
 impl Entry {
@@ -90,17 +99,21 @@ impl Entry {
             unnorm_key: observation.unnorm_key.clone(),
             latency_ms: 0.0,
         };
-        let client = match &meta.client {
-            Client::Named(name) => Some(name.clone()),
-            Client::Connection(_) | Client::Episode(..) => None,
-        };
+        let client = meta.client.name().map(str::to_owned);
         let (protocol, asked) = (Some(protocol), Some(asked));
-        Self { protocol, client, connection: meta.connection, asked, ..Self::default() }
+        let (token, connection) = (meta.caller.name().map(str::to_owned), meta.connection);
+        Self { protocol, client, token, connection, asked, ..Self::default() }
     }
 
     /// Something else that somebody did.
-    pub fn event(outcome: &'static str, client: Option<String>, connection: u64) -> Self {
-        Self { client, connection, outcome, ..Self::default() }
+    pub fn event(
+        outcome: &'static str,
+        client: Option<String>,
+        caller: &Caller,
+        connection: u64,
+    ) -> Self {
+        let token = caller.name().map(str::to_owned);
+        Self { client, token, connection, outcome, ..Self::default() }
     }
 }
 
@@ -109,14 +122,14 @@ impl Audit {
     ///
     /// # Errors
     /// If the file cannot be opened, or no thread be started.
-    pub fn open(path: &Path, most: u64, model: String, dropped: Counter) -> Result<Self> {
+    pub fn open(path: &Path, most: u64, dropped: Counter) -> Result<Self> {
         let log =
             Log::open(path, most).with_context(|| format!("--audit-log {}", path.display()))?;
         let (send, lines) = sync_channel(MAX_WAITING);
         let failed = dropped.clone();
         let thread = std::thread::Builder::new().name("audit".into());
         thread.spawn(move || write(log, &lines, &failed)).context("cannot start a thread")?;
-        Ok(Self { lines: send, dropped, model })
+        Ok(Self { lines: send, dropped })
     }
 
     /// Adds what came of an observation that came so long ago.
@@ -127,11 +140,10 @@ impl Audit {
         match answer {
             Ok(answer) => {
                 entry.outcome = "ok";
-                entry.moved = Some(Moved {
-                    actions: answer.actions.clone(),
-                    tokens: answer.tokens.clone(),
-                    model: self.model.clone(),
-                });
+                let (actions, tokens) = (answer.actions.clone(), answer.tokens.clone());
+                entry.moved = Some(Moved { actions, tokens });
+                entry.model = Some(answer.file.clone());
+                entry.fingerprint = Some(answer.fingerprint.clone());
                 if let Some(asked) = &mut entry.asked {
                     asked.unnorm_key = Some(answer.unnorm_key.clone());
                 }
@@ -258,10 +270,10 @@ mod tests {
     #[test]
     fn a_full_disk_loses_lines_and_counts_them() {
         let dropped = Counter::default();
-        let audit = Audit::open(Path::new("/dev/full"), 1 << 20, String::new(), dropped.clone());
+        let audit = Audit::open(Path::new("/dev/full"), 1 << 20, dropped.clone());
         let audit = audit.unwrap();
         for _ in 0..3 {
-            audit.add(Entry::event("stop", None, 1));
+            audit.add(Entry::event("stop", None, &Caller::default(), 1));
         }
         audit.flush();
         assert_eq!(dropped.get(), 3);
@@ -271,10 +283,10 @@ mod tests {
     #[test]
     fn a_slow_disk_loses_lines_and_keeps_nobody() {
         let (send, _stands_still) = sync_channel(MAX_WAITING);
-        let (dropped, model) = (Counter::default(), String::new());
-        let audit = Audit { lines: send, dropped: dropped.clone(), model };
+        let dropped = Counter::default();
+        let audit = Audit { lines: send, dropped: dropped.clone() };
         for _ in 0..MAX_WAITING + 5 {
-            audit.add(Entry::event("stop", None, 1)); // returns
+            audit.add(Entry::event("stop", None, &Caller::default(), 1)); // returns
         }
         assert_eq!(dropped.get(), 5);
     }

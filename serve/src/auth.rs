@@ -1,74 +1,36 @@
-//! Who may ask.
+//! What requests show of who asks: tokens, and where a browser's page came from.
 
 use std::net::IpAddr;
-use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, header};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
 
 use crate::error::{Code, Error};
 
-/// What clients must show. Only its digest is kept.
-#[derive(Debug, Clone)]
-pub struct Token([u8; 32]);
+/// A token that a request shows.
+pub struct Shown {
+    /// As it came.
+    pub token: String,
+    /// Whether browsers add it by themselves.
+    pub by_browser: bool,
+}
 
-/// Characters that a token must have at least.
-const SHORTEST: usize = 16;
-
-impl Token {
-    /// The token in a file; white space around it is not part of it.
-    ///
-    /// # Errors
-    /// If the file cannot be read, or holds less than a token.
-    pub fn read(path: &Path) -> Result<Self> {
-        let name = path.display();
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
-        let token = text.trim();
-        let sound = token.len() >= SHORTEST && token.chars().all(|c| c.is_ascii_graphic());
-        ensure!(
-            sound,
-            "{name} holds no token: {SHORTEST} or more printable characters are wanted, such as \
-             `openssl rand -hex 32` writes"
-        );
-        Ok(Self(digest(token)))
-    }
-
-    /// Whether these headers show it: `Authorization: Bearer TOKEN`, `Api-Key` as openpi's client has it, or `Basic`
-    /// as the password of any user, as clients have it that know an URL alone. Takes the same time whatever was shown.
-    ///
-    /// # Errors
-    /// [`Code::Unauthorized`].
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
-        let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let shown = shown.and_then(|value| {
-            let (scheme, shown) = value.split_once(' ')?;
-            let is = |known: &str| scheme.eq_ignore_ascii_case(known);
-            match () {
-                () if is("Bearer") || is("Api-Key") => Some((shown.trim().to_owned(), false)),
-                () if is("Basic") => Some((password(shown.trim()).unwrap_or_default(), true)),
-                () => None,
-            }
-        });
-        match shown {
-            // A browser that was once given a user and password sends them with other sites' requests, too.
-            Some((token, by_browser)) if self.0.ct_eq(&digest(&token)).into() => {
-                if by_browser {
-                    check_origin(headers)
-                } else {
-                    Ok(())
-                }
-            }
-            Some(_) => Err(Error::new(Code::Unauthorized, "the token is not this server's")),
-            None => {
-                let error = Error::new(Code::Unauthorized, "this server wants a token");
-                Err(error.hint("Authorization: Bearer TOKEN"))
-            }
+/// The token that headers show: `Authorization: Bearer TOKEN`, `Api-Key`, or `Basic`, as the password of any user.
+pub fn shown(headers: &HeaderMap) -> Option<Shown> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, shown) = value.split_once(' ')?;
+    let is = |known: &str| scheme.eq_ignore_ascii_case(known);
+    let shown = shown.trim();
+    match () {
+        () if is("Bearer") || is("Api-Key") => {
+            Some(Shown { token: shown.to_owned(), by_browser: false })
         }
+        () if is("Basic") => {
+            Some(Shown { token: password(shown).unwrap_or_default(), by_browser: true })
+        }
+        () => None,
     }
 }
 
@@ -89,7 +51,7 @@ pub fn check_origin(headers: &HeaderMap) -> Result<(), Error> {
         Some(origin) if is_own(origin, headers.get(header::HOST)) => Ok(()),
         Some(origin) => {
             let message = format!("{origin:?} is a web page of another site");
-            let hint = "with --token-file, pages that send `Authorization: Bearer` are served; \
+            let hint = "with --token-file or --client-tokens, pages that send `Authorization: Bearer` are served; \
                         websocket-client sends no origin with suppress_origin=True";
             Err(Error::new(Code::ForbiddenOrigin, message).hint(hint))
         }
@@ -138,66 +100,9 @@ fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
         && is_address(host.host())
 }
 
-fn digest(token: &str) -> [u8; 32] {
-    Sha256::digest(token.as_bytes()).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const TOKEN: &str = "correct-horse-battery";
-
-    fn check(value: &str) -> Result<(), Error> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::AUTHORIZATION, value.parse().unwrap());
-        Token(digest(TOKEN)).check(&headers)
-    }
-
-    #[test]
-    fn all_schemes_and_only_the_token_are_taken() {
-        let basic = |text: &str| format!("Basic {}", STANDARD.encode(text));
-        assert!(check(&format!("Bearer {TOKEN}")).is_ok());
-        assert!(check(&format!("api-key {TOKEN}")).is_ok());
-        assert!(check(&basic(&format!("robot:{TOKEN}"))).is_ok());
-        for wrong in [
-            TOKEN.to_owned(),
-            format!("Basic {TOKEN}"),
-            format!("Bearer {TOKEN}x"),
-            format!("Bearer {}", &TOKEN[1..]),
-            "Bearer ".to_owned(),
-            basic(TOKEN),
-            basic(&format!("{TOKEN}:")),
-            basic(&format!("robot:{TOKEN}:x")),
-            "Basic =".to_owned(),
-            "Bearer".to_owned(),
-        ] {
-            assert_eq!(check(&wrong).unwrap_err().code, Code::Unauthorized, "{wrong}");
-        }
-        assert!(Token(digest(TOKEN)).check(&HeaderMap::new()).is_err());
-        for (value, is_served) in
-            [(format!("Bearer {TOKEN}"), true), (basic(&format!("robot:{TOKEN}")), false)]
-        {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::AUTHORIZATION, value.parse().unwrap());
-            headers.insert(header::ORIGIN, "http://elsewhere.example".parse().unwrap());
-            assert_eq!(Token(digest(TOKEN)).check(&headers).is_ok(), is_served, "{value}");
-        }
-    }
-
-    #[test]
-    fn a_file_without_a_token_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("token");
-        for text in ["", "\n", "short", "sixteen characters of two words", "ümlautümlautümlaut"]
-        {
-            std::fs::write(&path, text).unwrap();
-            assert!(Token::read(&path).is_err(), "{text:?}");
-        }
-        std::fs::write(&path, format!("  {TOKEN}\n")).unwrap();
-        assert_eq!(Token::read(&path).unwrap().0, digest(TOKEN));
-        assert!(Token::read(&dir.path().join("none")).is_err());
-    }
 
     #[test]
     fn web_pages_are_refused() {

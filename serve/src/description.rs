@@ -9,6 +9,8 @@ use crate::policy::ModelInfo;
 #[derive(Debug, Serialize)]
 pub struct Description<'a> {
     model: &'a str,
+    /// What tells its file from others.
+    fingerprint: &'a str,
     /// Sides of the square that pictures become, in pixels.
     image_size: u32,
     /// Actions of an answer.
@@ -32,6 +34,7 @@ impl<'a> Description<'a> {
         let oft = model.oft.as_ref();
         Self {
             model: &model.name,
+            fingerprint: &model.fingerprint,
             image_size: model.image_size,
             action_horizon: oft.map_or(1, |oft| oft.chunk),
             cameras: oft.map(|oft| oft.cameras.as_slice()),

@@ -55,6 +55,14 @@ pub enum Phase {
     Closed,
 }
 
+/// What the worker does next.
+pub(crate) enum Next<T> {
+    /// A step for these.
+    Jobs(Vec<(Meta, Job)>),
+    /// Something else.
+    Other(T),
+}
+
 /// Work for the model.
 pub struct Job {
     /// The input.
@@ -154,11 +162,21 @@ impl Engine {
     }
 
     /// The next job, as soon as there is one, and up to `most` with those that wait by then and go with it: if all will be
-    /// in time, and in less than `stall`. `None` when there will be none.
-    pub(crate) fn next(&self, most: usize, stall: Duration) -> Option<Vec<(Meta, Job)>> {
+    /// in time, and in less than `stall`. What `other` has goes first; who adds to that calls [`Engine::wake`]. `None`
+    /// when there will be nothing.
+    pub(crate) fn next<T>(
+        &self,
+        most: usize,
+        stall: Duration,
+        other: impl Fn() -> Option<T>,
+    ) -> Option<Next<T>> {
         let mut state = self.state();
         loop {
             state.busy_since = None;
+            if let Some(other) = other() {
+                state.serving = 0;
+                return Some(Next::Other(other));
+            }
             let State { queue, pace, .. } = &mut *state;
             let now = Instant::now();
             let most = (2..=most).take_while(|n| pace.takes(*n) < stall).last().unwrap_or(1);
@@ -169,7 +187,7 @@ impl Engine {
             if !next.is_empty() {
                 self.metrics().batch(next.len());
                 state.busy_since = Some(now);
-                return Some(next);
+                return Some(Next::Jobs(next));
             }
             if matches!(state.phase, Phase::Closing | Phase::Closed) {
                 return None;
@@ -183,10 +201,24 @@ impl Engine {
         self.state().pace.note(n, took);
     }
 
+    /// Makes the worker look for what is not a job.
+    pub(crate) fn wake(&self) {
+        let _state = self.state(); // so that it is not about to sleep
+        self.shared.wake.notify_all();
+    }
+
+    /// From now on it is this model that serves, whose first step took so long.
+    pub(crate) fn swap(&self, model: ModelInfo, took: Duration) {
+        let mut state = self.state();
+        self.metrics().model(&model);
+        (state.model, state.pace) = (Some(Arc::new(model)), Pace::default());
+        state.pace.note(1, took);
+    }
+
     /// Takes requests from now on.
     pub(crate) fn open(&self, model: ModelInfo) {
         let mut state = self.state();
-        self.metrics().devices(&model.memory);
+        self.metrics().model(&model);
         state.model = Some(Arc::new(model));
         if matches!(state.phase, Phase::Opening(_)) {
             state.phase = Phase::Ready;

@@ -61,6 +61,8 @@ codes! {
     ClientNeeded = "client_needed", BAD_REQUEST;
     /// The token is missing or wrong.
     Unauthorized = "unauthorized", UNAUTHORIZED;
+    /// The token is right, and not for this.
+    MissingScope = "missing_scope", FORBIDDEN;
     /// A web page of another origin asks.
     ForbiddenOrigin = "forbidden_origin", FORBIDDEN;
     /// There is no such route.
@@ -85,6 +87,12 @@ codes! {
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED;
     /// The model computed numbers that are not finite.
     NotFinite = "not_finite", INTERNAL_SERVER_ERROR;
+    /// The client asks more often than it may.
+    RateLimited = "rate_limited", TOO_MANY_REQUESTS;
+    /// Another model is being opened already.
+    ReloadRunning = "reload_running", CONFLICT;
+    /// The other model cannot be served; what was served is served on.
+    ReloadFailed = "reload_failed", UNPROCESSABLE_ENTITY;
     /// The model failed.
     ModelFailed = "model_failed", INTERNAL_SERVER_ERROR;
     /// The queue is full.

@@ -13,7 +13,7 @@
 //! | `server` | the listener, limits of connections, shutdown |
 //! | `routes` | the route of each request, with metrics and logs |
 //! | `app` | shared state: token, limits, reading of bodies, decoding of images |
-//! | `auth` | tokens and origins |
+//! | `tokens`, `auth` | who may do what; what requests show of who asks |
 //! | `act`, `compat` | the reference's protocol, and its errors |
 //! | `openpi` | openpi's websocket |
 //! | `vla_eval`, `vla_frame` | that of vla-eval, which evaluates policies on benchmarks, and what its frames hold |
@@ -31,10 +31,13 @@
 //! | `worker` | the thread that owns the model |
 //! | `description` | what is served, for clients that ask |
 //! | `policy` | the interface of a model to the worker |
+//! | `models` | where models come from: files, which are checked if they take the place of another |
+//! | `reload`, `memory` | another model in the place of the one that is served; whether there is room for both |
 //! | `safety` | checks of every motion: finite, within bounds, near the last one |
 //! | `live` | the last step of each robot, and who watches |
 //! | `page` | the page that people watch, and its events |
 //! | `view`, `checks` | what it shows of a step; what is wrong with a picture at a glance |
+//! | `rate` | how often a client may ask |
 //! | `stop` | the emergency stop |
 //! | `audit` | the audit log: who moved what when |
 //! | `error` | errors and their codes |
@@ -60,9 +63,11 @@ pub mod error;
 pub mod field;
 pub mod json;
 pub mod live;
+pub mod memory;
 pub mod message;
 pub mod meta;
 pub mod metrics;
+pub mod models;
 pub mod numpy;
 pub mod observation;
 pub mod openpi;
@@ -73,11 +78,14 @@ pub mod page;
 pub mod plain;
 pub mod policy;
 pub mod queue;
+pub mod rate;
 pub mod recent;
+pub mod reload;
 pub mod routes;
 pub mod safety;
 pub mod server;
 pub mod stop;
+pub mod tokens;
 pub mod turns;
 pub mod view;
 pub mod vla_eval;

@@ -12,7 +12,7 @@ use axum::body::Bytes;
 use tokio::sync::{Notify, broadcast};
 
 use crate::error::Error;
-use crate::meta::{Client, Meta};
+use crate::meta::Meta;
 use crate::observation::{Answer, Observation};
 
 /// Robots whose last step is kept; of more, those that were silent for longest are forgotten.
@@ -50,10 +50,7 @@ impl Step {
         let at = SystemTime::now();
         let unix = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let arrived = unix.as_secs_f64() - meta.arrived.elapsed().as_secs_f64();
-        let robot = match &meta.client {
-            Client::Named(name) => Some(name.clone()),
-            Client::Connection(_) | Client::Episode(..) => None,
-        };
+        let robot = meta.client.name().map(str::to_owned);
         let (connection, age) = (meta.connection, meta.timestamp.map(|looked| arrived - looked));
         Self { robot, connection, at, age, observation, outcome }
     }
@@ -175,6 +172,8 @@ mod tests {
 
     use super::*;
     use crate::error::Code;
+    use crate::meta::Client;
+    use crate::tokens::Caller;
 
     fn step(robot: &str, instruction: &str) -> Step {
         let now = Instant::now();
@@ -182,9 +181,9 @@ mod tests {
             "" => Client::Connection(7),
             name => Client::Named(name.into()),
         };
-        let (epoch, seq, timestamp) = (None, None, Some(0.0));
-        let meta =
-            Meta { client, connection: 7, epoch, seq, timestamp, arrived: now, deadline: now };
+        let (caller, epoch, seq, timestamp) = (Caller::default(), None, None, Some(0.0));
+        let (connection, arrived, deadline) = (7, now, now);
+        let meta = Meta { client, caller, connection, epoch, seq, timestamp, arrived, deadline };
         let observation = Observation::new(RgbImage::new(1, 1), instruction.into(), None).unwrap();
         Step::new(&meta, observation, Err(Error::new(Code::NotFinite, "x")))
     }

@@ -3,17 +3,18 @@
 use std::io::{ErrorKind, IsTerminal};
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::thread;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use openvla::cli;
+use openvla_serve::models::{Files, check_threads};
 use openvla_serve::options::Options;
 use openvla_serve::server::serve;
+use openvla_serve::tokens::Tokens;
 use tokio::net::TcpListener;
 use tokio::runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 fn main() -> ExitCode {
@@ -34,10 +35,9 @@ fn log(options: &Options) {
 }
 
 fn run(options: Options) -> Result<()> {
-    let Options { model, mut settings, .. } = options;
-    settings.token()?; // before anything listens
-    settings.model = model.path();
-    if settings.model.is_none() {
+    let Options { model, settings, .. } = options;
+    let tokens = settings.tokens()?; // before anything listens
+    if model.path().is_none() {
         tracing::warn!("{}", cli::BUILT_IN);
     }
     // Beside those, one owns the model, one decodes pictures and one writes the audit log.
@@ -50,6 +50,10 @@ fn run(options: Options) -> Result<()> {
         let at = SocketAddr::new(settings.host, settings.port.unwrap_or_else(usual));
         let listener = bind(at).await;
         let listener = listener.map_err(|error| cannot_listen(at, &error))?;
+        if settings.client_tokens.is_some() {
+            let hangup = signal(SignalKind::hangup()).expect("the system has signals");
+            tokio::spawn(reread(Arc::clone(&tokens), hangup));
+        }
         let mut stop = [SignalKind::terminate(), SignalKind::interrupt()]
             .map(|kind| signal(kind).expect("the system has signals"));
         tracing::info!(address = %listener.local_addr()?, "listening");
@@ -60,33 +64,28 @@ fn run(options: Options) -> Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        serve(listener, settings, move || model.open(), stopped).await
+        serve(listener, settings, tokens, Files(model), stopped).await
     });
     // A step that hangs must not keep the program.
     runtime.shutdown_background();
     served
 }
 
+/// Reads the tokens of clients again at each SIGHUP.
+async fn reread(tokens: Arc<Tokens>, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        match tokens.reread() {
+            Ok(n) => tracing::info!(n, "SIGHUP: the tokens were read again"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, "SIGHUP: the tokens stay as they were");
+            }
+        }
+    }
+}
+
 /// Threads that connections are served on.
 const WORKERS: usize = 2;
-
-/// Starts so many threads at a time and ends them. Where tokio cannot start its own, it panics and then
-/// hangs.
-fn check_threads(n: usize) -> Result<()> {
-    let gate = Mutex::new(());
-    thread::scope(|scope| {
-        let _closed = gate.lock(); // so that none ends before all have started
-        (0..n).try_for_each(|_| {
-            thread::Builder::new().spawn_scoped(scope, || drop(gate.lock())).map(drop)
-        })
-    })
-    .with_context(|| {
-        format!(
-            "the server needs {n} threads, and no more may be started here; raise the container's \
-             pids limit or `ulimit -u`, or lower --threads"
-        )
-    })
-}
 
 /// How long a server that is being restarted may keep its port.
 const RESTART: Duration = Duration::from_secs(3);

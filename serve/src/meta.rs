@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::tokens::Caller;
+
 /// Who sent an observation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Client {
@@ -13,11 +15,23 @@ pub enum Client {
     Episode(u64, u64),
 }
 
+impl Client {
+    /// Its name, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Named(name) => Some(name),
+            Self::Connection(_) | Self::Episode(..) => None,
+        }
+    }
+}
+
 /// The metadata of a request.
 #[derive(Debug, Clone)]
 pub struct Meta {
     /// The client.
     pub client: Client,
+    /// Whose token it showed.
+    pub caller: Caller,
     /// The number of its connection, in the order in which they were opened.
     pub connection: u64,
     /// Which run of the client's program it is, if the client says so: higher is later.

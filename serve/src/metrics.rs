@@ -10,6 +10,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::observation::{Draft, Times};
+use crate::policy::ModelInfo;
+use crate::tokens::Caller;
 
 /// The labels of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -20,10 +22,30 @@ pub struct Request {
     pub outcome: &'static str,
 }
 
+/// The labels of requests by who asked: the names in the file of clients, of which there are only so many.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Asked {
+    token: String,
+    outcome: &'static str,
+}
+
 /// The label of a stage.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Stage {
     stage: &'static str,
+}
+
+/// The labels of the model that is served.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Served {
+    model: String,
+    fingerprint: String,
+}
+
+/// The label of what came of a reload.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reloaded {
+    outcome: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -46,6 +68,7 @@ pub struct Metrics {
     registry: Registry,
     /// Answered requests and websocket messages.
     pub requests: Family<Request, Counter>,
+    asked: Family<Asked, Counter>,
     stages: Family<Stage, Histogram, Seconds>,
     batches: Histogram,
     /// Observations in the queue.
@@ -72,6 +95,8 @@ pub struct Metrics {
     pub audit_dropped: Counter,
     memory: Gauge,
     devices: Family<Device, Gauge>,
+    served: Family<Served, Gauge>,
+    reloads: Family<Reloaded, Counter>,
 }
 
 impl Default for Metrics {
@@ -83,6 +108,9 @@ impl Default for Metrics {
             "Requests and messages answered, by outcome",
             requests.clone(),
         );
+        let asked = Family::default();
+        let help = "The same by the name of the client's token, where it has one";
+        registry.register("token_requests", help, asked.clone());
         let stages = Family::new_with_constructor(Seconds);
         let help = "Time by stage; queue is all before the model, step all within it";
         registry.register_with_unit("stage", help, Unit::Seconds, stages.clone());
@@ -101,6 +129,10 @@ impl Default for Metrics {
         let memory = gauge("resident_memory_bytes", "Memory of the process");
         let devices = Family::<Device, Gauge>::default();
         registry.register("device_memory_bytes", "What the model takes by device", devices.clone());
+        let served = Family::<Served, Gauge>::default();
+        registry.register("model", "1 for the model that is served", served.clone());
+        let reloads = Family::<Reloaded, Counter>::default();
+        registry.register("reloads", "Times that another model was to be served", reloads.clone());
         let mut counter = |name: &str, help: &str| {
             let counter = Counter::<u64, AtomicU64>::default();
             registry.register(name, help, counter.clone());
@@ -116,6 +148,7 @@ impl Default for Metrics {
         Self {
             registry,
             requests,
+            asked,
             stages,
             batches,
             waiting,
@@ -132,14 +165,19 @@ impl Default for Metrics {
             audit_dropped,
             memory,
             devices,
+            served,
+            reloads,
         }
     }
 }
 
 impl Metrics {
     /// Counts an answered request.
-    pub fn answered(&self, form: &'static str, outcome: &'static str) {
+    pub fn answered(&self, form: &'static str, outcome: &'static str, caller: &Caller) {
         self.requests.get_or_create(&Request { form, outcome }).inc();
+        if let Some(token) = caller.name() {
+            self.asked.get_or_create(&Asked { token: token.to_owned(), outcome }).inc();
+        }
     }
 
     /// Counts a step.
@@ -164,8 +202,20 @@ impl Metrics {
         self.batches.observe(n as f64);
     }
 
-    /// Sets the model's memory on each device.
-    pub fn devices(&self, memory: &[(String, usize)]) {
+    /// Sets what is served, and its memory on each device.
+    pub fn model(&self, model: &ModelInfo) {
+        let (name, fingerprint) = (model.name.clone(), model.fingerprint.clone());
+        self.served.clear();
+        self.served.get_or_create(&Served { model: name, fingerprint }).set(1);
+        self.devices(&model.memory);
+    }
+
+    /// Counts a reload.
+    pub fn reloaded(&self, outcome: &'static str) {
+        self.reloads.get_or_create(&Reloaded { outcome }).inc();
+    }
+
+    fn devices(&self, memory: &[(String, usize)]) {
         for (device, bytes) in memory {
             let label = Device { device: device.clone() };
             self.devices.get_or_create(&label).set(i64::try_from(*bytes).unwrap_or(i64::MAX));
@@ -198,9 +248,10 @@ mod tests {
     #[test]
     fn what_happened_is_in_the_text() {
         let metrics = Metrics::default();
-        metrics.answered("act", "ok");
-        metrics.answered("act", "ok");
-        metrics.answered("plain", "queue_full");
+        let caller = Caller::default();
+        metrics.answered("act", "ok", &caller);
+        metrics.answered("act", "ok", &caller);
+        metrics.answered("plain", "queue_full", &caller);
         let timing = openvla::Timing::default();
         let times = Times::new(std::time::Duration::from_millis(3), &timing);
         metrics.step(&times, &Draft { passes: 5, accepted: vec![true, true, false] });

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::safety;
+use crate::tokens::Caller;
 
 /// Images of a robot's cameras, an instruction and, if the model reads it, the arm's state.
 #[derive(Debug, Clone)]
@@ -93,7 +94,7 @@ impl Headers {
         })
     }
 
-    /// The metadata of a request that arrived at `arrived` on the connection of this number.
+    /// The metadata of a request that arrived at `arrived` on the connection of this number, from nobody in particular.
     ///
     /// # Errors
     /// [`Code::BadRequest`] names the invalid part.
@@ -131,6 +132,7 @@ impl Headers {
         let Self { epoch, seq, timestamp, .. } = self;
         Ok(Meta {
             client,
+            caller: Caller::default(),
             connection,
             epoch,
             seq,
@@ -260,6 +262,11 @@ pub struct Answer {
     pub draft: Draft,
     /// The time of each stage.
     pub timing_ms: Times,
+    /// The fingerprint of the model whose motion it is.
+    pub fingerprint: String,
+    /// That model's file: for the audit log.
+    #[serde(skip)]
+    pub file: String,
     /// The `seq` of the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,

@@ -24,9 +24,11 @@ use crate::description::Description;
 use crate::error::Error;
 use crate::field::Field;
 use crate::message::{self, Schema};
+use crate::meta::Meta;
 use crate::numpy::{Convention, Msgpack, Ndarray};
 use crate::observation::{Answer, Draft, Headers, Observation};
 use crate::safety;
+use crate::tokens::{Caller, Scope};
 use crate::websocket::{self, Disconnected, Frame, Socket};
 
 /// Observations of one connection that may be under way: one at the model, one in the queue, and a newer one.
@@ -80,6 +82,7 @@ struct Reply<'a> {
     warning: Option<&'static str>,
     safety: &'a safety::Report,
     draft: &'a Draft,
+    fingerprint: &'a str,
     seq: Option<u64>,
     server_timing: ServerTiming,
 }
@@ -96,12 +99,13 @@ struct ServerTiming {
 pub async fn upgrade(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Connection>,
+    Extension(caller): Extension<Caller>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
     let at = Arc::clone(&app);
     websocket::accept(&at, upgrade, "openpi", async move |socket| {
         let (steps, begun) = (JoinSet::new(), BTreeMap::new());
-        let talk = Talk { app, connection, socket, steps, begun, next: 0, last: None };
+        let talk = Talk { app, connection, caller, socket, steps, begun, next: 0, last: None };
         talk.run().await;
     })
 }
@@ -109,6 +113,7 @@ pub async fn upgrade(
 struct Talk {
     app: Arc<App>,
     connection: Connection,
+    caller: Caller,
     socket: Socket,
     /// Dropped with the connection, and with it the slots in the queue.
     steps: JoinSet<(u64, Result<Motion, Error>)>,
@@ -174,14 +179,21 @@ impl Talk {
 
     fn begin(&mut self, frame: Bytes) {
         let (app, connection) = (Arc::clone(&self.app), self.connection.clone());
+        let caller = self.caller.clone();
         let (arrived, number) = (Instant::now(), self.next);
         self.next += 1;
         self.begun.insert(number, None);
         self.steps.spawn(async move {
             let at = Arc::clone(&app);
             let answer = async {
-                let meta = |headers: Headers| {
-                    headers.meta(arrived, connection.number, app.settings.deadline())
+                app.tokens.permit(&caller, Scope::Act)?; // it may have been taken back
+                let is_known = caller.name().is_some();
+                if is_known {
+                    app.limit(&caller, None, &connection)?; // before it is decoded
+                }
+                let meta = |headers: Headers| -> Result<Meta, Error> {
+                    let meta = headers.meta(arrived, connection.number, app.settings.deadline())?;
+                    Ok(Meta { caller: caller.clone(), ..meta })
                 };
                 let n = frame.len();
                 // Whose turn it is must be known before the frame is decoded; what is wrong with it
@@ -193,6 +205,9 @@ impl Talk {
                 };
                 let (headers, frame) = app.read(&meta(Headers::default())?, n, read).await?;
                 let turn = meta(headers)?;
+                if !is_known {
+                    app.limit(&caller, turn.client.name(), &connection)?;
+                }
                 let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
                 let (observation, headers) = decoded.await?;
                 let meta = meta(headers)?;
@@ -239,6 +254,7 @@ impl Talk {
             warning: answer.warning,
             safety: &answer.safety,
             draft: &answer.draft,
+            fingerprint: &answer.fingerprint,
             seq: answer.seq,
             server_timing: ServerTiming {
                 infer_ms: times.step,
@@ -247,7 +263,7 @@ impl Talk {
             },
         };
         let frame = rmp_serde::to_vec_named(&reply).map_err(|_| Disconnected)?;
-        self.app.engine.metrics().answered("openpi", "ok");
+        self.app.engine.metrics().answered("openpi", "ok", &self.caller);
         self.socket.send_binary(frame).await?;
         self.last = Some(arrived.elapsed().as_secs_f64() * 1e3);
         Ok(())
@@ -255,7 +271,7 @@ impl Talk {
 
     /// An error ends the conversation only where the reference's would.
     async fn refuse(&mut self, error: &Error) -> Result<(), Disconnected> {
-        self.app.engine.metrics().answered("openpi", error.code.name());
+        self.app.engine.metrics().answered("openpi", error.code.name(), &self.caller);
         let text = serde_json::to_string(error).map_err(|_| Disconnected)?;
         self.socket.send_text(text).await?;
         if self.app.settings.compat_errors {

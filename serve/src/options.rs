@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
 use openvla::OpenVla;
-use openvla::cli::{ModelArgs, output_file};
+use openvla::cli::{ModelArgs, between, output_file};
 use prometheus_client::metrics::counter::Counter;
 
 use crate::audit::Audit;
-use crate::auth::Token;
 use crate::queue::Limits;
 use crate::safety::Safety;
+use crate::tokens::Tokens;
 use crate::worker::{OnFailure, Rules};
 
 /// Serves an OpenVLA model to robots: `POST /act` as the reference, openpi's websocket at `/`,
@@ -46,9 +46,13 @@ pub struct Settings {
     /// Port to listen on; 0 takes a free one [default: 8000; 8777 for OpenVLA-OFT]
     #[arg(long)]
     pub port: Option<u16>,
-    /// File with the token that clients must show: `Authorization: Bearer …`, or `Api-Key …`
+    /// File with the token that clients must show: `Authorization: Bearer …`, or `Api-Key …`; it may do everything
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+    /// File with a line for each client, NAME SCOPES TOKEN; scopes are act, watch and admin, as in act,watch. SIGHUP
+    /// reads it again
+    #[arg(long, value_name = "FILE")]
+    pub client_tokens: Option<PathBuf>,
     /// Listen on any address without a token
     #[arg(long)]
     pub insecure: bool,
@@ -59,6 +63,10 @@ pub struct Settings {
     #[arg(long, value_name = "MS", default_value_t = 60_000)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=crate::observation::MAX_DEADLINE_MS))]
     pub deadline_ms: u64,
+    /// Motions that a client may ask for each second, at most so many at once: by its token's name, its own, else its
+    /// address [default: any number]
+    #[arg(long, value_name = "HZ", value_parser = between(0.01, 10_000.0))]
+    pub rate: Option<f64>,
     /// How old an observation's timestamp may be when it comes [default: any age]
     #[arg(long, value_name = "MS")]
     pub max_age_ms: Option<u64>,
@@ -89,9 +97,9 @@ pub struct Settings {
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 20)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub audit_log_size: u64,
-    /// The model's file, for the audit log
-    #[arg(skip)]
-    pub model: Option<PathBuf>,
+    /// Folder whose model files POST /v1/reload may name; without it, that reads the served file again
+    #[arg(long, value_name = "FOLDER")]
+    pub models: Option<PathBuf>,
     /// Answer errors of /act and the websocket as the reference does: "error" with status 200
     #[arg(long)]
     pub compat_errors: bool,
@@ -139,15 +147,15 @@ impl Settings {
     /// What clients must show, if anything.
     ///
     /// # Errors
-    /// If the file holds no token, or others could reach the server without one.
-    pub fn token(&self) -> Result<Option<Token>> {
-        let token = self.token_file.as_deref().map(Token::read).transpose()?;
+    /// If a file is not what it must be, or others could reach the server without a token.
+    pub fn tokens(&self) -> Result<Arc<Tokens>> {
+        let tokens = Tokens::read(self.token_file.as_deref(), self.client_tokens.as_deref())?;
         ensure!(
-            token.is_some() || self.insecure || self.host.is_loopback(),
-            "{} is open to other machines: name a --token-file, or say --insecure",
+            !tokens.is_empty() || self.insecure || self.host.is_loopback(),
+            "{} is open to other machines: name a --token-file or --client-tokens, or say --insecure",
             self.host
         );
-        Ok(token)
+        Ok(Arc::new(tokens))
     }
 
     /// The audit log, if one is wanted; `dropped` counts what is lost.
@@ -155,9 +163,7 @@ impl Settings {
     /// # Errors
     /// As [`Audit::open`].
     pub fn audit(&self, dropped: Counter) -> Result<Option<Arc<Audit>>> {
-        let model =
-            self.model.as_ref().map_or("built-in".into(), |path| path.display().to_string());
-        let open = |path: &PathBuf| Audit::open(path, self.audit_log_size, model, dropped);
+        let open = |path: &PathBuf| Audit::open(path, self.audit_log_size, dropped);
         Ok(self.audit_log.as_ref().map(open).transpose()?.map(Arc::new))
     }
 
@@ -214,17 +220,20 @@ mod tests {
 
     #[test]
     fn other_machines_need_a_token() {
-        let token = |args: &[&str]| parse(args).unwrap().token();
-        assert!(token(&[]).unwrap().is_none());
-        assert!(token(&["--host", "::1"]).unwrap().is_none());
-        let error = token(&["--host", "0.0.0.0"]).unwrap_err().to_string();
+        let tokens = |args: &[&str]| parse(args).unwrap().tokens();
+        assert!(tokens(&[]).unwrap().is_empty());
+        assert!(tokens(&["--host", "::1"]).unwrap().is_empty());
+        let error = tokens(&["--host", "0.0.0.0"]).unwrap_err().to_string();
         assert!(error.contains("--token-file") && error.contains("--insecure"), "{error}");
-        assert!(token(&["--host", "0.0.0.0", "--insecure"]).unwrap().is_none());
+        assert!(tokens(&["--host", "0.0.0.0", "--insecure"]).unwrap().is_empty());
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("token");
         std::fs::write(&file, "0123456789abcdef\n").unwrap();
         let named = ["--host", "0.0.0.0", "--token-file", file.to_str().unwrap()];
-        assert!(token(&named).unwrap().is_some());
+        assert!(!tokens(&named).unwrap().is_empty());
+        std::fs::write(&file, "arm act 0123456789abcdef\n").unwrap();
+        let named = ["--host", "0.0.0.0", "--client-tokens", file.to_str().unwrap()];
+        assert!(!tokens(&named).unwrap().is_empty());
     }
 
     #[test]

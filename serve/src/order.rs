@@ -100,10 +100,12 @@ mod tests {
 
     use super::*;
     use crate::meta::Client;
+    use crate::tokens::Caller;
 
     fn meta(connection: u64, epoch: Option<u64>, seq: Option<u64>, timestamp: Option<f64>) -> Meta {
         let (client, now) = (Client::Named("arm".into()), Instant::now());
-        Meta { client, connection, epoch, seq, timestamp, arrived: now, deadline: now }
+        let (caller, arrived, deadline) = (Caller::default(), now, now);
+        Meta { client, caller, connection, epoch, seq, timestamp, arrived, deadline }
     }
 
     fn takes(order: &mut Order, meta: &Meta) -> bool {

@@ -22,6 +22,7 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::stream;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
@@ -31,6 +32,7 @@ use crate::error::{Code, Error, Outcome};
 use crate::live::{Event, Last, MAX_WATCHERS, Robot};
 use crate::openpi;
 use crate::policy::ModelInfo;
+use crate::tokens::{Caller, Scope};
 use crate::view::Views;
 
 /// Where the page listens.
@@ -68,22 +70,21 @@ static PAGE: LazyLock<Page> = LazyLock::new(|| {
 pub async fn root(
     state: State<Arc<App>>,
     connection: Extension<Connection>,
+    caller: Extension<Caller>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
     request: Request,
 ) -> Response {
-    if !state.0.settings.no_page && is_page(request.method(), request.headers()) {
+    if is_page(&state.0, &request) {
         return page(StatusCode::OK);
     }
-    openpi::upgrade(state, connection, upgrade).await
+    openpi::upgrade(state, connection, caller, upgrade).await
 }
 
 /// The page for a browser that shows no token: it asks for one. Nobody else takes a page for an answer.
 pub fn sign_in(app: &App, request: &Request) -> Option<Response> {
-    let (headers, method) = (request.headers(), request.method());
-    let accepts = headers.get(header::ACCEPT).and_then(|accepts| accepts.to_str().ok());
+    let accepts = request.headers().get(header::ACCEPT).and_then(|accepts| accepts.to_str().ok());
     let is_browser = accepts.is_some_and(|types| types.contains("text/html"));
-    let is_root = request.uri().path() == "/" && is_page(method, headers);
-    (!app.settings.no_page && is_root && is_browser).then(|| {
+    (request.uri().path() == "/" && is_page(app, request) && is_browser).then(|| {
         let mut response = page(StatusCode::UNAUTHORIZED);
         let bearer = HeaderValue::from_static("Bearer");
         response.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
@@ -93,8 +94,9 @@ pub fn sign_in(app: &App, request: &Request) -> Option<Response> {
 }
 
 /// Whether a request for `/` is for the page.
-fn is_page(method: &Method, headers: &HeaderMap) -> bool {
-    [Method::GET, Method::HEAD].contains(method) && !headers.contains_key(header::UPGRADE)
+pub fn is_page(app: &App, request: &Request) -> bool {
+    let is_read = [Method::GET, Method::HEAD].contains(request.method());
+    !app.settings.no_page && is_read && !request.headers().contains_key(header::UPGRADE)
 }
 
 fn page(status: StatusCode) -> Response {
@@ -109,7 +111,11 @@ fn page(status: StatusCode) -> Response {
 }
 
 /// `GET /page/events`: server-sent events, `server` and `robot`, each with a JSON object.
-pub async fn events(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+pub async fn events(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+) -> Response {
     if let Err(error) = app.admit_page(&headers) {
         return error.into_response();
     }
@@ -117,13 +123,37 @@ pub async fn events(State(app): State<Arc<App>>, headers: HeaderMap) -> Response
         let message = format!("{MAX_WATCHERS} pages are open already");
         return Error::new(Code::QueueFull, message).retry_after(10).into_response();
     };
-    let start = (VecDeque::from(seen), events, app.draining.clone());
-    let stream = stream::unfold(start, async |(mut seen, mut events, mut draining)| {
-        let event = match seen.pop_front() {
+    let watcher = Watcher { app, caller, seen: seen.into(), events };
+    let stream = stream::unfold(watcher, async |mut watcher| {
+        let event = watcher.next().await?;
+        Some((Ok::<_, Infallible>(event), watcher))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    (headers, Body::from_stream(stream)).into_response()
+}
+
+/// Somebody who watches.
+struct Watcher {
+    app: Arc<App>,
+    caller: Caller,
+    /// What was there to see when they came.
+    seen: VecDeque<Event>,
+    events: Receiver<Event>,
+}
+
+impl Watcher {
+    /// The next event, until the server drains, or their token is taken back.
+    async fn next(&mut self) -> Option<Event> {
+        let mut draining = self.app.draining.clone();
+        let event = match self.seen.pop_front() {
             Some(event) => event,
             None => loop {
                 tokio::select! {
-                    event = events.recv() => match event {
+                    event = self.events.recv() => match event {
                         Ok(event) => break event,
                         Err(RecvError::Lagged(_)) => {} // what is newer is still there
                         Err(RecvError::Closed) => return None,
@@ -132,14 +162,9 @@ pub async fn events(State(app): State<Arc<App>>, headers: HeaderMap) -> Response
                 }
             },
         };
-        Some((Ok::<_, Infallible>(event), (seen, events, draining)))
-    });
-    let headers = [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        (header::CACHE_CONTROL, "no-store"),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-    ];
-    (headers, Body::from_stream(stream)).into_response()
+        self.app.tokens.permit(&self.caller, Scope::Watch).ok()?;
+        Some(event)
+    }
 }
 
 /// The server's numbers, as the page shows them.

@@ -1,12 +1,8 @@
 //! The interface of a model to the worker; tests implement it without a model.
 
-use openvla::image::RgbImage;
-use openvla::oft;
+use anyhow::{Result, ensure};
 use openvla::prompt::Prompt;
-use openvla::{
-    ActionSpace, Config, OftConfig, OpenVla, Preprocess, Profile, Request, Session, Statistics,
-    Usage,
-};
+use openvla::{ActionSpace, Config, OftConfig, Preprocess, Profile, Session, Statistics, Usage};
 
 use crate::observation::{Motion, Observation};
 
@@ -18,7 +14,7 @@ pub trait Policy {
     /// Runs one step of a session, in the units of the named data set.
     ///
     /// # Errors
-    /// As [`openvla::OpenVla::act_in`] and [`oft::OpenVlaOft::act`].
+    /// As [`openvla::OpenVla::act_in`] and [`openvla::oft::OpenVlaOft::act`].
     fn act(
         &mut self,
         session: &mut Session,
@@ -41,7 +37,8 @@ pub trait Policy {
     }
 }
 
-fn one_by_one<P: Policy + ?Sized>(
+/// Serves turns one after another.
+pub fn one_by_one<P: Policy + ?Sized>(
     policy: &mut P,
     turns: &mut [Turn<'_>],
     answer: &mut dyn FnMut(usize, openvla::Result<Motion>),
@@ -67,6 +64,10 @@ pub struct Turn<'a> {
 pub struct ModelInfo {
     /// The name to be shown.
     pub name: String,
+    /// The file that it was opened from.
+    pub file: String,
+    /// What tells it from others.
+    pub fingerprint: String,
     /// Sides of the square that pictures become, in pixels.
     pub image_size: u32,
     /// How images are resized to that square. Without it, the policy gets the original images.
@@ -83,17 +84,20 @@ pub struct ModelInfo {
     pub statistics: Statistics,
     /// The memory used on each device, in bytes.
     pub memory: Vec<(String, usize)>,
+    /// Bytes of the machine's own memory that it takes beside weights.
+    pub scratch: usize,
 }
 
 impl ModelInfo {
-    /// The description of a model of this configuration.
-    fn new(config: &Config, usage: &[Usage]) -> Self {
-        let bytes = |usage: &Usage| usage.weights + usage.states + usage.graphs;
+    /// The description of a file's model, before it is known what it takes.
+    pub fn new(config: &Config, file: String, fingerprint: String) -> Self {
         let preprocess = &config.preprocess;
         // Any other preparation starts from the picture as the camera took it.
         let is_square = preprocess.profile == Profile::Raw && !preprocess.center_crop;
         Self {
             name: config.general.name.clone(),
+            file,
+            fingerprint,
             image_size: preprocess.size,
             preprocess: is_square.then(|| preprocess.clone()),
             shown: preprocess.clone(),
@@ -101,58 +105,59 @@ impl ModelInfo {
             oft: config.oft.clone(),
             prompt: Some(config.prompt.clone()),
             statistics: config.statistics.clone(),
-            memory: usage.iter().map(|usage| (usage.device.clone(), bytes(usage))).collect(),
+            memory: Vec::new(),
+            scratch: 0,
         }
+    }
+
+    /// The same, with what it takes on the GPUs, then the CPU.
+    pub fn with_memory(self, usage: &[Usage]) -> Self {
+        let beside = |usage: &Usage| usage.states + usage.graphs;
+        let bytes = |usage: &Usage| (usage.device.clone(), usage.weights + beside(usage));
+        let scratch = usage.last().map_or(0, beside);
+        Self { memory: usage.iter().map(bytes).collect(), scratch, ..self }
+    }
+
+    /// Whether another model may take its place while it serves: what clients send, and what they may rely on, must stay
+    /// the same.
+    ///
+    /// # Errors
+    /// Says what differs.
+    pub fn check_successor(&self, new: &Self) -> Result<()> {
+        let kind = |model: &Self| if model.oft.is_some() { "OpenVLA-OFT" } else { "OpenVLA" };
+        let (wanted, found) = (kind(self), kind(new));
+        ensure!(found == wanted, "{} is of an {found} model, and an {wanted} is served", new.file);
+        let names = |model: &Self| model.statistics.datasets().keys().cloned().collect::<Vec<_>>();
+        let (wanted, found) = (names(self).join(", "), names(new).join(", "));
+        ensure!(
+            found == wanted,
+            "{} knows the data sets {found}, and a model of {wanted} is served",
+            new.file
+        );
+        let datasets = self.statistics.datasets().iter().zip(new.statistics.datasets().values());
+        for ((name, wanted), found) in datasets {
+            let (wanted, found) = (wanted.action.n(), found.action.n());
+            ensure!(
+                found == wanted,
+                "{}: motions of {name} have {found} dimensions, and a model of {wanted} is served",
+                new.file
+            );
+        }
+        ensure!(
+            self.oft == new.oft,
+            "{} has other cameras, another chunk, state or head than the model that is served",
+            new.file
+        );
+        ensure!(
+            self.shown == new.shown,
+            "{} prepares pictures in another way than the model that is served",
+            new.file
+        );
+        Ok(())
     }
 
     /// Cameras whose pictures the model is shown.
     pub fn n_camera(&self) -> usize {
         self.oft.as_ref().map_or(1, |oft| oft.cameras.len())
-    }
-}
-
-impl Policy for openvla::Policy {
-    fn info(&self) -> ModelInfo {
-        ModelInfo::new(self.config(), &self.usage())
-    }
-
-    fn act(
-        &mut self,
-        session: &mut Session,
-        observation: &Observation,
-        unnorm_key: Option<&str>,
-    ) -> openvla::Result<Motion> {
-        let Observation { image, wrists, state, instruction, .. } = observation;
-        match self {
-            Self::OpenVla(policy) => {
-                policy.act_in(session, image, instruction, unnorm_key).map(Motion::from)
-            }
-            Self::Oft(policy) => {
-                let images: Vec<&RgbImage> = [image].into_iter().chain(wrists).collect();
-                let seen = oft::Observation { images: &images, state: state.as_deref() };
-                policy.act(&seen, instruction, unnorm_key).map(Motion::from)
-            }
-        }
-    }
-
-    fn max_batch(&self) -> usize {
-        match self {
-            Self::OpenVla(policy) if policy.shares_passes() => OpenVla::MAX_BATCH,
-            _ => 1,
-        }
-    }
-
-    fn act_each(
-        &mut self,
-        turns: &mut [Turn<'_>],
-        answer: &mut dyn FnMut(usize, openvla::Result<Motion>),
-    ) {
-        let Self::OpenVla(policy) = self else { return one_by_one(self, turns, answer) };
-        let requests = turns.iter_mut().map(|Turn { session, observation, unnorm_key }| {
-            let Observation { image, instruction, .. } = observation;
-            Request { session, image, instruction, unnorm_key: *unnorm_key }
-        });
-        let mut requests: Vec<_> = requests.collect();
-        policy.act_each(&mut requests, |at, result| answer(at, result.map(Motion::from)));
     }
 }

@@ -168,6 +168,7 @@ impl<T> Queue<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokens::Caller;
     use proptest::prelude::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -179,8 +180,9 @@ mod tests {
 
     fn meta(client: &str, now: Instant) -> Meta {
         let client = Client::Named(client.into());
-        let (arrived, deadline) = (now, now + SECOND);
-        Meta { client, connection: 0, epoch: None, seq: None, timestamp: None, arrived, deadline }
+        let (caller, arrived, deadline) = (Caller::default(), now, now + SECOND);
+        let (epoch, seq, timestamp) = (None, None, None);
+        Meta { client, caller, connection: 0, epoch, seq, timestamp, arrived, deadline }
     }
 
     fn next(queue: &mut Queue<&'static str>, now: Instant) -> Option<&'static str> {

@@ -31,6 +31,11 @@ impl<K: Hash + Eq + Clone, V: Default> Recent<K, V> {
         self.entries.is_empty()
     }
 
+    /// All values. Does not count as use.
+    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        self.entries.values_mut().map(|(_, value)| value)
+    }
+
     /// The value of a key. Does not count as use.
     pub fn get(&self, key: &K, now: Instant) -> Option<&V> {
         let (used, value) = self.entries.get(key)?;

@@ -10,16 +10,20 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
-use crate::app::{App, Arrived};
+use crate::app::{App, Arrived, extension};
 use crate::description::Description;
 use crate::error::{Code, Error, Outcome};
-use crate::{act, openpi, page, plain, stop, vla_eval};
+use crate::tokens::Scope;
+use crate::{act, openpi, page, plain, reload, stop, vla_eval};
 
 /// The description of the API.
 pub const OPENAPI: &str = include_str!("openapi.json");
 
 /// Where vLLM has openpi's websocket.
 const VLLM: &str = "/v1/realtime/robot/openpi";
+
+/// Where motions are asked for, one by one.
+const MOTIONS: [&str; 4] = ["/act", "/act/", "/v1/act", "/v1/act/"];
 
 /// All routes.
 pub fn routes(app: Arc<App>) -> Router {
@@ -36,6 +40,7 @@ pub fn routes(app: Arc<App>) -> Router {
         .route("/v1/act/", post(plain::act))
         .route("/v1/stop", post(stop::stop))
         .route("/v1/release", post(stop::release))
+        .route("/v1/reload", post(reload::post))
         .route("/v1/model", get(model))
         .route("/healthz", get(async || (TEXT, "OK\n")))
         .route("/readyz", get(ready))
@@ -70,14 +75,40 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
     (METRICS, app.engine.metrics().text()).into_response()
 }
 
+/// What a token must allow; nothing in particular where anyone may look who has one.
+fn scope(app: &App, request: &Request) -> Option<Scope> {
+    match request.uri().path() {
+        "/" if page::is_page(app, request) => Some(Scope::Watch),
+        page::EVENTS | "/metrics" => Some(Scope::Watch),
+        "/" | VLLM | "/vla-eval" | "/act" | "/act/" | "/v1/act" | "/v1/act/" => Some(Scope::Act),
+        "/v1/stop" | "/v1/release" => Some(Scope::Act),
+        "/v1/reload" => Some(Scope::Admin),
+        _ => None, // probes, descriptions, and what is not there
+    }
+}
+
 async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let arrived = Instant::now();
     request.extensions_mut().insert(Arrived(arrived));
     let upgrades = request.headers().contains_key(header::UPGRADE);
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
-    let mut response = match app.admit(request.headers(), &path) {
-        Ok(()) => next.run(request).await,
+    let admitted = app.admit(request.headers(), &path);
+    let caller = admitted.as_ref().cloned().unwrap_or_default();
+    let permitted = admitted.and_then(|caller| {
+        scope(&app, &request).map_or(Ok(()), |scope| app.tokens.permit(&caller, scope))?;
+        if MOTIONS.contains(&&*path) {
+            // Before the body is read.
+            let client = stop::name(request.headers());
+            app.limit(&caller, client.as_deref(), extension(&request))?;
+        }
+        Ok(())
+    });
+    let mut response = match permitted {
+        Ok(()) => {
+            request.extensions_mut().insert(caller.clone());
+            next.run(request).await
+        }
         Err(error) if error.code == Code::Unauthorized => {
             page::sign_in(&app, &request).unwrap_or_else(|| error.into_response())
         }
@@ -95,7 +126,7 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     };
     // A connection that became a websocket is not an answer; its messages are counted one by one.
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        app.engine.metrics().answered(form, outcome);
+        app.engine.metrics().answered(form, outcome, &caller);
         if *app.draining.borrow() {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }

@@ -1,7 +1,9 @@
 //! The listener, the limits of connections, and shutdown.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,10 +23,12 @@ use tower_service::Service;
 use crate::app::{App, Connection};
 use crate::audit::Audit;
 use crate::engine::Engine;
+use crate::models::Models;
 use crate::options::Settings;
 use crate::page;
-use crate::policy::Policy;
+use crate::reload::{Successor, reload};
 use crate::routes::routes;
+use crate::tokens::Tokens;
 use crate::worker::run;
 
 /// For how long after the signal to stop a connection may still bring a request.
@@ -36,23 +40,22 @@ const LINGER: Duration = Duration::from_millis(500);
 /// # Errors
 /// If the model or the audit log cannot be opened, the model fails too often or hangs, if not all was answered in time, or if
 /// no thread can be started for the model.
-pub async fn serve<P, O>(
+pub async fn serve(
     listener: TcpListener,
     settings: Settings,
-    open: O,
+    tokens: Arc<Tokens>,
+    models: impl Models,
     stop: impl Future<Output = ()>,
-) -> Result<()>
-where
-    P: Policy,
-    O: FnMut() -> Result<P> + Send + 'static,
-{
+) -> Result<()> {
     let engine = Engine::new(settings.limits());
-    let token = settings.token()?;
     let audit = Flushed(settings.audit(engine.metrics().audit_dropped.clone())?);
-    let (mut worker, mut ended) = start(&engine, &settings, open)?;
+    let (models, (successors, coming)) = (Arc::new(models), channel());
+    let (mut worker, mut ended) = start(&engine, &settings, Arc::clone(&models), coming)?;
+    let reload = reload(engine.clone(), settings.rules(), models, successors);
     let (drain, draining) = watch::channel(false);
     let slots = Arc::new(Semaphore::new(settings.max_connections as usize));
-    let app = App::new(engine.clone(), settings.clone(), token, audit.0.clone(), draining.clone());
+    let (all, log) = (settings.clone(), audit.0.clone());
+    let app = App::new(engine.clone(), all, tokens, log, reload, draining.clone());
     let (stall, drain_s) = (settings.stall(), settings.drain_s);
     if !settings.no_page {
         tokio::spawn(page::run(Arc::clone(&app)));
@@ -68,8 +71,8 @@ where
     tracing::info!(pending = engine.pending(), "draining");
     let _ = drain.send(true); // connections may all be gone
     // The system has accepted these already, and their clients may have sent a request.
-    while let Ok(Ok((stream, _))) = timeout(Duration::ZERO, listener.accept()).await {
-        accepting.take(stream, &engine);
+    while let Ok(Ok((stream, address))) = timeout(Duration::ZERO, listener.accept()).await {
+        accepting.take(stream, address, &engine);
     }
     drop(listener);
     let limit = Duration::from_secs(drain_s);
@@ -103,16 +106,17 @@ impl Drop for Flushed {
 /// The worker's thread, and word of its end.
 type Worker = (Option<JoinHandle<Result<()>>>, oneshot::Receiver<()>);
 
-fn start<P: Policy>(
+fn start<M: Models>(
     engine: &Engine,
     settings: &Settings,
-    open: impl FnMut() -> Result<P> + Send + 'static,
+    models: Arc<M>,
+    successors: Receiver<Successor<M::Policy>>,
 ) -> Result<Worker> {
     let (end, ended) = oneshot::channel();
     let (engine, rules) = (engine.clone(), settings.rules());
     let work = move || {
         let _end = end; // dropped with the thread, however it ends
-        run(&engine, &rules, open)
+        run(&engine, &rules, &*models, &successors)
     };
     let named = std::thread::Builder::new().name("model".into());
     let thread = named.spawn(work).context("cannot start the model's thread")?;
@@ -138,7 +142,7 @@ impl Accepting {
     async fn accept_all(&mut self, listener: &TcpListener, engine: &Engine) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.take(stream, engine),
+                Ok((stream, address)) => self.take(stream, address, engine),
                 Err(error) => {
                     // Such as too many open files: others must close theirs first.
                     tracing::warn!(%error, "cannot accept a connection");
@@ -148,12 +152,13 @@ impl Accepting {
         }
     }
 
-    fn take(&mut self, stream: TcpStream, engine: &Engine) {
+    fn take(&mut self, stream: TcpStream, address: SocketAddr, engine: &Engine) {
         let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() else {
             engine.metrics().refused.inc();
             return; // closes it, so that the client knows at once
         };
-        let connection = Connection::new(self.number, engine.clone(), permit);
+        let connection =
+            Connection::new(self.number, address.ip().to_canonical(), engine.clone(), permit);
         self.number += 1;
         let (router, draining) = (self.router.clone(), self.draining.clone());
         let patience = self.settings.patience();

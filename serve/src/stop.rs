@@ -15,8 +15,10 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::app::{App, Connection};
+use crate::audit::Entry;
 use crate::error::{Code, Error};
 use crate::observation::Headers;
+use crate::tokens::Caller;
 
 /// Whether motions may leave. Shared by all requests.
 #[derive(Debug)]
@@ -128,13 +130,15 @@ impl Stop {
 pub async fn stop(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Connection>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Response {
     // A stop is set whatever else the headers say.
     let by = name(request.headers());
     app.stop.set(by.clone());
-    tracing::warn!(by, connection = connection.number, "stopped: no motion leaves the server");
-    app.note("stop", by, connection.number);
+    let (connection, token) = (connection.number, caller.name());
+    tracing::warn!(by, token, connection, "stopped: no motion leaves the server");
+    app.note(Entry::event("stop", by, &caller, connection));
     state(&app)
 }
 
@@ -142,16 +146,19 @@ pub async fn stop(
 pub async fn release(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Connection>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Response {
     let by = name(request.headers());
-    app.note("release", by.clone(), connection.number);
-    tracing::warn!(by, connection = connection.number, "released: motions leave the server");
+    let (connection, token) = (connection.number, caller.name());
+    app.note(Entry::event("release", by.clone(), &caller, connection));
+    tracing::warn!(by, token, connection, "released: motions leave the server");
     app.stop.release();
     state(&app)
 }
 
-fn name(headers: &http::HeaderMap) -> Option<String> {
+/// The name that a client gives itself.
+pub fn name(headers: &http::HeaderMap) -> Option<String> {
     Headers::of(headers).ok()?.client_id.filter(|name| name.len() <= 128)
 }
 

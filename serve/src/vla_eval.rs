@@ -30,6 +30,7 @@ use crate::app::{App, Connection};
 use crate::error::{Code, Error};
 use crate::meta::{Client, Meta};
 use crate::observation::{Answer, Headers};
+use crate::tokens::{Caller, Scope};
 use crate::vla_frame::{Array, Draft, Head, Hello, Kind, PROTOCOL, Wishes};
 use crate::websocket::{self, Disconnected, Frame, Socket};
 
@@ -61,6 +62,7 @@ pub async fn config(query: Result<Query<BTreeMap<String, String>>, QueryRejectio
 pub async fn upgrade(
     State(app): State<Arc<App>>,
     Extension(connection): Extension<Connection>,
+    Extension(caller): Extension<Caller>,
     wishes: Result<Query<Wishes>, QueryRejection>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
@@ -75,6 +77,7 @@ pub async fn upgrade(
         let mut talk = Talk {
             app,
             connection,
+            caller,
             wishes,
             socket,
             work,
@@ -92,6 +95,7 @@ pub async fn upgrade(
 struct Talk {
     app: Arc<App>,
     connection: Connection,
+    caller: Caller,
     /// What the URL asks for, or what is wrong with it.
     wishes: Result<Wishes, Error>,
     socket: Socket,
@@ -191,7 +195,8 @@ impl Talk {
         let timestamp = timestamp.filter(|_| self.app.settings.max_age_ms.is_some());
         let headers = Headers { timestamp, ..Headers::default() };
         let meta = headers.meta(arrived, number, self.app.settings.deadline())?;
-        Ok(Meta { client: Client::Episode(number, self.episode), ..meta })
+        let client = Client::Episode(number, self.episode);
+        Ok(Meta { client, caller: self.caller.clone(), ..meta })
     }
 
     async fn done(&mut self, done: Result<Done, JoinError>) -> Result<(), Disconnected> {
@@ -237,7 +242,14 @@ impl Talk {
                 self.refuse(asked.seq, "hello", &Error::bad_request(message)).await
             }
             Kind::EpisodeStart | Kind::EpisodeEnd => self.end_episode().await,
-            Kind::Observation => self.observe(asked).await,
+            Kind::Observation => {
+                let permitted = self.app.tokens.permit(&self.caller, Scope::Act);
+                let counted = || self.app.limit(&self.caller, None, &self.connection);
+                match permitted.and_then(|()| counted()) {
+                    Ok(()) => self.observe(asked).await,
+                    Err(error) => self.refuse(asked.seq, "observation", &error).await,
+                }
+            }
             Kind::Error => Ok(()),
             Kind::Other(name) => {
                 let message = format!("there are no frames of type `{name}`");
@@ -302,12 +314,12 @@ impl Talk {
             return self.refuse(seq, "observation", &stopped).await;
         }
         let action = self.chunk.pop_front().ok_or(Disconnected)?;
-        self.app.engine.metrics().answered("vla_eval", "ok");
+        self.app.engine.metrics().answered("vla_eval", "ok", &self.caller);
         self.send("action", Action { actions: Array::new(&action) }, seq).await
     }
 
     async fn refuse(&mut self, seq: u64, what: &str, error: &Error) -> Result<(), Disconnected> {
-        self.app.engine.metrics().answered("vla_eval", error.code.name());
+        self.app.engine.metrics().answered("vla_eval", error.code.name(), &self.caller);
         let hint = error.hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
         let error = format!("{what}_failed: {}: {}{hint}", error.code.name(), error.message);
         self.send("error", Failed { error }, seq).await

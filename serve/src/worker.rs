@@ -4,6 +4,8 @@
 //! is opened again, or the program ends, as the operator wants it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -11,13 +13,15 @@ use clap::ValueEnum;
 use openvla::Session;
 use openvla::image::{Rgb, RgbImage};
 
-use crate::engine::{Engine, Job, late};
+use crate::engine::{Engine, Job, Next, late};
 use crate::error::{Code, Error};
 use crate::live::Step;
 use crate::meta::{Client, Meta};
+use crate::models::Models;
 use crate::observation::{Answer, Motion, Observation, Times, UNSURE};
 use crate::policy::{ModelInfo, Policy, Turn};
 use crate::recent::Recent;
+use crate::reload::Successor;
 use crate::safety::Safety;
 
 /// What happens after a failure.
@@ -63,14 +67,16 @@ struct Known {
 ///
 /// # Errors
 /// If the model cannot be opened, or fails more often than the rules bear.
-pub fn run<P: Policy>(
+pub fn run<M: Models>(
     engine: &Engine,
     rules: &Rules,
-    mut open: impl FnMut() -> Result<P>,
+    models: &M,
+    successors: &Receiver<Successor<M::Policy>>,
 ) -> Result<()> {
-    let mut worker = Worker { engine, rules, clients: Recent::new(rules.memory), failures: 0 };
+    let clients = Recent::new(rules.memory);
+    let mut worker = Worker { engine, rules, clients, file: None, failures: 0 };
     loop {
-        let Err(why) = worker.live(&mut open) else {
+        let Err(why) = worker.live(models, successors) else {
             engine.end();
             return Ok(());
         };
@@ -90,24 +96,42 @@ struct Worker<'a> {
     engine: &'a Engine,
     rules: &'a Rules,
     clients: Recent<Client, Known>,
+    /// The file that is served, if it is another than at the start.
+    file: Option<PathBuf>,
     /// Failures since the last good step.
     failures: u32,
 }
 
 impl Worker<'_> {
-    /// One life of the model: opened, warmed up, and used until the end or a failure.
-    fn live<P: Policy>(&mut self, open: &mut impl FnMut() -> Result<P>) -> Result<()> {
-        let mut policy = catch_panic(open)??;
-        let model = policy.info();
-        self.warm_up(&mut policy, &model)?;
+    /// One life of the model: opened, warmed up, and used until the end or a failure. Others may take its place.
+    fn live<M: Models>(
+        &mut self,
+        models: &M,
+        successors: &Receiver<Successor<M::Policy>>,
+    ) -> Result<()> {
+        let mut policy = catch_panic(|| models.open(self.file.as_deref()))??;
+        let took = warm_up(self.rules, &mut policy)?;
+        let mut model = policy.info();
+        self.engine.stepped(1, took);
         self.engine.open(model.clone());
-        tracing::info!(model = model.name, "ready");
-        let most = self.rules.batch.min(policy.max_batch());
-        while let Some(jobs) = self.engine.next(most, self.rules.stall) {
-            self.serve(&mut policy, &model, jobs)?;
+        tracing::info!(model = model.name, fingerprint = model.fingerprint, "ready");
+        let successor = || successors.try_recv().ok();
+        loop {
+            let most = self.rules.batch.min(policy.max_batch());
+            match self.engine.next(most, self.rules.stall, successor) {
+                None => return Ok(()),
+                Some(Next::Jobs(jobs)) => self.serve(&mut policy, &model, jobs)?,
+                Some(Next::Other(Successor { policy: new, file, took, before })) => {
+                    let old = std::mem::replace(&mut policy, new);
+                    (model, self.file) = (policy.info(), file);
+                    // Of a robot, its last motion alone is kept, near which the next one is held.
+                    self.clients.values_mut().for_each(|known| known.session = Session::default());
+                    self.engine.swap(model.clone(), took);
+                    let _ = before.send(old); // who put it there waits
+                }
+            }
             self.failures = 0;
         }
-        Ok(())
     }
 
     /// One step for all of some jobs. Each is answered as soon as its motion is known.
@@ -160,29 +184,6 @@ impl Worker<'_> {
             let _ = reply.send(Err(error)); // whoever asked may have left
         }
         Err(why)
-    }
-
-    /// A step before the first request, so that this one is as fast as those after it.
-    fn warm_up(&self, policy: &mut impl Policy, model: &ModelInfo) -> Result<()> {
-        let key = match &self.rules.unnorm_key {
-            Some(key) => model.statistics.select(Some(key))?.0,
-            None => model.statistics.first().0,
-        };
-        let image = RgbImage::from_pixel(model.image_size, model.image_size, Rgb([127; 3]));
-        let n_state = model.oft.as_ref().map_or(0, |oft| oft.n_state);
-        let observation = Observation {
-            wrists: vec![image.clone(); model.n_camera() - 1],
-            image,
-            state: Some(vec![0.0; n_state]),
-            instruction: "warm up".into(),
-            unnorm_key: Some(key.into()),
-            n_actions: None,
-        };
-        let begun = Instant::now();
-        let act = || policy.act(&mut Session::default(), &observation, Some(key));
-        catch_panic(act)?.context("the warm-up step failed")?;
-        self.engine.stepped(1, begun.elapsed());
-        Ok(())
     }
 
     /// Acts for all who ask, and calls `answer` with the place of each and what it is told.
@@ -268,9 +269,34 @@ impl Worker<'_> {
             safety,
             draft: motion.draft,
             timing_ms,
+            fingerprint: model.fingerprint.clone(),
+            file: model.file.clone(),
             seq: meta.seq,
         })
     }
+}
+
+/// Runs a step before the first request, so that this one is as fast as those after it. Gives the time that it took.
+pub(crate) fn warm_up(rules: &Rules, policy: &mut impl Policy) -> Result<Duration> {
+    let model = policy.info();
+    let key = match &rules.unnorm_key {
+        Some(key) => model.statistics.select(Some(key))?.0,
+        None => model.statistics.first().0,
+    };
+    let image = RgbImage::from_pixel(model.image_size, model.image_size, Rgb([127; 3]));
+    let n_state = model.oft.as_ref().map_or(0, |oft| oft.n_state);
+    let observation = Observation {
+        wrists: vec![image.clone(); model.n_camera() - 1],
+        image,
+        state: Some(vec![0.0; n_state]),
+        instruction: "warm up".into(),
+        unnorm_key: Some(key.into()),
+        n_actions: None,
+    };
+    let begun = Instant::now();
+    let act = || policy.act(&mut Session::default(), &observation, Some(key));
+    catch_panic(act)?.context("the warm-up step failed")?;
+    Ok(begun.elapsed())
 }
 
 /// How many actions of a chunk are wanted.
@@ -295,7 +321,7 @@ fn warning(model: &ModelInfo, instruction: &str, all_actions: bool) -> Option<&'
 }
 
 /// What a call returns, or the panic it ended with as an error.
-fn catch_panic<T>(call: impl FnOnce() -> T) -> Result<T> {
+pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());

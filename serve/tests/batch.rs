@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 
 use common::{Answer, Gate, Server, options};
 use openvla::Session;
+use openvla_serve::models::{FilePolicy, Files, Models};
 use openvla_serve::observation::{Motion, Observation};
 use openvla_serve::policy::{ModelInfo, Policy, Turn};
 
@@ -69,7 +70,7 @@ fn a_failure_is_of_all_who_have_no_motion_yet() {
 }
 
 /// The example, which waits if it is told to.
-struct Patient(openvla::Policy, Gate);
+struct Patient(FilePolicy, Gate);
 
 impl Policy for Patient {
     fn info(&self) -> ModelInfo {
@@ -104,9 +105,10 @@ impl Policy for Patient {
 #[test]
 fn each_robot_gets_the_motion_that_it_gets_alone() {
     let (gate, args) = (Gate::default(), ["--batch", "4", "--threads", "1"]);
-    let (model, opened) = (options(&args).model, gate.clone());
-    let server =
-        Server::with(&args, gate, channel().1, move || Ok(Patient(model.open()?, opened.clone())));
+    let (files, opened) = (Files(options(&args).model), gate.clone());
+    let server = Server::with(&args, gate, channel().1, move || {
+        Ok(Patient(files.open(None)?, opened.clone()))
+    });
     server.wait_for("/readyz", 200);
     let instructions = ["put eggplant into pot", "put the carrot onto the plate", "wave", "stop"];
     let answers = together(&server, &instructions);

@@ -14,6 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
 use common::{ACTION, Answer, Gate, Server, numpy_body, png};
 use openvla_serve::field::Field;
+use openvla_serve::models::Files;
 use serde_json::{Value, json};
 
 const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
@@ -232,7 +233,7 @@ fn a_model_says_which_pictures_and_what_state_it_misses() {
     let model = openvla_serve::options::Options::parse_from(command).model;
     assert!(model.is_oft(), "so its port is that of openvla-oft's server");
     assert!(!openvla_serve::options::Options::parse_from(["openvla-serve"]).model.is_oft());
-    let server = Server::with(&[], Gate::default(), channel().1, move || model.open());
+    let server = Server::with(&[], Gate::default(), channel().1, Files(model));
     server.wait_for("/readyz", 200);
     let mut fields = whole("go");
     let got = act(&server, &fields).assert_error(400, "bad_request");
@@ -277,7 +278,7 @@ mod shared {
             let args = ["--compat-errors", "--unnorm-key", key];
             let command = ["openvla-serve", "-m", &path, "--threads", "1"];
             let model = openvla_serve::options::Options::parse_from(command).model;
-            let server = Server::with(&args, Gate::default(), channel().1, move || model.open());
+            let server = Server::with(&args, Gate::default(), channel().1, Files(model));
             server.wait_for("/readyz", 200);
             for exchange in wire["exchanges"].as_array().unwrap() {
                 check(&server, &format!("{name} {}", exchange["name"]), exchange);

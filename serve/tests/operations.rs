@@ -3,10 +3,12 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use common::{Gate, PATIENCE, Server, Stub, numpy_body};
+use openvla_serve::models::Files;
 use openvla_serve::routes::OPENAPI;
 
 #[test]
@@ -102,10 +104,11 @@ fn so_many_connections_and_no_more() {
 #[test]
 fn it_is_ready_when_the_model_has_acted_and_not_before() {
     let (open, opening) = channel::<()>();
+    let opening = Mutex::new(opening);
     let (gate, (send, saw)) = (Gate::default(), channel());
     let stub = Stub::new(gate.clone(), send);
     let server = Server::with(&[], gate, saw, move || {
-        let _ = opening.recv();
+        let _ = opening.lock().unwrap().recv();
         Ok(stub.clone())
     });
     assert_eq!(server.get("/healthz", &[]).text(), "OK\n");
@@ -123,8 +126,9 @@ fn it_is_ready_when_the_model_has_acted_and_not_before() {
 #[test]
 fn it_need_not_be_ready_to_end() {
     let (_open, opening) = channel::<()>();
+    let opening = Mutex::new(opening);
     let open = move || -> anyhow::Result<Stub> {
-        let _ = opening.recv();
+        let _ = opening.lock().unwrap().recv();
         anyhow::bail!("never")
     };
     let mut server = Server::with(&[], Gate::default(), channel().1, open);
@@ -169,8 +173,9 @@ fn a_model_that_cannot_be_opened_ends_the_program() {
     let open = || -> anyhow::Result<Stub> { anyhow::bail!("there is no such file") };
     let mut server = Server::with(&[], Gate::default(), channel().1, open);
     assert!(server.ended().unwrap_err().to_string().contains("no such file"));
-    let open = || common::options(&[]).model.open();
-    let mut server = Server::with(&["--unnorm-key", "nothing"], Gate::default(), channel().1, open);
+    let args = ["--unnorm-key", "nothing"];
+    let files = Files(common::options(&args).model);
+    let mut server = Server::with(&args, Gate::default(), channel().1, files);
     assert!(server.ended().unwrap_err().to_string().contains("`nothing`"));
 }
 
@@ -220,6 +225,7 @@ fn the_description_names_every_route_and_every_error() {
         "/v1/model",
         "/v1/realtime/robot/openpi",
         "/v1/release",
+        "/v1/reload",
         "/v1/stop",
         "/vla-eval",
     ];

@@ -17,6 +17,7 @@ use openvla_serve::meta::{Client, Meta};
 use openvla_serve::observation::{Answer, Draft, Observation, Times};
 use openvla_serve::policy::{ModelInfo, Policy};
 use openvla_serve::safety::Report;
+use openvla_serve::tokens::Caller;
 use openvla_serve::view::Views;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -221,6 +222,7 @@ fn step(image: RgbImage, change: impl FnOnce(&mut Answer)) -> Step {
     let now = Instant::now();
     let meta = Meta {
         client: Client::Named("arm".into()),
+        caller: Caller::default(),
         connection: 0,
         epoch: None,
         seq: None,
@@ -242,6 +244,8 @@ fn step(image: RgbImage, change: impl FnOnce(&mut Answer)) -> Step {
         safety: Report::default(),
         draft: Draft::default(),
         timing_ms: Times::new(Duration::ZERO, &openvla::Timing::default()),
+        fingerprint: String::new(),
+        file: String::new(),
         seq: None,
     };
     change(&mut answer);

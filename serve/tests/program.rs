@@ -1,6 +1,8 @@
 //! The program as a user meets it: what it says, how it ends, what it survives.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,6 +40,8 @@ struct Server {
     url: String,
     /// Where somebody reads it.
     log: Option<BufReader<std::process::ChildStderr>>,
+    /// What was read of it.
+    said: String,
 }
 
 impl Server {
@@ -45,26 +49,36 @@ impl Server {
         let fixed = ["--port", "0", "--log-json", "--threads", "1"];
         let mut child = command(SERVE, &[&fixed, args].concat()).spawn().unwrap();
         let log = child.stderr.take().map(BufReader::new);
-        let mut server = Self { child, url: String::new(), log };
-        while !server.reads_ready() {}
+        let mut server = Self { child, url: String::new(), log, said: String::new() };
+        server.reads("ready");
         server
     }
 
-    /// Reads a line of the log.
-    fn reads_ready(&mut self) -> bool {
-        let mut line = String::new();
-        let log = self.log.as_mut().unwrap();
-        assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
-        let event: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
-        if let Some(address) = event["address"].as_str() {
-            self.url = format!("http://{address}");
+    /// Reads its log up to a message that starts like this.
+    fn reads(&mut self, message: &str) {
+        loop {
+            let mut line = String::new();
+            let log = self.log.as_mut().unwrap();
+            assert!(log.read_line(&mut line).unwrap() > 0, "it ended before it said {message:?}");
+            let event: Value =
+                serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
+            if let Some(address) = event["address"].as_str() {
+                self.url = format!("http://{address}");
+            }
+            self.said.push_str(&line);
+            if event["message"].as_str().is_some_and(|said| said.starts_with(message)) {
+                return;
+            }
         }
-        event["message"] == "ready"
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
     }
 
     fn terminate(&self) {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        self.signal("-TERM");
     }
 
     fn ended(mut self) -> (bool, String) {
@@ -195,7 +209,8 @@ fn without_anybody_who_reads_its_log_it_serves_and_drains() {
     }
     let address = line.split("address=").nth(1).unwrap().trim().to_owned();
     drop(log);
-    let mut server = Server { child, url: format!("http://{address}"), log: None };
+    let (url, said) = (format!("http://{address}"), String::new());
+    let mut server = Server { child, url, log: None, said };
     let begun = Instant::now();
     while !ureq::get(format!("{}/readyz", server.url)).call().is_ok_and(|a| a.status() == 200) {
         assert!(begun.elapsed() < Duration::from_secs(60), "it never was ready");
@@ -209,6 +224,47 @@ fn without_anybody_who_reads_its_log_it_serves_and_drains() {
     });
     server.terminate();
     assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+/// SIGHUP reads the tokens of clients again, and ends a server that has none, as it ends most programs.
+#[test]
+fn at_sighup_the_tokens_of_clients_are_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("clients");
+    let (arm, leg) = ("the-token-of-the-arm", "the-token-of-the-leg");
+    std::fs::write(&path, format!("arm act {arm}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let mut server = Server::start(&["--client-tokens", path.to_str().unwrap()]);
+    assert!(server.said.contains("can be read by every user: chmod 600"), "{}", server.said);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    server.said.clear();
+    let status = |server: &Server, token: &str| {
+        let agent = ureq::Agent::config_builder().http_status_as_error(false).build();
+        let request = ureq::Agent::from(agent).get(format!("{}/v1/model", server.url));
+        let answer = request.header("authorization", format!("Bearer {token}")).call();
+        answer.unwrap().status().as_u16()
+    };
+    assert_eq!([status(&server, arm), status(&server, leg)], [200, 401]);
+    std::fs::write(&path, format!("leg act {leg}\narm {arm}\n")).unwrap();
+    server.signal("-HUP");
+    server.reads("SIGHUP: the tokens stay as they were");
+    assert!(server.said.contains("line 2: 2 words were found"), "{}", server.said);
+    assert_eq!([status(&server, arm), status(&server, leg)], [200, 401]);
+    std::fs::write(&path, format!("leg act {leg}\n")).unwrap();
+    server.signal("-HUP");
+    server.reads("SIGHUP: the tokens were read again");
+    assert_eq!([status(&server, arm), status(&server, leg)], [401, 200]);
+    assert!(
+        !server.said.contains("chmod") && !server.said.contains("the-token"),
+        "{}",
+        server.said
+    );
+    server.terminate();
+    assert!(server.ended().0);
+
+    let mut server = Server::start(&[]);
+    server.signal("-HUP");
+    assert_eq!(server.child.wait().unwrap().signal(), Some(1));
 }
 
 /// As a copy over the file, a full disk or a network drive does it while robots move.

@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 
 use common::{Gate, Server};
 use openvla::Session;
+use openvla_serve::models::{FilePolicy, Files, Models};
 use openvla_serve::observation::{Motion, Observation};
 use openvla_serve::policy::{ModelInfo, Policy};
 use serde_json::Value;
@@ -46,7 +47,7 @@ fn a_server_keeps_its_promises_to_clients_that_do_not_behave() {
 }
 
 /// A policy that now and then answers with the motion before.
-struct Mixed(openvla::Policy, Option<Motion>, u32);
+struct Mixed(FilePolicy, Option<Motion>, u32);
 
 impl Policy for Mixed {
     fn info(&self) -> ModelInfo {
@@ -69,7 +70,7 @@ impl Policy for Mixed {
 
 #[test]
 fn a_motion_of_another_picture_is_found() {
-    let open = || Ok(Mixed(common::options(&ARGS).model.open()?, None, 0));
+    let open = || Ok(Mixed(Files(common::options(&ARGS).model).open(None)?, None, 0));
     let server = Server::with(&ARGS, Gate::default(), channel().1, open);
     server.wait_for("/readyz", 200);
     let (output, report) = soak(&[&server.url(""), "--minutes", "0.1"]);

@@ -61,8 +61,9 @@ async function errorOf(response) {
 /** Listens until the stream ends; gives the seconds to wait before the next try, or null if there is none. */
 async function listen(signal) {
   const response = await ask('/page/events', { signal });
-  if (response.status === 401) {
-    if (token) say($('token-error'), 'This is not the server’s token.');
+  if (response.status === 401 || (token && response.status === 403)) {
+    const why = response.status === 401 ? 'This is not the server’s token.' : `${await errorOf(response)}.`;
+    if (token) say($('token-error'), why);
     token = null;
     sessionStorage.removeItem('token');
     show(false);

@@ -20,10 +20,12 @@ use openvla::{
     ActionSpace, Bounds, OftConfig, OftHead, OpenVla, Preprocess, Profile, Resize, Session,
     Statistics, Timing,
 };
+use openvla_serve::models::{Files, Models};
 use openvla_serve::observation::{Draft, Motion, Observation};
 use openvla_serve::options::Options;
 use openvla_serve::policy::{ModelInfo, Policy};
 use openvla_serve::server::serve;
+use openvla_serve::tokens::Tokens;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -57,11 +59,14 @@ pub struct Stub {
     gate: Gate,
     saw: Sender<Observation>,
     oft: Option<OftConfig>,
+    pub fingerprint: String,
+    /// Whether every step fails.
+    pub fails: bool,
 }
 
 impl Stub {
     pub fn new(gate: Gate, saw: Sender<Observation>) -> Self {
-        Self { gate, saw, oft: None }
+        Self { gate, saw, oft: None, fingerprint: "0123456789abcdef".into(), fails: false }
     }
 }
 
@@ -72,6 +77,8 @@ impl Policy for Stub {
         let statistics = json!({ "bridge_orig": dataset, "fractal20220817_data": dataset });
         ModelInfo {
             name: "a stub".into(),
+            file: "built-in".into(),
+            fingerprint: self.fingerprint.clone(),
             image_size: 224,
             preprocess: None,
             shown: Preprocess {
@@ -86,6 +93,7 @@ impl Policy for Stub {
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).unwrap()),
             statistics: Statistics::parse(statistics.to_string()).unwrap(),
             memory: vec![("CPU".into(), 42)],
+            scratch: 0,
         }
     }
 
@@ -99,6 +107,7 @@ impl Policy for Stub {
         observation: &Observation,
         key: Option<&str>,
     ) -> openvla::Result<Motion> {
+        assert!(!self.fails, "as it was told");
         let instruction = observation.instruction.as_str();
         if instruction != "warm up" {
             let _ = self.saw.send(observation.clone()); // a test may not look
@@ -136,6 +145,7 @@ pub struct Server {
     pub address: SocketAddr,
     pub gate: Gate,
     pub saw: Receiver<Observation>,
+    pub tokens: Arc<Tokens>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<()>>>,
     agent: ureq::Agent,
@@ -170,17 +180,18 @@ impl Server {
     /// With the example checkpoint.
     pub fn example(args: &[&str]) -> Self {
         let model = options(args).model;
-        Self::with(args, Gate::default(), channel().1, move || model.open()).ready()
+        Self::with(args, Gate::default(), channel().1, Files(model)).ready()
     }
 
     /// With whatever opens, ready or not.
-    pub fn with<P: Policy>(
+    pub fn with(
         args: &[&str],
         gate: Gate,
         saw: Receiver<Observation>,
-        open: impl FnMut() -> Result<P> + Send + 'static,
+        models: impl Models,
     ) -> Self {
         let settings = options(args).settings;
+        let tokens = settings.tokens().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let (send, address) = channel();
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -188,12 +199,13 @@ impl Server {
             .enable_all()
             .build()
             .unwrap();
+        let known = Arc::clone(&tokens);
         let thread = std::thread::spawn(move || {
             let served = runtime.block_on(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 send.send(listener.local_addr().unwrap()).unwrap();
                 let stop = async { stopped.await.unwrap_or(()) };
-                serve(listener, settings, open, stop).await
+                serve(listener, settings, known, models, stop).await
             });
             runtime.shutdown_background();
             served
@@ -204,7 +216,7 @@ impl Server {
             .timeout_global(Some(PATIENCE))
             .build()
             .into();
-        Self { address, gate, saw, stop: Some(stop), thread: Some(thread), agent }
+        Self { address, gate, saw, tokens, stop: Some(stop), thread: Some(thread), agent }
     }
 
     fn ready(self) -> Self {

@@ -201,12 +201,16 @@ pub fn start<A: clap::Parser>() -> A {
     A::parse_from(std::env::args_os().map(spelled))
 }
 
-/// Writes a file beside its place and moves it there, so that it is whole or not there.
+/// Writes a file beside its place and moves it there, so that it is whole or not there. A device or a pipe, such as
+/// /dev/null, is written to and stays what it is.
 ///
 /// # Errors
 /// What the system says.
 pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
     let cannot = || format!("cannot write {}", path.display());
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return std::fs::write(path, bytes).with_context(cannot);
+    }
     let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     let permissions = std::fs::Permissions::from_mode(0o644);
     let mut file = tempfile::Builder::new()
@@ -270,4 +274,24 @@ pub fn end(result: anyhow::Result<()>) -> ExitCode {
         say(format_args!("hint: {hint}"));
     }
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_replaced_and_devices_stay_what_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        for text in ["first", "second"] {
+            write(&file, text).unwrap();
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+        }
+        let device = folder.path().join("device");
+        std::os::unix::fs::symlink("/dev/null", &device).unwrap();
+        write(&device, "text").unwrap();
+        assert!(device.is_symlink(), "it was replaced by a file");
+        assert!(write(folder.path(), "text").is_err());
+    }
 }

@@ -128,6 +128,10 @@ impl Scale {
         if !low.iter().zip(&high).all(|(low, high)| (high - low).is_finite()) {
             return Err("has a range that is not finite".into());
         }
+        // The wrong way round, by just what is added to keep a width from being zero.
+        if low.iter().zip(&high).any(|(low, high)| high - low + WIDTH == 0.0) {
+            return Err(format!("has a range of -{WIDTH:e}, by which nothing can be scaled"));
+        }
         Ok(Self { low, high, mask })
     }
 }
@@ -330,6 +334,7 @@ mod tests {
             r#"{"d": {"action": {"q01": [NaN], "q99": [1]}}}"#,
             r#"{"d": {"action": {"q01": [1e999], "q99": [1]}}}"#,
             r#"{"d": {"action": {"q01": [-1e308], "q99": [1e308]}}}"#,
+            r#"{"d": {"action": {"q01": [1e-8], "q99": [0]}}}"#,
             r#"{"d": {"action": {"q01": [0], "q99": [1], "mask": [true, true]}}}"#,
         ] {
             assert!(statistics(json).is_err(), "{json}");

@@ -11,7 +11,7 @@
 //! A line of JSON is a list of numbers, or an object with `action`, and as `openvla-client --record` writes it with
 //! `frame`, the picture's path in the folder, `instruction`, and `by`: `model` for what a model did.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use openvla::checksum;
@@ -75,10 +75,12 @@ impl Episode {
             format!("{} has no actions.jsonl, actions.csv or actions.npy", folder.display())
         })?;
         let Table { rows: actions, objects } = Table::read(&file, "action")?;
-        let names = objects.iter().map(|line| line["frame"].as_str().map(|name| folder.join(name)));
-        let named: Option<Vec<PathBuf>> = names.collect();
-        let fronts = match named.filter(|frames| !frames.is_empty()) {
-            Some(frames) => frames,
+        let names = objects.iter().map(|line| line["frame"].as_str());
+        let named: Option<Vec<&str>> = names.collect();
+        let fronts = match named.filter(|names| !names.is_empty()) {
+            Some(names) => {
+                names.into_iter().map(|name| below(folder, name)).collect::<Result<_>>()?
+            }
             None => {
                 let inside = folder.join("frames");
                 pictures(if inside.is_dir() { &inside } else { folder })?
@@ -146,12 +148,23 @@ impl Episode {
     }
 }
 
+/// The file that a line names. An episode may be a stranger's, and its report shows pictures: none of elsewhere.
+fn below(folder: &Path, name: &str) -> Result<PathBuf> {
+    let mut parts = Path::new(name).components();
+    ensure!(
+        parts.all(|part| matches!(part, Component::Normal(_) | Component::CurDir)),
+        "a line names the frame {name:?}, which is not below {}; keep pictures in the episode's folder",
+        folder.display()
+    );
+    Ok(folder.join(name))
+}
+
 /// Reads a picture file.
 ///
 /// # Errors
 /// If it cannot be read, or is none.
 pub fn read_picture(path: &Path) -> Result<RgbImage> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = table::read_bytes(path)?;
     openvla::decode(&bytes).with_context(|| format!("cannot decode {}", path.display()))
 }
 

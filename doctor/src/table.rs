@@ -27,13 +27,15 @@ pub fn find(folder: &Path, stem: &str) -> Result<Option<PathBuf>> {
     Ok(first)
 }
 
-/// The bytes of a file that is not too large.
+/// The bytes of a regular file that is not too large.
 ///
 /// # Errors
-/// What the system says, or that it is.
+/// What the system says, or that it is something else: a device may have no end, and a pipe no writer.
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let cannot = || format!("cannot read {}", path.display());
-    let bytes = path.metadata().with_context(cannot)?.len();
+    let found = path.metadata().with_context(cannot)?;
+    ensure!(found.is_file(), "{} is not a regular file", path.display());
+    let bytes = found.len();
     ensure!(
         bytes <= MAX_BYTES,
         "{} has {bytes} bytes; at most {MAX_BYTES} are read",

@@ -196,6 +196,21 @@ fn what_is_no_episode_is_refused() {
         },
         "nothing.png",
     );
+    for elsewhere in ["/dev/zero", "../another/000000.png", "frames/../../000000.png"] {
+        let line = format!("{{\"frame\": {elsewhere:?}, \"action\": [0, 0, 0, 0, 0, 0, 1]}}\n");
+        refused(
+            &|folder| fs::write(folder.join("actions.jsonl"), &line).unwrap(),
+            "keep pictures in the episode's folder",
+        );
+    }
+    refused(
+        &|folder| {
+            let frame = folder.join("frames/000000.png");
+            fs::remove_file(&frame).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", frame).unwrap();
+        },
+        "000000.png is not a regular file",
+    );
     refused(
         &|folder| {
             let lines = "[0, 0, 0, 1]\n".repeat(12);

@@ -15,20 +15,14 @@ static MODELS: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
     ["example.gguf", "tabletop-oft.gguf"]
         .map(|name| std::fs::read(common::example(name)).expect("an example"))
 });
-static PATH: LazyLock<PathBuf> = LazyLock::new(|| common::folder(&[]).join("model.gguf"));
+static PATH: LazyLock<PathBuf> = LazyLock::new(|| common::folder("edited", &[]).join("model.gguf"));
 static IMAGE: LazyLock<RgbImage> =
     LazyLock::new(|| RgbImage::from_fn(84, 84, |x, y| [x as u8, y as u8, 99].into()));
 
-// Which model, then edits of four bytes: the place, most often in the header, and the new value.
+// Which model, then edits.
 fuzz_target!(|input: &[u8]| {
     let Some((which, edits)) = input.split_first() else { return };
-    let model = &MODELS[usize::from(which & 1)];
-    let mut bytes = model.clone();
-    for edit in edits.chunks_exact(4).take(16) {
-        let place = u32::from_le_bytes([edit[0], edit[1], edit[2], 0]) as usize;
-        let length = bytes.len();
-        bytes[place % length] = edit[3];
-    }
+    let bytes = common::edited(&MODELS[usize::from(which & 1)], edits);
     std::fs::write(&*PATH, &bytes).expect("memory");
     let mut options = Options::default();
     options.n_threads = 1;

@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use openvla::Config;
+use openvla::{Config, Proof};
+use openvla_convert::export::Export;
+use openvla_convert::inspect::inspect;
 use openvla_kernels::Gguf;
 
-static PATH: LazyLock<PathBuf> = LazyLock::new(|| common::folder(&[]).join("model.gguf"));
+static PATH: LazyLock<PathBuf> = LazyLock::new(|| common::folder("gguf", &[]).join("model.gguf"));
 
 fuzz_target!(|bytes: &[u8]| {
     std::fs::write(&*PATH, bytes).expect("memory");
@@ -20,5 +22,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(config) = Config::read(&file) {
         assert!(config.n_patch() > 0 && !config.statistics.datasets().is_empty());
+        let _ = Proof::read(&file, &config).map(|proof| proof.damaged(&file, |_| {}));
+        let _ = inspect(&PATH).map(|inspection| format!("{inspection:?}"));
+        let _ = Export::new(&PATH).map(|export| export.data_bytes());
     }
 });

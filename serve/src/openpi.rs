@@ -208,7 +208,10 @@ impl Talk {
                 if !is_known {
                     app.limit(&caller, turn.client.name(), &connection)?;
                 }
-                let decoded = app.read(&turn, n, move || at_frame(&at, &frame));
+                let decoded = app.read(&turn, n, move || {
+                    let is_oft = at.engine.model().is_some_and(|model| model.oft.is_some());
+                    observation(&frame, is_oft, at.settings.max_pixels)
+                });
                 let (observation, headers) = decoded.await?;
                 let meta = meta(headers)?;
                 app.act("openpi", observation, meta).await
@@ -293,14 +296,20 @@ fn headers(step: &mut message::Message<'_>) -> Result<Headers, Error> {
     })
 }
 
-fn at_frame(app: &App, frame: &[u8]) -> Result<(Observation, Headers), Error> {
-    let model = app.engine.model();
-    let is_oft = model.as_ref().is_some_and(|model| model.oft.is_some());
+/// Reads a frame, for an OpenVLA-OFT model or another: an observation, and what the frame says about itself.
+///
+/// # Errors
+/// [`crate::error::Code::BadRequest`], [`crate::error::Code::BadImage`], and those of [`Observation::new`].
+pub fn observation(
+    frame: &[u8],
+    is_oft: bool,
+    max_pixels: usize,
+) -> Result<(Observation, Headers), Error> {
     let schema = if is_oft { &OFT } else { &SCHEMA };
     let mut step = message::Message::from_msgpack(schema, frame)?;
     let image = |(name, field): message::Named<'_>| {
         let array = field.array(&name).map_err(|error| error.hint(schema.hint))?;
-        array.image(Convention::OpenPi, app.settings.max_pixels)
+        array.image(Convention::OpenPi, max_pixels)
     };
     let (first, wrists) = (step.image()?, step.wrists());
     let instruction = step.instruction()?;

@@ -11,6 +11,8 @@ mod common;
 
 #[path = "traps/by_hand.rs"]
 mod by_hand;
+#[path = "common/content.rs"]
+mod content;
 #[path = "traps/subject.rs"]
 mod subject;
 #[path = "common/suite.rs"]
@@ -21,6 +23,7 @@ use std::path::Path;
 
 use by_hand::{gelu, gelu_tanh, layer_norm, linear, off, rows};
 use common::{Stage, floats, ids, json};
+use content::Content;
 use openvla::image::imageops::{FilterType, resize};
 use openvla::image::{DynamicImage, ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
 use openvla::tokenizer::Tokenizer;
@@ -82,7 +85,7 @@ fn fact_2_what_is_never_used_may_hold_anything() {
     openvla_example::write(dir.path(), &COMMITTED).unwrap();
     let write = |to: &str| {
         common::convert(dir.path(), "F32", &dir.path().join(to));
-        std::fs::read(dir.path().join(to)).unwrap()
+        Content::of(&dir.path().join(to))
     };
     let intact = write("intact.gguf");
     let shard = dir.path().join("model.safetensors");

@@ -14,6 +14,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::content::Content;
+
 /// Contents by name.
 type Files = BTreeMap<String, Vec<u8>>;
 
@@ -116,9 +118,9 @@ impl Checkpoint {
         self.write(SHARD, &shard(&header.to_string(), &bytes[8 + n..]));
     }
 
-    /// The file that the folder becomes, or the reason why not. Then nothing was left behind, and
+    /// What the folder becomes, or the reason why not. Then nothing was left behind, and
     /// a file that was there is as it was.
-    pub fn convert(&self) -> Result<Vec<u8>, String> {
+    pub fn convert(&self) -> Result<Content, String> {
         let out = tempfile::tempdir().unwrap();
         let path = out.path().join("model.gguf");
         fs::write(&path, b"as it was").unwrap();
@@ -130,7 +132,7 @@ impl Checkpoint {
             Ok(()) => {
                 let opened = OpenVla::open(&path, &Options::default()).map(drop);
                 opened.expect("what is written can be opened");
-                Ok(file)
+                Ok(Content::of(&path))
             }
             Err(why) => {
                 assert_eq!(file, b"as it was", "{why}");

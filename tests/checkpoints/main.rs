@@ -1,6 +1,8 @@
 //! Damaged checkpoints: refused with a reason that names the file or tensor, and without a trace.
 //! Sound ones give the same file whatever way they are cut into shards.
 
+#[path = "../common/content.rs"]
+mod content;
 mod folder;
 mod foreign;
 mod mutated;

@@ -6,6 +6,8 @@
 mod stub;
 
 use std::io::Read;
+use std::net::Ipv4Addr;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -17,7 +19,9 @@ use libfuzzer_sys::fuzz_target;
 use openvla_serve::app::{App, Connection};
 use openvla_serve::engine::Engine;
 use openvla_serve::options::Options;
+use openvla_serve::reload::reload;
 use openvla_serve::routes::routes;
+use openvla_serve::tokens::Tokens;
 use openvla_serve::worker;
 use stub::Stub;
 use tokio::runtime::{Builder, Runtime};
@@ -25,11 +29,12 @@ use tokio::sync::{Semaphore, watch};
 use tower_service::Service;
 
 const METHODS: [Method; 4] = [Method::POST, Method::GET, Method::HEAD, Method::OPTIONS];
-const ROUTES: [&str; 12] = [
+const ROUTES: [&str; 13] = [
     "/act",
     "/v1/act",
     "/v1/stop",
     "/v1/release",
+    "/v1/reload",
     "/v1/model",
     "/",
     "/page/events",
@@ -66,26 +71,26 @@ impl Server {
         let words = [&["openvla-serve", "--session-s", "1"], words].concat();
         let settings = Options::parse_from(words).settings;
         let (engine, rules) = (Engine::new(settings.limits()), settings.rules());
+        let models = Arc::new(move || anyhow::Ok(Stub { is_oft }));
+        let (successors, coming) = channel();
+        let reload = reload(engine.clone(), rules.clone(), Arc::clone(&models), successors);
         let of_worker = engine.clone();
-        std::thread::spawn(move || worker::run(&of_worker, &rules, || Ok(Stub { is_oft })));
+        std::thread::spawn(move || worker::run(&of_worker, &rules, &*models, &coming));
         while engine.check_ready(Duration::from_secs(60)).is_err() {
             std::thread::sleep(Duration::from_millis(1));
         }
         let slots = Arc::new(Semaphore::new(4));
         let connection = |number| {
             let slot = Arc::clone(&slots).try_acquire_owned().expect("a slot");
-            Connection::new(number, engine.clone(), slot)
+            Connection::new(number, Ipv4Addr::LOCALHOST.into(), engine.clone(), slot)
         };
         let connections = (0..4).map(connection).collect();
-        let token = with_token.then(|| {
-            let path = std::env::temp_dir().join(format!("openvla-fuzz-{}", std::process::id()));
-            std::fs::write(&path, &*TOKEN).expect("a file");
-            let token = openvla_serve::auth::Token::read(&path).expect("a token");
-            std::fs::remove_file(path).expect("a file");
-            token
-        });
+        let path = std::env::temp_dir().join(format!("openvla-fuzz-{}", std::process::id()));
+        std::fs::write(&path, &*TOKEN).expect("a file");
+        let tokens = Tokens::read(with_token.then_some(path.as_path()), None).expect("a token");
+        std::fs::remove_file(path).expect("a file");
         let (drain, draining) = watch::channel(false);
-        let app = App::new(engine, settings, token, None, draining);
+        let app = App::new(engine, settings, Arc::new(tokens), None, reload, draining);
         Self { router: routes(Arc::clone(&app)), app, connections, _drain: drain }
     }
 }

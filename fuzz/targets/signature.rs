@@ -1,4 +1,4 @@
-//! A key of minisign, a signature, or a server's token, as files: words, or a signature that is the key's and covers its
+//! A key of minisign, a signature, a server's token, or those of its clients, as files: words, or a signature that is the key's and covers its
 //! comment.
 #![no_main]
 
@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use openvla::cli::signature;
-use openvla_serve::auth::Token;
+use openvla_serve::tokens::Tokens;
 
 const KEY: &str =
     "untrusted comment: a key\nRWRvcGVudmxhAJLzgdmY3NP4x7X/gDkVgYlHFjqVb6Vjpio1u74r6Z9Q\n";
@@ -34,14 +34,16 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
 
 fuzz_target!(|input: &[u8]| {
     let Some((which, bytes)) = input.split_first() else { return };
-    let [model, key, token] = ["model", "key", "token"].map(|name| FOLDER.join(name));
-    let (path, bytes) = match which % 6 {
+    let [model, key, token, clients] =
+        ["model", "key", "token", "clients"].map(|name| FOLDER.join(name));
+    let (path, bytes) = match which % 7 {
         0 => (key.clone(), bytes.to_vec()),
         1 => (key.clone(), common::edited(KEY.as_bytes(), bytes)),
         2 => (signature::path(&model), bytes.to_vec()),
         3 => (signature::path(&model), common::edited(SIGNATURE.as_bytes(), bytes)),
         4 => (model.clone(), bytes.to_vec()),
-        _ => (token.clone(), bytes.to_vec()),
+        5 => (token.clone(), bytes.to_vec()),
+        _ => (clients.clone(), bytes.to_vec()),
     };
     common::with_file(&path, &bytes, || {
         if let Ok(key) = signature::public_key(key.to_str().expect("a path"))
@@ -50,8 +52,11 @@ fuzz_target!(|input: &[u8]| {
             let signed = std::fs::read(&model).expect("memory");
             assert_eq!((signed.as_slice(), comment.as_str()), (SIGNED.as_bytes(), COMMENT));
         }
-        if Token::read(&token).is_ok() {
+        if Tokens::read(Some(&token), None).is_ok() {
             assert!(bytes.trim_ascii().iter().all(u8::is_ascii_graphic));
+        }
+        if Tokens::read(None, Some(&clients)).is_ok() {
+            assert!(std::str::from_utf8(&bytes).is_ok());
         }
     });
     if let Ok(text) = std::str::from_utf8(&bytes) {

@@ -40,6 +40,8 @@ impl Policy for Stub {
         };
         ModelInfo {
             name: "a stub".into(),
+            file: "stub.gguf".into(),
+            fingerprint: "0".into(),
             image_size: preprocess.size,
             preprocess: Some(preprocess.clone()),
             shown: preprocess,
@@ -48,6 +50,7 @@ impl Policy for Stub {
             prompt: Some(Prompt::new(OPENVLA.into(), 29_871).expect("the reference's")),
             statistics: Statistics::parse(STATISTICS.to_owned()).expect("statistics"),
             memory: Vec::new(),
+            scratch: 0,
         }
     }
 

@@ -29,3 +29,7 @@ endif()
 if(PROJECT_NAME STREQUAL "llama.cpp" AND DEFINED ENV{OPENVLA_ONE_CPU})
     set(GGML_CPU_ALL_VARIANTS OFF CACHE BOOL "" FORCE)
 endif()
+# For ThreadSanitizer, which knows ggml's own barriers and not OpenMP's: see tests/sanitizers.
+if(PROJECT_NAME STREQUAL "llama.cpp" AND DEFINED ENV{OPENVLA_NO_OPENMP})
+    set(GGML_OPENMP OFF CACHE BOOL "" FORCE)
+endif()

@@ -45,7 +45,9 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     # Over and over, so that there is something to interrupt on any machine.
     program = textwrap.dedent(
         f"""
+        import signal
         import openvla_gguf
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
         try:
             while True:
                 print("go", flush=True)

@@ -4,9 +4,9 @@
 //! that the others are about to arrive, and then sleeps. libgomp's default is 300,000 turns, some
 //! milliseconds. On a machine with other work to do that is the worst choice: the thread that is waited
 //! for has lost its core to another program, or to the very thread that spins, and a graph of a thousand
-//! nodes takes a thousand such waits. [`SPINS`] is some microseconds, less than it costs to sleep and to be
-//! woken, so a wait in vain costs little. It is enough where threads arrive together, as they do where
-//! each has a core. See `benches/SPEED.md`.
+//! nodes takes a thousand such waits. [`SPINS`] is some tens of microseconds, about what it costs to sleep and to be
+//! woken on a virtual machine, so a wait in vain costs little. It is enough where threads arrive together, as they do
+//! where each has a core. See `benches/SPEED.md`.
 //!
 //! libgomp reads the environment once, in its constructor. It is linked statically (the feature
 //! `static-openmp` of llama-cpp-sys-2) or, in a `dynamic` build, is loaded with ggml's modules, but not with
@@ -19,7 +19,7 @@
 use std::ffi::CStr;
 
 /// Turns at a barrier before a thread sleeps.
-const SPINS: &CStr = c"100";
+const SPINS: &CStr = c"1000";
 
 /// Runs before libgomp's constructor, which has no priority: a smaller number is earlier, and those up to
 /// 100 are the implementation's.

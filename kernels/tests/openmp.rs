@@ -30,7 +30,7 @@ fn threads_spin_for_a_moment_and_the_environment_stays_as_it_is() {
     if std::env::var_os(CHILD).is_some() {
         return;
     }
-    assert_eq!(spins(None), "100");
+    assert_eq!(spins(None), "1000");
     assert_eq!(spins(Some(("GOMP_SPINCOUNT", "77"))), "77");
     assert_eq!(spins(Some(("OMP_WAIT_POLICY", "passive"))), "0");
 }

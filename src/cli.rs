@@ -222,6 +222,18 @@ pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a file of lines `key: value`, as Linux has them in /proc, says first.
+pub fn value_of(file: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+    lines.find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim().to_owned())
+}
+
+/// The processor's name for itself, else "unknown".
+pub fn processor() -> String {
+    value_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned())
+}
+
 /// Writes a line to stderr. Unlike `eprintln!`, it does not panic where stderr cannot be written to:
 /// a job does not end because nobody reads its log.
 pub fn say(line: impl Display) {

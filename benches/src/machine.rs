@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use openvla::Options;
+use openvla::cli::{processor, value_of};
 use openvla_kernels::{Backend, DType, Graph, State, shape};
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +85,7 @@ impl Machine {
         let words = [uname.sysname(), uname.release(), uname.machine()];
         Ok(Self {
             device: if names.is_empty() { "CPU".to_owned() } else { names.join(" + ") },
-            cpu: value_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned()),
+            cpu: processor(),
             os: words.map(|word| word.to_string_lossy().into_owned()).join(" "),
             threads: options.n_threads,
             kernels: options.kernels.resolve().to_string(),
@@ -101,13 +102,6 @@ pub fn peak_bytes() -> Option<u64> {
 /// Bytes that this process made the system read from a disk so far. Known on Linux.
 pub fn disk_bytes() -> Option<u64> {
     value_of("/proc/self/io", "read_bytes")?.parse().ok()
-}
-
-/// What a file of lines `key: value` says first.
-fn value_of(file: &str, key: &str) -> Option<String> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
-    lines.find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim().to_owned())
 }
 
 /// Numbers that are copied: 256 MiB, more than caches hold.

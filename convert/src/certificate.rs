@@ -210,16 +210,8 @@ impl Machine {
                 (names.collect(), format!("ggml{}", rest.unwrap_or_default()))
             }
         };
-        Ok(Self { cpu: processor(), devices, kernels, n_threads: options.n_threads })
+        Ok(Self { cpu: openvla::cli::processor(), devices, kernels, n_threads: options.n_threads })
     }
-}
-
-/// The processor's name for itself.
-fn processor() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
-    let found = lines.find(|(key, _)| key.trim() == "model name");
-    found.map_or("unknown", |(_, name)| name.trim()).to_owned()
 }
 
 impl From<&CaseReport> for Case {

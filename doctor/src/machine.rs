@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
+use openvla::cli::{processor, value_of};
 use openvla::{Config, Device, Kernels, OftConfig, Options};
 use openvla_kernels::{Backend, DType, Gguf, Graph, State, TensorInfo, shape};
 use serde::Serialize;
@@ -72,7 +73,7 @@ pub fn examine(file: &Gguf, config: &Config, options: &Options) -> Result<Machin
     drop(backend);
     let n_core = online_cores();
     let mut machine = Machine {
-        cpu: value_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".to_owned()),
+        cpu: processor(),
         features: features(),
         kernels: options.kernels.resolve().to_string(),
         kernels_available: Kernels::available().iter().map(Kernels::to_string).collect(),
@@ -195,13 +196,6 @@ fn features() -> Vec<String> {
 
 fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok()
-}
-
-/// What a file of lines `key: value` says first.
-fn value_of(file: &str, key: &str) -> Option<String> {
-    let text = read(file)?;
-    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
-    lines.find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim().to_owned())
 }
 
 /// The word in brackets: `always [madvise] never`.

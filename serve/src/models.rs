@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use openvla::cli::ModelArgs;
 use openvla::image::RgbImage;
 use openvla::{Config, Gguf, OpenVla, Proof, Request, Session, oft};
-use openvla_convert::verify;
+use openvla_convert::{sha256, verify};
 use sha2::{Digest, Sha256};
 
 use crate::memory;
@@ -121,7 +121,7 @@ fn describe(config: &Config, file: &Gguf) -> ModelInfo {
 fn fingerprint(file: &Gguf) -> String {
     let start = file.tensors().iter().map(|tensor| tensor.range.start).min();
     let header = &file.bytes()[..start.unwrap_or(file.bytes().len())];
-    Sha256::digest(header).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    sha256::hex(&Sha256::digest(header)[..8])
 }
 
 impl Policy for FilePolicy {

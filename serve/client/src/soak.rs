@@ -130,7 +130,7 @@ pub fn soak(soak: &Soak) -> Result<()> {
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         version: env!("CARGO_PKG_VERSION"),
         began,
-        cpu: cpu(),
+        cpu: cli::processor(),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         minutes: soak.minutes,
         clients: soak.clients.into(),
@@ -216,12 +216,4 @@ fn settled(
         }
         std::thread::sleep(Duration::from_millis(500));
     }
-}
-
-/// The processor's name for itself.
-fn cpu() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = text.lines().find(|line| line.starts_with("model name"));
-    let name = line.and_then(|line| line.split(": ").nth(1));
-    name.unwrap_or("unknown").to_owned()
 }

@@ -8,6 +8,7 @@
 //! | [`machine`] | what this machine is, and what it reaches at best |
 //! | [`measure`] | the measurement |
 //! | [`robots`] | what several robots cost that are served together |
+//! | [`cores`] | how a step scales with cores |
 //! | [`jitter`] | how evenly steps take their time |
 //! | [`compare`] | what a device computes, held against the CPU |
 //! | [`results`] | what it gives: one versioned object, to write and to read |
@@ -17,6 +18,7 @@
 //! | [`types`] | one checkpoint at every type, on the simulated table |
 
 pub mod compare;
+pub mod cores;
 pub mod jitter;
 pub mod machine;
 pub mod measure;

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use openvla::Options;
 use openvla::cli::{processor, value_of};
 use openvla_kernels::{Backend, DType, Graph, State, shape};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// What a measurement says of itself.
@@ -102,6 +103,12 @@ pub fn peak_bytes() -> Option<u64> {
 /// Bytes that this process made the system read from a disk so far. Known on Linux.
 pub fn disk_bytes() -> Option<u64> {
     value_of("/proc/self/io", "read_bytes")?.parse().ok()
+}
+
+/// Milliseconds that all threads of this process have computed so far.
+pub fn cpu_ms() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
 }
 
 /// Numbers that are copied: 256 MiB, more than caches hold.

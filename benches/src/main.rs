@@ -13,7 +13,7 @@ use openvla_bench::measure::measure;
 use openvla_bench::results::Results;
 use openvla_bench::types::Comparison;
 use openvla_bench::workload::{INSTRUCTION, ModelFile, Workload};
-use openvla_bench::{jitter, plot, project, report, robots, types};
+use openvla_bench::{cores, jitter, plot, project, report, robots, types};
 use openvla_kernels::Gguf;
 use openvla_tabletop::{Pace, Plan, STEPS, progress};
 
@@ -87,6 +87,20 @@ enum Command {
         #[command(flatten)]
         device: DeviceArgs,
     },
+    /// Prints how a step scales with threads, and projects it to more cores
+    Cores {
+        /// Model file [default: $OPENVLA_MODEL, else the built-in example]
+        #[arg(short, long, value_name = "MODEL.gguf")]
+        model: Option<PathBuf>,
+        /// Runs of each stage, of which the fastest counts, after one that does not
+        #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+        repetitions: u16,
+        /// Of the memory to project for, in GB/s [default: what a copy reaches here]
+        #[arg(long, value_name = "GB/S", value_parser = clap::value_parser!(u32).range(1..))]
+        bandwidth: Option<u32>,
+        #[command(flatten)]
+        device: DeviceArgs,
+    },
     /// Prints how evenly many steps take their time, and what held the slowest up
     Jitter {
         /// Model file [default: $OPENVLA_MODEL, else the built-in example]
@@ -146,6 +160,14 @@ fn run(args: Args) -> Result<()> {
         Some(Command::Robots { model, repetitions, device }) => {
             let model = ModelFile::find(model)?;
             robots::table(&mut Workload::open(&model.path, &device.options())?, repetitions.into())?
+        }
+        Some(Command::Cores { model, repetitions, bandwidth, device }) => {
+            let model = ModelFile::find(model)?;
+            let (n, bandwidth) = (repetitions.into(), bandwidth.map(|gb| f64::from(gb) * 1e9));
+            let progress = progress(0, "numbers of threads");
+            let tables = cores::tables(&model.path, &device.options(), n, bandwidth, &progress)?;
+            progress.finish_and_clear();
+            tables
         }
         Some(Command::Jitter { model, repetitions, device }) => {
             let model = ModelFile::find(model)?;

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use openvla::{Action, OpenVla, Request, Session};
-use rustix::time::{ClockId, clock_gettime};
 
+use crate::machine::cpu_ms;
 use crate::workload::Workload;
 
 /// How many are served together.
@@ -34,10 +34,10 @@ pub fn table(workload: &mut Workload, n: usize) -> Result<String> {
     let mut least = ROBOTS.map(|_| Step { whole: none, decode: none, processor: none });
     for round in 0..=n {
         for (robots, least) in ROBOTS.into_iter().zip(&mut least) {
-            let (begun, processor) = (Instant::now(), processor());
+            let (begun, processor) = (Instant::now(), cpu_ms());
             let actions = together(workload, robots)?;
             let whole = begun.elapsed().as_secs_f64() * 1e3;
-            let processor = self::processor() - processor;
+            let processor = cpu_ms() - processor;
             for Action { tokens, .. } in &actions {
                 ensure!(*tokens == wanted, "{tokens:?} of {robots} robots, {wanted:?} alone");
             }
@@ -73,10 +73,4 @@ fn together(workload: &mut Workload, n: usize) -> Result<Vec<Action>> {
         |session| Request { session, image: &*image, instruction, unnorm_key: Some(key.as_str()) };
     let mut requests: Vec<_> = sessions.iter_mut().map(request).collect();
     Ok(policy.act_all(&mut requests).into_iter().collect::<openvla::Result<_>>()?)
-}
-
-/// Milliseconds that all threads of this process have computed.
-fn processor() -> f64 {
-    let time = clock_gettime(ClockId::ProcessCPUTime);
-    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
 }

@@ -88,18 +88,22 @@ fn a_result_says_what_was_measured_where() {
 /// A measurement of a small OpenVLA-OFT with two cameras, made once for all tests.
 static OFT: LazyLock<String> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("oft.gguf");
-    let variant = Variant::Oft { n_camera: 2 };
-    let spec = Spec { variant, ..Spec::EXAMPLE };
-    let conversion = Conversion::random(&spec, Encoding::default(), 1).unwrap();
-    conversion.write(&path, &indicatif::ProgressBar::hidden()).unwrap();
-    let path = path.display().to_string();
+    let path = oft_file(dir.path());
     let words = ["--instruction", "put carrot into pot"];
     let output =
         openvla_bench(&[&["-m", &path, "-r", "2", "-t", "1", "-o", "json"], &words[..]].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     stdout(&output)
 });
+
+fn oft_file(dir: &Path) -> String {
+    let path = dir.join("oft.gguf");
+    let variant = Variant::Oft { n_camera: 2 };
+    let spec = Spec { variant, ..Spec::EXAMPLE };
+    let conversion = Conversion::random(&spec, Encoding::default(), 1).unwrap();
+    conversion.write(&path, &indicatif::ProgressBar::hidden()).unwrap();
+    path.display().to_string()
+}
 
 #[test]
 fn an_oft_is_measured_by_its_own_stages() {
@@ -197,6 +201,39 @@ fn results_become_a_table_and_a_picture() {
     }
     let files = std::fs::read_dir(dir.path()).unwrap().count();
     assert_eq!(files, 3, "nothing is left beside the picture");
+}
+
+/// The first column of a table of some title, without the lines of its head.
+fn first_column(tables: &str, title: &str) -> Vec<String> {
+    let lines = tables.lines().skip_while(|line| !line.starts_with(&format!("| {title} |")));
+    let rows = lines.skip(2).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.split('|').nth(1).unwrap().trim().to_owned()).collect()
+}
+
+#[test]
+fn a_step_is_projected_to_more_cores_stage_by_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let oft = oft_file(dir.path());
+    for (model, llama) in [(&[][..], ["prefill", "decode"]), (&["-m", &oft], ["forward", "head"])] {
+        let more = ["cores", "-t", "3", "-r", "1", "--device", "cpu"];
+        let said = stdout(&openvla_bench(&[&more, model].concat()));
+        let stages = ["preprocess", "vision", "projector", llama[0], llama[1], "step"];
+        for title in ["measured | threads: 1 | threads: 2 | threads: 3", "projected | threads: 1"] {
+            assert_eq!(first_column(&said, title), stages, "{said}");
+        }
+    }
+    assert_fails(&openvla_bench(&["cores", "-t", "1"]), &["one thread", "two or more"]);
+}
+
+#[test]
+fn robots_and_many_steps_have_tables() {
+    let robots = stdout(&openvla_bench(&["robots", "-r", "1", "--device", "cpu"]));
+    assert_eq!(first_column(&robots, "robots"), ["1", "2", "4", "8"], "{robots}");
+    if cfg!(target_os = "linux") {
+        let jitter = stdout(&openvla_bench(&["jitter", "-r", "40", "--device", "cpu"]));
+        let rows = ["the faster half", "up to 90 %", "up to 99 %"];
+        assert_eq!(first_column(&jitter, "steps"), rows, "{jitter}");
+    }
 }
 
 #[test]

@@ -202,7 +202,7 @@ pub fn start<A: clap::Parser>() -> A {
 }
 
 /// Writes a file beside its place and moves it there, so that it is whole or not there. A device or a pipe, such as
-/// /dev/null, is written to and stays what it is.
+/// /dev/null, is written to and stays what it is, and a link still points to its file.
 ///
 /// # Errors
 /// What the system says.
@@ -211,14 +211,15 @@ pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
     if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
         return std::fs::write(path, bytes).with_context(cannot);
     }
-    let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    let behind_links = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let folder = behind_links.parent().filter(|folder| *folder != Path::new(""));
     let permissions = std::fs::Permissions::from_mode(0o644);
     let mut file = tempfile::Builder::new()
         .permissions(permissions)
-        .tempfile_in(folder)
+        .tempfile_in(folder.unwrap_or(Path::new(".")))
         .with_context(cannot)?;
     file.write_all(bytes.as_ref()).with_context(cannot)?;
-    file.persist(path).with_context(cannot)?;
+    file.persist(&behind_links).with_context(cannot)?;
     Ok(())
 }
 
@@ -293,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_replaced_and_devices_stay_what_they_are() {
+    fn files_are_replaced_and_devices_and_links_stay_what_they_are() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         for text in ["first", "second"] {
@@ -304,6 +305,11 @@ mod tests {
         std::os::unix::fs::symlink("/dev/null", &device).unwrap();
         write(&device, "text").unwrap();
         assert!(device.is_symlink(), "it was replaced by a file");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        write(&link, "third").unwrap();
+        assert!(link.is_symlink(), "it was replaced by a file");
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "third");
         assert!(write(folder.path(), "text").is_err());
     }
 }

@@ -2,7 +2,7 @@
 //! same folder, then renamed.
 
 use std::io::{BufWriter, Seek, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use openvla_kernels::ALIGNMENT;
@@ -11,6 +11,8 @@ use tempfile::NamedTempFile;
 /// An output file. Dropped before [`AtomicFile::finish`], it leaves no trace.
 pub struct AtomicFile<'a> {
     out: &'a Path,
+    /// The same, or what it links to.
+    behind_links: PathBuf,
     file: BufWriter<NamedTempFile>,
 }
 
@@ -20,7 +22,8 @@ impl<'a> AtomicFile<'a> {
     /// # Errors
     /// If the folder is not writable, or the disk has less space.
     pub fn create(out: &'a Path, bytes: u64) -> Result<Self> {
-        let folder = match out.parent() {
+        let behind_links = out.canonicalize().unwrap_or_else(|_| out.to_owned());
+        let folder = match behind_links.parent() {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
@@ -42,7 +45,7 @@ impl<'a> AtomicFile<'a> {
              another disk with -o",
             out.display()
         );
-        Ok(Self { out, file: BufWriter::new(file) })
+        Ok(Self { out, file: BufWriter::new(file), behind_links })
     }
 
     /// Appends bytes, and zeros up to [`ALIGNMENT`].
@@ -74,7 +77,7 @@ impl<'a> AtomicFile<'a> {
         let failed = || cannot_write(self.out);
         let file = self.file.into_inner().map_err(|e| e.into_error()).with_context(failed)?;
         file.as_file().sync_all().with_context(failed)?;
-        file.persist(self.out).map_err(|e| e.error).with_context(failed)?;
+        file.persist(self.behind_links).map_err(|e| e.error).with_context(failed)?;
         Ok(())
     }
 }

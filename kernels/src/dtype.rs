@@ -113,7 +113,8 @@ impl DType {
         assert!(importance.is_none_or(|x| x.len() == row), "importance is one number per column");
         let to = out.as_mut_ptr().cast();
         // SAFETY: `rows` holds n·row numbers, `importance` one per column, and `out` exactly the
-        // bytes ggml writes; none of our types needs an importance matrix, so it may be null.
+        // bytes ggml writes, whose 16-bit halves x86-64 and AArch64 store at any address; none of our types
+        // needs an importance matrix, so it may be null.
         let wrote = unsafe {
             sys::ggml_quantize_chunk(
                 self.number(),
@@ -139,13 +140,21 @@ impl DType {
         if self == Self::F32 {
             return bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         }
+        // Files of checkpoints have tensors anywhere; C's blocks are of words at most.
+        let mut aligned = Vec::new();
+        let bytes = if bytes.as_ptr().cast::<u32>().is_aligned() {
+            bytes
+        } else {
+            aligned.resize(bytes.len() + align_of::<u32>(), 0);
+            let start = aligned.as_ptr().align_offset(align_of::<u32>());
+            aligned[start..][..bytes.len()].copy_from_slice(bytes);
+            &aligned[start..][..bytes.len()]
+        };
         let mut out = vec![0.0; n];
         // SAFETY: the traits are a constant table, and every float type but F32 has `to_float`.
         let to_float = unsafe { (*sys::ggml_get_type_traits(self.number())).to_float };
         let to_float = to_float.expect("ggml converts each of our types");
-        // SAFETY: ggml reads whole blocks for n elements, which `bytes` holds, and writes n floats.
-        // Its blocks are packed structs of bytes and 16-bit halves, which x86-64 and AArch64
-        // load from any address.
+        // SAFETY: ggml reads whole blocks for n elements, which `bytes` holds, aligned, and writes n floats.
         unsafe { to_float(bytes.as_ptr().cast(), out.as_mut_ptr(), n as i64) };
         out
     }
@@ -192,6 +201,19 @@ mod tests {
             let rows = wave(4 * 256);
             let error = norm(&error(dtype, &rows, None)) / norm(&rows);
             assert!(error <= relative, "{dtype}: {error}");
+        }
+    }
+
+    #[test]
+    fn bytes_may_be_anywhere() {
+        for dtype in DType::ALL.into_iter().filter(|dtype| dtype.is_float()) {
+            let mut bytes = vec![0; dtype.row_bytes(256).unwrap()];
+            dtype.encode(&wave(256), 256, None, &mut bytes);
+            let wanted = dtype.decode(&bytes);
+            for shift in 1..4 {
+                let moved = [&vec![0; shift], &bytes[..]].concat();
+                assert_eq!(dtype.decode(&moved[shift..]), wanted, "{dtype}, {shift} bytes on");
+            }
         }
     }
 

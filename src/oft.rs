@@ -53,6 +53,9 @@ pub struct Chunk {
     /// The ids that they were decoded from, if the model gives tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Vec<Vec<u32>>>,
+    /// The logits of the action ids, `[n_bin]`, that each token was chosen by, if the model gives tokens.
+    #[serde(skip)]
+    pub logits: Vec<Vec<f32>>,
     /// The state as the model was given it, in -1..1.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub normalized_state: Vec<f64>,
@@ -149,12 +152,13 @@ impl OpenVlaOft {
         let output = self.network.actions(&hidden)?;
         let head = clock.lap();
 
-        let (normalized, tokens) = self.decode(&output)?;
+        let Decoded { normalized, tokens, logits } = self.decode(&output)?;
         let (kind, scale) = (self.oft().head, &dataset.action);
         let actions = normalized.iter().map(|action| unnormalize(scale, kind, action)).collect();
         let total = milliseconds(start.elapsed());
         let timing_ms = ChunkTiming { preprocess, vision, projector, llama, head, total };
-        Ok(Chunk { actions, normalized, tokens, normalized_state, unnorm_key: key, timing_ms })
+        let unnorm_key = key;
+        Ok(Chunk { actions, normalized, tokens, logits, normalized_state, unnorm_key, timing_ms })
     }
 
     /// What the model file says about itself.
@@ -208,8 +212,8 @@ impl OpenVlaOft {
         Err(Error::Observation { why })
     }
 
-    /// Actions as the head returns them, and their ids if it chooses tokens.
-    fn decode(&self, output: &[f32]) -> Result<(Vec<Vec<f64>>, Option<Tokens>)> {
+    /// What the head's output stands for.
+    fn decode(&self, output: &[f32]) -> Result<Decoded> {
         let (oft, actions) = (self.oft(), self.config.actions);
         if oft.head == OftHead::L1 {
             if let Some(i) = output.iter().position(|x| !x.is_finite()) {
@@ -217,23 +221,32 @@ impl OpenVlaOft {
                 return Err(Error::NotFiniteAction { step, dimension, value: output[i] });
             }
             let action = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect();
-            return Ok((output.chunks(oft.n_action).map(action).collect(), None));
+            let normalized = output.chunks(oft.n_action).map(action).collect();
+            return Ok(Decoded { normalized, tokens: None, logits: Vec::new() });
         }
         let n_vocab = self.config.llama.n_vocab;
         let ids = match self.decoding {
             Decoding::Actions => actions.ids(),
             Decoding::Reference => 0..n_vocab as u32,
         };
-        let rows = output.chunks(n_vocab).enumerate();
-        let tokens: Vec<u32> =
-            rows.map(|(step, logits)| argmax(logits, ids.clone(), step)).collect::<Result<_>>()?;
-        let tokens: Tokens = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
-        Ok((tokens.iter().map(|ids| actions.normalized(ids)).collect(), Some(tokens)))
+        let rows = output.chunks(n_vocab);
+        let token = |(step, logits)| argmax(logits, ids.clone(), step);
+        let tokens: Vec<u32> = rows.clone().enumerate().map(token).collect::<Result<_>>()?;
+        let tokens: Vec<Vec<u32>> = tokens.chunks(oft.n_action).map(<[u32]>::to_vec).collect();
+        Ok(Decoded {
+            normalized: tokens.iter().map(|ids| actions.normalized(ids)).collect(),
+            tokens: Some(tokens),
+            logits: rows.map(|logits| logits[actions.rows()].to_vec()).collect(),
+        })
     }
 }
 
-/// The ids of each action.
-type Tokens = Vec<Vec<u32>>;
+/// Actions as the head returns them, and if it chooses tokens, those and the logits of action ids.
+struct Decoded {
+    normalized: Vec<Vec<f64>>,
+    tokens: Option<Vec<Vec<u32>>>,
+    logits: Vec<Vec<f32>>,
+}
 
 /// An action that a `head` returned, to the data set's units. ref: `_unnormalize_actions`, which computes
 /// `0.5 * (x + 1)` in the precision of `x`: what an L1 head returns is f32, centers of bins are f64.

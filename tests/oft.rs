@@ -161,8 +161,11 @@ fn acts_as_the_reference(goldens: &Runs, variant: &Variant, case: &Value) -> f64
     let chunk = policy.act(&observation, instruction, case["unnorm_key"].as_str()).unwrap();
     let want = tensors(&goldens.dir.join(case["tensors"].as_str().unwrap()));
     if let Some(ids) = want.get("token_ids") {
-        let got: Vec<f64> = chunk.tokens.unwrap().concat().into_iter().map(f64::from).collect();
+        let got: Vec<f64> =
+            chunk.tokens.iter().flatten().flatten().copied().map(f64::from).collect();
         assert_eq!(&got, ids, "{id}: tokens");
+        let best = policy.config().actions.best(&chunk.logits).unwrap();
+        assert_eq!(best, chunk.tokens.unwrap().concat(), "{id}: what logits say is likely");
     }
     let (n_step, n) = (chunk.actions.len(), chunk.actions[0].len());
     assert_eq!([n_step, n], [policy.oft().chunk, policy.oft().n_action], "{id}");

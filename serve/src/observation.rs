@@ -174,7 +174,7 @@ pub struct Motion {
     pub normalized: Vec<Vec<f64>>,
     /// The tokens that they were decoded from, if the model chooses tokens.
     pub tokens: Vec<u32>,
-    /// The logits of the action ids, `[n_bin]`, at each token, if it chooses tokens one by one.
+    /// The logits of the action ids, `[n_bin]`, at each token of the first action, if the model chooses tokens.
     pub logits: Vec<Vec<f32>>,
     /// The data set.
     pub unnorm_key: String,
@@ -218,11 +218,12 @@ impl From<Chunk> for Motion {
         (timing.preprocess, timing.vision, timing.projector) =
             (of.preprocess, of.vision, of.projector);
         (timing.prefill, timing.total) = (of.llama + of.head, of.total);
+        let n = chunk.actions.first().map_or(0, Vec::len);
         Self {
             actions: chunk.actions,
             normalized: chunk.normalized,
             tokens: chunk.tokens.map(|tokens| tokens.concat()).unwrap_or_default(),
-            logits: Vec::new(),
+            logits: chunk.logits.into_iter().take(n).collect(),
             unnorm_key: chunk.unnorm_key,
             unconstrained: (Vec::new(), true),
             draft: Draft { passes: 1, accepted: Vec::new() },
@@ -242,7 +243,8 @@ pub struct Answer {
     pub normalized: Vec<f64>,
     /// The tokens that it was decoded from.
     pub tokens: Vec<u32>,
-    /// The logits of the action ids, `[n_bin]`, at each token: for the page, which shows the alternatives.
+    /// The logits of the action ids, `[n_bin]`, at each token of the first action: for the page, which shows the
+    /// alternatives.
     #[serde(skip)]
     pub logits: Vec<Vec<f32>>,
     /// The data set.

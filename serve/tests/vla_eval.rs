@@ -1,6 +1,8 @@
 //! vla-eval's websocket, seen from outside.
 
 mod common;
+#[path = "common/sockets.rs"]
+mod sockets;
 
 use std::collections::BTreeMap;
 use std::net::TcpStream;
@@ -8,6 +10,7 @@ use std::net::TcpStream;
 use common::{ACTION, Server, png};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
+use sockets::Array;
 use tungstenite::client::IntoClientRequest;
 use tungstenite::{Message, WebSocket, client};
 
@@ -47,15 +50,6 @@ struct Picture {
     data: ByteBuf,
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<&'static str>,
-    shape: Vec<usize>,
-}
-
-#[derive(Serialize, Deserialize, Debug, PartialEq)]
-struct Array {
-    #[serde(rename = "__ndarray__")]
-    is_array: bool,
-    data: ByteBuf,
-    dtype: String,
     shape: Vec<usize>,
 }
 

@@ -61,13 +61,14 @@ struct Images {
     agentview: Array,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Array {
+/// An array of numpy's, as vla-eval packs it.
+#[derive(Serialize, Deserialize, Debug, PartialEq)]
+pub struct Array {
     #[serde(rename = "__ndarray__")]
-    is_array: bool,
-    data: ByteBuf,
-    dtype: String,
-    shape: Vec<usize>,
+    pub is_array: bool,
+    pub data: ByteBuf,
+    pub dtype: String,
+    pub shape: Vec<usize>,
 }
 
 #[derive(Deserialize)]

@@ -2,6 +2,7 @@
 
     python fleet.py soak --robots 20 --hz 5 --seconds 300
     python fleet.py cost
+    python fleet.py scale
 
 What must hold is asserted; what was measured is printed as JSON. `tests/fleet` runs it; too heavy for CI.
 """
@@ -243,6 +244,25 @@ async def cost(model, seconds):
     return result, []
 
 
+async def scale(robots, seconds):
+    """When a second replica serves, if more robots wait than one shall have; no request goes without an answer."""
+    settings = fleet.Settings(model=str(EXAMPLE / "tabletop.gguf"), replicas=1, max_replicas=2, waiting=2)
+    await asyncio.to_thread(serve.run, fleet.app(settings))
+    url, begin, serving = f"http://127.0.0.1:{PORT}", time.monotonic(), set()
+
+    async def watch(session):
+        while len(serving) < 2 and time.monotonic() < begin + seconds:
+            await asyncio.sleep(0.5)
+            async with session.get(url + "/metrics") as answer:
+                serving.update(re.findall('openvla_ready{replica="(.+)"} 1', await answer.text()))
+        return round(time.monotonic() - begin, 1)
+
+    async with aiohttp.ClientSession() as session:
+        after, load = await asyncio.gather(watch(session), throughput(url, robots, seconds))
+    result = {"second_replica_after_s": after if len(serving) == 2 else None, **load}
+    return result, [] if len(serving) == 2 else [f"there was no second replica within {seconds} s"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -253,8 +273,11 @@ def main():
     command = commands.add_parser("cost")
     command.add_argument("--model", type=pathlib.Path, default=EXAMPLE / "tabletop.gguf")
     command.add_argument("--seconds", type=float, default=10)
+    command = commands.add_parser("scale")
+    command.add_argument("--robots", type=int, default=8)
+    command.add_argument("--seconds", type=float, default=90)
     args = vars(parser.parse_args())
-    run = {"soak": soak, "cost": cost}[args.pop("command")]
+    run = {"soak": soak, "cost": cost, "scale": scale}[args.pop("command")]
     os.environ.setdefault(*fleet.GATE)
     # Two replicas of one core each, wherever it runs; four more for the update.
     ray.init(include_dashboard=False, num_cpus=6, log_to_driver=False, configure_logging=False)

@@ -48,7 +48,7 @@ def ask(inner, headers=(), kind="http"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers]}
+    scope = {"type": kind, "path": "/v1/act", "headers": [(name.encode(), value.encode()) for name, value in headers]}
     asyncio.run(fleet.Gate(app)(scope, None, send))
     return seen, sent
 
@@ -81,6 +81,30 @@ def test_no_motion_is_late():
     assert ask(slow, [("x-deadline-ms", "5000")])[1][1]["body"] == b"motion"
     for wrong in ["soon", "", "-1", "0", "1e3", "9" * 20]:  # which the server itself refuses
         assert ask(slow, [("x-deadline-ms", wrong)])[1][1]["body"] == b"motion"
+
+
+def test_no_motion_comes_after_one_for_a_newer_picture():
+    async def replica(scope, _, send):
+        await asyncio.sleep(float(dict(scope["headers"])[b"takes-ms"]) / 1e3)
+        await motion(send)
+
+    async def answers(path, *asked):
+        gate, said = fleet.Gate(replica), [[] for _ in asked]
+
+        async def one(robot, takes_ms, said):
+            async def send(message):
+                said.append(message.get("status", message.get("body")))
+
+            headers = [(b"x-client-id", robot), (b"takes-ms", takes_ms)]
+            await gate({"type": "http", "path": path, "headers": headers}, None, send)
+
+        await asyncio.gather(*(one(*request, said) for request, said in zip(asked, said)))
+        assert not gate.robots, "who waits for nothing is forgotten"
+        return [status for status, _ in said]
+
+    moving = [(b"arm", b"60"), (b"arm", b"20"), (b"leg", b"80"), (b"arm", b"40")]
+    assert asyncio.run(answers("/v1/act", *moving)) == [409, 200, 200, 200]
+    assert asyncio.run(answers("/v1/model", *moving)) == [200] * 4, "no motions"
 
 
 def test_a_replica_that_is_gone_is_an_answer():

@@ -110,13 +110,16 @@ def gate() -> List[Middleware]:
 
 
 class Gate:
-    """Names the session by which a robot keeps its replica, and answers where a replica no longer can.
+    """Names the session by which a robot keeps its replica, and answers where a replica no longer can or may.
 
-    Ray goes by one header alone, `x-session-id`; our clients name themselves in `X-Client-Id`.
+    Ray goes by one header alone, `x-session-id`; our clients name themselves in `X-Client-Id`. A robot that moves to
+    another replica may be answered there before the one that it had is done with an older picture: no replica knows of
+    both, so the older motion ends here.
     """
 
     def __init__(self, app: Any):
         self.app = app
+        self.robots: Dict[bytes, _Robot] = {}
 
     async def __call__(self, scope: Dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -133,29 +136,59 @@ class Gate:
         scope = {**scope, "headers": [*scope["headers"], *added]}
         if scope["type"] == "websocket":
             return await self.app(scope, receive, send)
-        answer = _Answer(send, time.monotonic() + patience if patience else None)
-        await self.app(scope, receive, answer)
+        name = headers.get(b"x-session-id", headers.get(b"x-client-id"))
+        robot = None
+        if name is not None and scope["path"].endswith("/act"):
+            robot = self.robots.setdefault(name, _Robot())
+        answer = _Answer(send, time.monotonic() + patience if patience else None, robot)
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            if robot is not None:
+                robot.waiting -= 1
+                if not robot.waiting:
+                    del self.robots[name]
         if not answer.begun:
             message = "the replica that had this request is gone"
             await _error(send, 503, "not_ready", message, "send the robot's next observation", retry=True)
 
 
-class _Answer:
-    """Passes an answer on if it is in time."""
+class _Robot:
+    """The observations of a robot that wait for an answer, counted as they came."""
 
-    def __init__(self, send: Any, deadline: Optional[float]):
+    def __init__(self):
+        self.waiting = 0
+        self.asked = 0
+        self.answered = 0
+
+
+class _Answer:
+    """Passes an answer on if it is in time, and no motion for a newer picture of this robot was."""
+
+    def __init__(self, send: Any, deadline: Optional[float], robot: Optional[_Robot]):
         self.send = send
         self.deadline = deadline
         self.begun = False
-        self.late = False
+        self.refused = False
+        self.robot = robot
+        if robot is not None:
+            robot.waiting += 1
+            robot.asked += 1
+            self.number = robot.asked
 
     async def __call__(self, message: Dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
-            self.late = self.deadline is not None and time.monotonic() >= self.deadline and message["status"] != 504
-            if self.late:
+            is_late = self.deadline is not None and time.monotonic() >= self.deadline
+            if is_late and message["status"] != 504:
+                self.refused = True
                 await _error(self.send, 504, "deadline_exceeded", "the motion would have been too late")
-        if not self.late:
+            elif message["status"] == 200 and self.robot is not None:
+                self.refused = self.number < self.robot.answered
+                self.robot.answered = max(self.number, self.robot.answered)
+                if self.refused:
+                    await _error(self.send, 409, "superseded", "a newer observation was answered by another replica")
+        if not self.refused:
             await self.send(message)
 
 

@@ -205,7 +205,7 @@ def judge(robots, wanted, events):
         "faults": len(faults),
     }  # fmt: skip
     # The first at a replica: at the start, and where the ring changed: twice for the one killed, four times for the update; and
-    # some more, where Ray's router took another replica since the right one was slow to say that it has room.
+    # some more, presumably where Ray's router took another replica since the right one was slow to say that it has room.
     if max(undrafted) > 14:
         faults.append(f"a robot was given {max(undrafted)} motions that its own last one should have drafted")
     return result, faults

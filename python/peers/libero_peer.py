@@ -39,7 +39,7 @@ class Arrays(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name not in self.ALLOWED or module.split(".")[0] not in ("numpy", "_codecs"):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
+            raise pickle.UnpicklingError(f"{module}.{name} is not of an array")
         return super().find_class(module, name)
 
 

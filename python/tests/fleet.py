@@ -261,7 +261,7 @@ async def scale(robots, seconds):
     async with aiohttp.ClientSession() as session:
         after, load = await asyncio.gather(watch(session), throughput(url, robots, seconds))
     result = {"second_replica_after_s": after if len(serving) == 2 else None, **load}
-    return result, [] if len(serving) == 2 else [f"there was no second replica within {seconds} s"]
+    return result, [] if len(serving) == 2 else [f"no second replica came within {seconds} s"]
 
 
 def main():

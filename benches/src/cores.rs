@@ -38,7 +38,7 @@ struct Cost {
 }
 
 impl Cost {
-    fn of(repetitions: usize, mut stage: impl FnMut() -> Result<()>) -> Result<Self> {
+    fn of(repetitions: usize, mut stage: impl FnMut() -> openvla::Result<()>) -> Result<Self> {
         stage()?; // graphs are built
         let mut least = Self { wall: f64::INFINITY, cpu: f64::INFINITY };
         for _ in 0..repetitions {
@@ -146,11 +146,11 @@ fn openvla(workload: &mut Workload, n: usize) -> Result<Costs> {
         Ok(())
     })?;
     let network = policy.network();
-    let vision = Cost::of(n, || Ok(drop(network.encode(&planes)?)))?;
+    let vision = Cost::of(n, || network.encode(&planes).map(drop))?;
     let features = network.encode(&planes)?;
-    let projector = Cost::of(n, || Ok(drop(network.project(&features)?)))?;
+    let projector = Cost::of(n, || network.project(&features).map(drop))?;
     let soft = network.project(&features)?;
-    let prefill = Cost::of(n, || Ok(drop(network.prefill(ids, &soft)?)))?;
+    let prefill = Cost::of(n, || network.prefill(ids, &soft).map(drop))?;
     let mut sequence = network.prefill(ids, &soft)?;
     let decode = Cost::of(n, || {
         for _ in 0..n_step {
@@ -181,13 +181,13 @@ fn oft(workload: &mut OftWorkload, n: usize) -> Result<Costs> {
         Ok(())
     })?;
     let network = policy.network();
-    let vision = Cost::of(n, || Ok(drop(network.encode(&planes, ids)?)))?;
+    let vision = Cost::of(n, || network.encode(&planes, ids).map(drop))?;
     let features = network.encode(&planes, ids)?;
-    let projector = Cost::of(n, || Ok(drop(network.project(&features)?)))?;
+    let projector = Cost::of(n, || network.project(&features).map(drop))?;
     let soft = network.project(&features)?;
-    let forward = Cost::of(n, || Ok(drop(network.forward(ids, &soft, &state)?)))?;
+    let forward = Cost::of(n, || network.forward(ids, &soft, &state).map(drop))?;
     let hidden = network.forward(ids, &soft, &state)?;
-    let head = Cost::of(n, || Ok(drop(network.actions(&hidden)?)))?;
+    let head = Cost::of(n, || network.actions(&hidden).map(drop))?;
     Ok(vec![
         ("preprocess", preprocess),
         ("vision", vision),

@@ -211,16 +211,23 @@ pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
     if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
         return std::fs::write(path, bytes).with_context(cannot);
     }
-    let behind_links = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let folder = behind_links.parent().filter(|folder| *folder != Path::new(""));
+    let (behind_links, folder) = place(path);
     let permissions = std::fs::Permissions::from_mode(0o644);
     let mut file = tempfile::Builder::new()
         .permissions(permissions)
-        .tempfile_in(folder.unwrap_or(Path::new(".")))
+        .tempfile_in(folder)
         .with_context(cannot)?;
     file.write_all(bytes.as_ref()).with_context(cannot)?;
     file.persist(&behind_links).with_context(cannot)?;
     Ok(())
+}
+
+/// Where a file of this name goes that is written beside its place and moved there: what it links to, and that folder.
+pub fn place(path: &Path) -> (PathBuf, PathBuf) {
+    let behind_links = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let folder = behind_links.parent().filter(|folder| *folder != Path::new(""));
+    let folder = folder.unwrap_or(Path::new(".")).to_owned();
+    (behind_links, folder)
 }
 
 /// What a file of lines `key: value`, as Linux has them in /proc, says first.

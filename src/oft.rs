@@ -131,7 +131,7 @@ impl OpenVlaOft {
     ) -> Result<Chunk> {
         let start = Instant::now();
         let (key, dataset) = self.config.statistics.select(unnorm_key)?;
-        let (key, dataset) = (key.to_owned(), dataset.clone());
+        let (unnorm_key, dataset) = (key.to_owned(), dataset.clone());
         let normalized_state = normalized_state(observation.state, dataset.state.as_ref())?;
         let images = self.images(observation.images)?;
         let mut clock = Clock(start);
@@ -157,7 +157,6 @@ impl OpenVlaOft {
         let actions = normalized.iter().map(|action| unnormalize(scale, kind, action)).collect();
         let total = milliseconds(start.elapsed());
         let timing_ms = ChunkTiming { preprocess, vision, projector, llama, head, total };
-        let unnorm_key = key;
         Ok(Chunk { actions, normalized, tokens, logits, normalized_state, unnorm_key, timing_ms })
     }
 

@@ -23,7 +23,6 @@ use openvla_convert::inspect::inspect;
 use crate::machine::{cpu_ms, limits};
 use crate::report::{row, significant};
 use crate::subject::{Part, Subject};
-use crate::work::Work;
 use crate::workload::{INSTRUCTION, OftWorkload, Workload};
 
 /// Threads to project.
@@ -110,8 +109,8 @@ pub fn tables(
         None => limits(options)?.copy_bytes_per_s,
     };
     let least = |name: &str| {
-        let work = parts.iter().find(|part: &&Part| part.name == name).map(|part| part.work);
-        1e3 * work.unwrap_or_else(Work::default).bytes as f64 / bandwidth
+        let part = parts.iter().find(|part: &&Part| part.name == name);
+        1e3 * part.map_or(0, |part| part.work.bytes) as f64 / bandwidth
     };
     let stages: Vec<Stage> = measured[0]
         .iter()
@@ -205,25 +204,26 @@ fn report(counts: &[usize], stages: &[Stage], bandwidth: f64) -> String {
         let rule = std::iter::once("---").chain(std::iter::repeat_n("---:", names.len() - 1));
         *out += &format!("|{}|\n", rule.collect::<Vec<_>>().join("|"));
     };
-    let sum = |of: &dyn Fn(&Stage) -> f64| stages.iter().map(of).sum::<f64>();
-    let mut out = String::new();
     let (all, last) = (counts[counts.len() - 1], counts.len() - 1);
+    // A row is of one stage, or of all as the step.
+    let rows = || {
+        let each = stages.iter().map(|stage| (stage.name, std::slice::from_ref(stage)));
+        each.chain([("step", stages)])
+    };
+    let sum = |of: &[Stage], value: &dyn Fn(&Stage) -> f64| of.iter().map(value).sum::<f64>();
+    let wall = |of: &[Stage], i: usize| sum(of, &|stage| stage.costs[i].wall);
+    let mut out = String::new();
     let of_threads = counts.iter().map(|n| format!("threads: {n}"));
     let names = ["speedup", "waiting", "serial"].map(str::to_owned);
     head(&mut out, [vec!["measured".to_owned()], of_threads.collect(), names.into()].concat());
-    for stage in stages {
-        let cost = stage.costs[last];
-        let walls = stage.costs.iter().map(|cost| ms(cost.wall));
-        let speedup = format!("{:.2}", stage.costs[0].wall / cost.wall);
-        let rest = [speedup, percent(cost.waiting(all)), ms(cost.serial(all))];
-        row(&mut out, &[vec![stage.name.to_owned()], walls.collect(), rest.into()].concat());
+    for (name, of) in rows() {
+        let whole = Cost { wall: wall(of, last), cpu: sum(of, &|stage| stage.costs[last].cpu) };
+        let walls = (0..counts.len()).map(|i| ms(wall(of, i)));
+        let speedup = format!("{:.2}", wall(of, 0) / whole.wall);
+        let serial = sum(of, &|stage| stage.costs[last].serial(all));
+        let rest = [speedup, percent(whole.waiting(all)), ms(serial)];
+        row(&mut out, &[vec![name.to_owned()], walls.collect(), rest.into()].concat());
     }
-    let whole = Cost { wall: sum(&|s| s.costs[last].wall), cpu: sum(&|s| s.costs[last].cpu) };
-    let walls = (0..counts.len()).map(|i| ms(sum(&|stage| stage.costs[i].wall)));
-    let speedup = format!("{:.2}", sum(&|stage| stage.costs[0].wall) / whole.wall);
-    let serial = sum(&|stage| stage.costs[last].serial(all));
-    let rest = [speedup, percent(whole.waiting(all)), ms(serial)];
-    row(&mut out, &[vec!["step".to_owned()], walls.collect(), rest.into()].concat());
     out += &format!(
         "\nProjected from {all} threads, not measured, but for what 1 took; memory gives {:.1} GB/s.\n\n",
         bandwidth / 1e9
@@ -231,17 +231,16 @@ fn report(counts: &[usize], stages: &[Stage], bandwidth: f64) -> String {
     let of_threads = PROJECTED.iter().map(|n| format!("threads: {n}"));
     let names = ["projected", "threads: 1", "measured"].map(str::to_owned);
     head(&mut out, [Vec::from(names), of_threads.collect()].concat());
-    for stage in stages {
-        let at = |m: usize, least: f64| ms(stage.costs[last].projected(all, m, least));
-        let one = [stage.name.to_owned(), at(1, 0.0), ms(stage.costs[0].wall)];
-        row(&mut out, &[Vec::from(one), PROJECTED.map(|m| at(m, stage.least)).into()].concat());
+    for (name, of) in rows() {
+        let at = |m, least: fn(&Stage) -> f64| {
+            ms(sum(of, &|stage| stage.costs[last].projected(all, m, least(stage))))
+        };
+        let one = [name.to_owned(), at(1, |_| 0.0), ms(wall(of, 0))];
+        row(
+            &mut out,
+            &[Vec::from(one), PROJECTED.map(|m| at(m, |stage| stage.least)).into()].concat(),
+        );
     }
-    let whole = |m: usize, is_bound: bool| {
-        let least = |stage: &Stage| if is_bound { stage.least } else { 0.0 };
-        ms(sum(&|stage| stage.costs[last].projected(all, m, least(stage))))
-    };
-    let one = ["step".to_owned(), whole(1, false), ms(sum(&|stage| stage.costs[0].wall))];
-    row(&mut out, &[Vec::from(one), PROJECTED.map(|m| whole(m, true)).into()].concat());
     out
 }
 

@@ -5,6 +5,7 @@ use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use openvla::cli::place;
 use openvla_kernels::ALIGNMENT;
 use tempfile::NamedTempFile;
 
@@ -22,11 +23,7 @@ impl<'a> AtomicFile<'a> {
     /// # Errors
     /// If the folder is not writable, or the disk has less space.
     pub fn create(out: &'a Path, bytes: u64) -> Result<Self> {
-        let behind_links = out.canonicalize().unwrap_or_else(|_| out.to_owned());
-        let folder = match behind_links.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
+        let (behind_links, folder) = place(out);
         ensure!(!out.is_dir(), "{} is a folder; name a file with -o", out.display());
         // A device such as /dev/null would be replaced.
         let replaceable = std::fs::metadata(out).map_or(true, |found| found.is_file());
@@ -35,7 +32,7 @@ impl<'a> AtomicFile<'a> {
             .prefix(".openvla-")
             .suffix(".gguf.part")
             .permissions(permissions())
-            .tempfile_in(folder)
+            .tempfile_in(&folder)
             .with_context(|| format!("cannot write into {}", folder.display()))?;
         let disk = rustix::fs::fstatvfs(file.as_file()).with_context(|| cannot_write(out))?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);

@@ -140,6 +140,7 @@ class Gate:
         robot = None
         if name is not None and scope["path"].endswith("/act"):
             robot = self.robots.setdefault(name, _Robot())
+            robot.waiting += 1
         answer = _Answer(send, time.monotonic() + patience if patience else None, robot)
         try:
             await self.app(scope, receive, answer)
@@ -172,7 +173,6 @@ class _Answer:
         self.refused = False
         self.robot = robot
         if robot is not None:
-            robot.waiting += 1
             robot.asked += 1
             self.number = robot.asked
 

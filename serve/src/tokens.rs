@@ -181,7 +181,7 @@ fn read_single(path: &Path) -> Result<Token> {
     let name = path.display();
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
     warn_of_readers(path);
-    let token = text.trim();
+    let token = text.trim_ascii();
     ensure!(
         is_sound(token),
         "{name} holds no token: {SHORTEST} or more printable characters are wanted, such as `openssl rand -hex 32` \
@@ -199,7 +199,7 @@ fn read_clients(path: &Path) -> Result<Vec<Token>> {
     ensure!(is_fit, "{name} is not a regular file of at most {MAX_BYTES} bytes");
     let text = std::fs::read_to_string(path).with_context(cannot)?;
     warn_of_readers(path);
-    let lines = (1..).zip(text.lines().map(str::trim));
+    let lines = (1..).zip(text.lines().map(str::trim_ascii));
     let clients = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     let client = |(i, line)| read_line(line).with_context(|| format!("{name}, line {i}"));
     let clients: Vec<Token> = clients.map(client).collect::<Result<_>>()?;
@@ -209,7 +209,7 @@ fn read_clients(path: &Path) -> Result<Vec<Token>> {
 }
 
 fn read_line(line: &str) -> Result<Token> {
-    let words: Vec<&str> = line.split_whitespace().collect();
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
     let [name, scopes, token] = words[..] else {
         bail!("{} words were found; NAME SCOPES TOKEN are wanted", words.len());
     };

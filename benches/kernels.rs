@@ -19,7 +19,9 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
-use openvla_kernels::{Backend, DType, Gguf, Graph, Header, Kernels, State, Weights, shape};
+use openvla_kernels::{
+    Backend, DType, Gguf, Graph, Header, Kernels, State, Tensor, Weights, shape,
+};
 
 /// Types of weights, and columns and rows of matrices that have it in a Q4_K_M file.
 const MATRICES: [(DType, &[[usize; 2]]); 9] = [
@@ -67,12 +69,19 @@ fn main() {
             bench(&mut group, &format!("{kernels:?}"), || attention(kernels, [d, n_head, n]));
         }
     }
-    let mut group = criterion.benchmark_group("gelu 4096x261");
-    group.throughput(Throughput::Elements(4096 * 261));
-    for kernels in [Kernels::Ggml, Kernels::Fastest] {
-        bench(&mut group, &format!("{kernels:?}"), || gelu(kernels, 4096 * 261));
+    // An MLP of DINOv2, and of Llama.
+    let functions: [(&str, [usize; 2], Function); 2] = [
+        ("gelu", [4096, 261], |x, _| x.gelu_erf()),
+        ("swiglu", [11008, 275], |gate, up| gate.swiglu(up)),
+    ];
+    for (name, [k, n], f) in functions {
+        let mut group = criterion.benchmark_group(format!("{name} {k}x{n}"));
+        group.throughput(Throughput::Elements((k * n) as u64));
+        for kernels in [Kernels::Ggml, Kernels::Fastest] {
+            bench(&mut group, &format!("{kernels:?}"), || function(kernels, [k, n], f));
+        }
+        group.finish();
     }
-    group.finish();
     let mut group = criterion.benchmark_group("barriers");
     let file = matrix(DType::Q4_K, 4096, 4096);
     let n_core = std::thread::available_parallelism().map_or(1, usize::from);
@@ -148,11 +157,15 @@ fn attention(kernels: Kernels, [d, n_head, n]: [usize; 3]) -> Graph {
     .unwrap()
 }
 
-fn gelu(kernels: Kernels, n: usize) -> Graph {
+type Function = for<'g> fn(Tensor<'g>, Tensor<'g>) -> Tensor<'g>;
+
+fn function(kernels: Kernels, dims: [usize; 2], f: Function) -> Graph {
     let backend = Backend::open(&[], 1, kernels).unwrap();
-    let [x, y] = [0, 1].map(|_| State::zeros(&backend, DType::F32, shape(&[n])).unwrap());
+    let [x, up, y] = [0, 1, 2].map(|_| State::zeros(&backend, DType::F32, shape(&dims)).unwrap());
+    let n = dims[0] * dims[1];
     x.write(&(0..n).map(|i| 4.0 * (i as f32 * 0.71).cos()).collect::<Vec<_>>());
-    Graph::build(&backend, 4, |g| g.store(g.state(&x).gelu_erf(), &y)).unwrap()
+    up.write(&(0..n).map(|i| (i as f32 * 0.37).cos()).collect::<Vec<_>>());
+    Graph::build(&backend, 4, |g| g.store(f(g.state(&x), g.state(&up)), &y)).unwrap()
 }
 
 /// Sums of a few numbers each, one after the other.

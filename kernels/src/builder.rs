@@ -12,7 +12,7 @@ use crate::context::Context;
 use crate::guard::Guard;
 use crate::memory::{Home, TensorHandle};
 use crate::observer::{Observed, Sink};
-use crate::own::activations::PackedActivations;
+use crate::own::activations::Activations;
 use crate::own::isa::Isa;
 use crate::state::is_countable;
 use crate::{Backend, DType, Shape, State, Weight};
@@ -92,6 +92,13 @@ impl Tensor<'_> {
         unsafe { self.viewed().as_ref() }.op == sys::GGML_OP_NONE
     }
 
+    /// Whether it is to be read after the graph has run.
+    pub(crate) fn is_output(self) -> bool {
+        // SAFETY: as in `shape`.
+        let flags = unsafe { self.raw.as_ref() }.flags;
+        flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0
+    }
+
     /// Whether it is a weight packed for our own products.
     pub(crate) fn is_packed_weight(self) -> bool {
         self.builder.packed.borrow().contains(&self.raw)
@@ -124,10 +131,6 @@ impl Tensor<'_> {
 pub(crate) type Guards =
     BTreeMap<NonNull<sys::ggml_tensor>, (NonNull<sys::ggml_tensor>, Arc<Guard>)>;
 
-/// The node that packs a node in some way.
-type PackedNodes =
-    BTreeMap<(NonNull<sys::ggml_tensor>, PackedActivations), NonNull<sys::ggml_tensor>>;
-
 /// Where results may begin on every device, in bytes: the most that a Vulkan device may ask for.
 const ALIGNMENT: usize = 256;
 
@@ -147,8 +150,8 @@ pub struct Builder {
     bounds: RefCell<BTreeMap<NonNull<sys::ggml_tensor>, usize>>,
     /// Weights packed for our own products.
     pub(crate) packed: RefCell<BTreeSet<NonNull<sys::ggml_tensor>>>,
-    /// Activations that were packed for them, and how.
-    packed_nodes: RefCell<PackedNodes>,
+    /// What is known of the activations that those are multiplied by.
+    pub(crate) activations: RefCell<Activations>,
     /// What nodes compute with.
     pub(crate) kept: RefCell<Vec<Box<dyn Any + Send + Sync>>>,
     pub(crate) nodes_left: Cell<usize>,
@@ -176,7 +179,7 @@ impl Builder {
             names: RefCell::default(),
             bounds: RefCell::default(),
             packed: RefCell::default(),
-            packed_nodes: RefCell::default(),
+            activations: RefCell::default(),
             kept: RefCell::default(),
             nodes_left: Cell::new(max_nodes),
             leaves: Cell::new(0),
@@ -308,10 +311,8 @@ impl Builder {
             }
         }
         // SAFETY: as before.
-        let header = unsafe { x.raw.as_ref() };
-        let is_output = header.flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0;
-        let is_ours = header.op == sys::GGML_OP_CUSTOM;
-        !running.contains(&x.raw.as_ptr()) && !is_output && (!is_ours || is_host)
+        let is_ours = unsafe { x.raw.as_ref() }.op == sys::GGML_OP_CUSTOM;
+        !running.contains(&x.raw.as_ptr()) && !x.is_output() && (!is_ours || is_host)
     }
 
     /// Makes `x` part of what runs, after everything that was made so before it.
@@ -368,24 +369,6 @@ impl Builder {
             (make(guard.clone()).raw, guard)
         });
         Some(Tensor { builder: self, raw: *node })
-    }
-
-    /// `x`, packed: by `make`, unless that was made before and `x` cannot have changed since.
-    pub(crate) fn packed_once<'g>(
-        &'g self,
-        x: Tensor<'g>,
-        how: PackedActivations,
-        make: impl FnOnce() -> Tensor<'g>,
-    ) -> Tensor<'g> {
-        if x.is_leaf() {
-            return make();
-        }
-        if let Some(raw) = self.packed_nodes.borrow().get(&(x.raw, how)) {
-            return Tensor { builder: self, raw: *raw };
-        }
-        let packed = make();
-        self.packed_nodes.borrow_mut().insert((x.raw, how), packed.raw);
-        packed
     }
 
     /// The context, for exactly one more tensor.

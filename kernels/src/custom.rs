@@ -145,6 +145,19 @@ impl Job {
         unsafe { std::slice::from_raw_parts(data, n) }
     }
 
+    /// A row of a source.
+    ///
+    /// # Safety
+    /// The source must be of this type, without gaps in its rows, and none between its planes.
+    pub unsafe fn row<T>(&self, i: usize, row: usize) -> &[T] {
+        let source = self.source(i).expect("a source");
+        // SAFETY: the caller's promise.
+        unsafe {
+            let data = source.data.byte_add(row * source.nb[1]);
+            std::slice::from_raw_parts(data.cast(), source.ne[0] as usize)
+        }
+    }
+
     /// The node's elements. Threads write different ones.
     pub fn out<T>(&self) -> *mut T {
         // SAFETY: the node is live.

@@ -168,6 +168,9 @@ impl<'g> Tensor<'g> {
         assert!(self.is_f32() && up.is_f32(), "swiglu: operands are not f32");
         let in_rows = self.has_plain_rows() && up.has_plain_rows();
         assert!(in_rows, "swiglu: operands have gaps in rows");
+        if let Some(node) = own::swiglu(self, up) {
+            return node;
+        }
         let (context, raw) = self.args();
         // SAFETY: both are live, f32, of rows without gaps and of one shape.
         self.builder.node(unsafe { sys::ggml_swiglu_split(context, raw, up.raw.as_ptr()) })

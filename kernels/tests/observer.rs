@@ -146,6 +146,25 @@ fn states_count_as_they_were_and_what_never_runs_does_not_count() {
     assert_eq!(observer.squares(), BTreeMap::from([("a".to_owned(), squares(&[&data]))]));
 }
 
+/// Values that a product of its own would otherwise compute while it packs them, of which there would be no tensor.
+#[test]
+fn values_of_functions_are_seen() {
+    let mut w = weights();
+    let observer = w.observe();
+    let [_, b, _] = take(&mut w);
+    let x = state(&[N_IN, 5], &numbers(5 * N_IN, 1));
+    let (values, out) = (zeros(DType::F32, &[N_IN, 5]), zeros(DType::F32, &[3, 5]));
+    let mut graph = Graph::build(backend(), 16, |g| {
+        let swiglu = || (g.state(&x) + g.state(&x)).swiglu(g.state(&x) + g.state(&x));
+        g.store(g.weight(&b).mul_mat(swiglu()), &out);
+        g.store(swiglu(), &values);
+    })
+    .unwrap();
+    graph.compute().unwrap();
+    let want = squares(&[&values.read::<f32>()]);
+    assert_eq!(observer.squares(), BTreeMap::from([("b".to_owned(), want)]));
+}
+
 /// Graphs of weights that were taken before, or of another file, are not observed.
 #[test]
 fn only_the_weights_of_an_observed_file_are_seen() {

@@ -1,4 +1,4 @@
-//! Products of floats, attention and GELU against naive twins, and our own bit for bit against each other: with
+//! Products of floats, attention, GELU and SwiGLU against naive twins, and our own bit for bit against each other: with
 //! every set of kernels that this CPU has the instructions for. Where none of ours runs, ggml's are held
 //! to the same, as far as ggml does not round. More shapes of attention are in `tests/ops.rs`; products of quantized
 //! matrices in `tests/panels.rs`.
@@ -6,7 +6,7 @@
 mod common;
 
 use common::{cases, data_bytes, hash, numbers, read};
-use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Weights, shape};
+use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Tensor, Weights, shape};
 use proptest::prelude::*;
 
 /// Queries, keys and values as a tower has them: `[d, n_head, 3, n]`.
@@ -176,37 +176,110 @@ fn what_is_not_finite_stays_in_its_row_and_head() {
     }
 }
 
-fn gelu(x: &[f32], kernels: Kernels) -> Vec<f32> {
+/// A function of the numbers at one place of two lists.
+type Function = fn(&[f32], &[f32], Kernels) -> Vec<f32>;
+
+fn gelu(x: &[f32], by: &[f32], kernels: Kernels) -> Vec<f32> {
+    values([x, by], kernels, |x, _| x.gelu_erf())
+}
+
+fn swiglu(gate: &[f32], up: &[f32], kernels: Kernels) -> Vec<f32> {
+    values([gate, up], kernels, |gate, up| gate.swiglu(up))
+}
+
+fn values(
+    data: [&[f32]; 2],
+    kernels: Kernels,
+    f: impl for<'g> Fn(Tensor<'g>, Tensor<'g>) -> Tensor<'g>,
+) -> Vec<f32> {
     let backend = Backend::open(&[], 2, kernels).unwrap();
-    let zeros = || State::zeros(&backend, DType::F32, shape(&[x.len()])).unwrap();
-    let (from, to) = (zeros(), zeros());
-    from.write(x);
-    let mut graph = Graph::build(&backend, 4, |g| g.store(g.state(&from).gelu_erf(), &to)).unwrap();
+    let [x, y, to] =
+        [0, 1, 0].map(|i| State::zeros(&backend, DType::F32, shape(&[data[i].len()])).unwrap());
+    x.write(data[0]);
+    y.write(data[1]);
+    let mut graph =
+        Graph::build(&backend, 4, |g| g.store(f(g.state(&x), g.state(&y)), &to)).unwrap();
     graph.compute().unwrap();
     to.read()
 }
 
-/// ggml's is libm's `erff`, which is right to the last bit or nearly.
+/// ggml's are of libm's `erff` and `expf`, which are right to the last bit or nearly.
 #[test]
-fn gelu_is_ggmls() {
-    let many = (-200_000..=200_000).map(|i| i as f32 * 1e-4);
-    let x: Vec<f32> = many.chain([-0.0, 1e-30, -1e-30, 1e30, -1e30, f32::INFINITY]).collect();
-    let (got, want) = (gelu(&x, Kernels::Fastest), gelu(&x, Kernels::Ggml));
-    for (x, (got, want)) in x.iter().zip(got.iter().zip(&want)) {
-        let limit = 1.2e-7 * x.abs();
-        assert!(got == want || (got - want).abs() <= limit, "gelu({x}) is {got}, {want} wanted");
+fn functions_are_ggmls() {
+    const ENDS: [f32; 10] =
+        [-0.0, 1e-30, -1e-30, 1e30, -1e30, -87.4, -88.8, -104.0, f32::MIN, f32::INFINITY];
+    let x: Vec<f32> = (-200_000..=200_000).map(|i| i as f32 * 1e-4).chain(ENDS).collect();
+    let by: Vec<f32> = numbers(x.len(), 3).iter().map(|x| 3.0 * x).collect();
+    // A GELU's last bits are relative to its operand; a SwiGLU of gates below -88 is as good as 0.
+    let limits: [fn(f32, f32) -> f32; 2] =
+        [|x, _| 1.2e-7 * x.abs(), |_, want| 6e-7 * want.abs() + 1e-36];
+    let functions: [Function; 2] = [gelu, swiglu];
+    for (f, limit) in functions.into_iter().zip(limits) {
+        let (got, want) = (f(&x, &by, Kernels::Fastest), f(&x, &by, Kernels::Ggml));
+        for (x, (got, want)) in x.iter().zip(got.iter().zip(&want)) {
+            let is_close = got == want || (got - want).abs() <= limit(*x, *want);
+            assert!(is_close, "of {x}: {got}, {want} wanted");
+        }
+        for kernels in own() {
+            assert_eq!(bits(&got), bits(&f(&x, &by, kernels)), "{kernels}");
+        }
+        let is_first = |n| f(&x[..n], &by[..n], Kernels::Fastest) == got[..n];
+        assert!((1..40).all(is_first), "tails");
+        for kernels in Kernels::available() {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let got = f(&[1.0, bad, 2.0], &[1.0; 3], kernels);
+                let finite = got.iter().map(|x| x.is_finite());
+                assert!(finite.eq([true, false, true]), "{kernels}: of {bad} {got:?}");
+            }
+        }
     }
-    assert!(Kernels::available().iter().all(|k| gelu(&[1.0, f32::NAN, 2.0], *k)[1].is_nan()));
-    for kernels in own() {
-        assert_eq!(bits(&got), bits(&gelu(&x, kernels)), "{kernels}");
+    let by_nan = |kernels: &_| swiglu(&[-200.0], &[f32::NAN], *kernels)[0].is_nan();
+    assert!(Kernels::available().iter().all(by_nan));
+}
+
+/// A product that computes what it is multiplied by while it packs it is the product of the values to the last bit.
+#[test]
+fn products_of_functions_are_those_of_their_values() {
+    let functions: [for<'g> fn([Tensor<'g>; 2]) -> Tensor<'g>; 2] =
+        [|[x, _]| x.gelu_erf(), |[gate, up]| gate.swiglu(up)];
+    for (kernels, f) in Kernels::available().into_iter().flat_map(|k| functions.map(|f| (k, f))) {
+        for (dtype, [k, m, n]) in [(DType::Q4_K, [512, 40, 1]), (DType::Q8_0, [288, 33, 7])] {
+            let backend = Backend::open(&[], 2, kernels).unwrap();
+            let mut header = Header::default();
+            header.tensor("w", dtype, shape(&[k, m]));
+            let mut weight = vec![0; data_bytes(dtype, shape(&[k, m]))];
+            dtype.encode(&numbers(k * m, 1), k, None, &mut weight);
+            let file = read(&[header.encode(), weight].concat()).unwrap();
+            let mut weights = Weights::placed(&file, &backend, &[], &|_| 0).unwrap();
+            let weight = weights.take("w", shape(&[k, m])).unwrap();
+            let zeros = |dims: &[usize]| State::zeros(&backend, DType::F32, shape(dims)).unwrap();
+            let ([x, y], values) = ([0, 1].map(|_| zeros(&[k, n])), zeros(&[k, n]));
+            let [of_function, of_values] = [0, 1].map(|_| zeros(&[m, n]));
+            x.write(&numbers(k * n, 2));
+            y.write(&numbers(k * n, 3));
+            let mut graph = Graph::build(&backend, 32, |g| {
+                let operands = || [&x, &y].map(|x| g.state(x) + g.state(x));
+                g.store(g.weight(&weight).mul_mat(f(operands())), &of_function);
+                g.store(f(operands()), &values);
+                g.store(g.weight(&weight).mul_mat(g.state(&values)), &of_values);
+            })
+            .unwrap();
+            graph.compute().unwrap();
+            let [got, want] = [of_function, of_values].map(|out| bits(&out.read()));
+            assert_eq!(got, want, "{dtype} {kernels}");
+        }
     }
-    assert!((1..40).all(|n| gelu(&x[..n], Kernels::Fastest) == got[..n]), "tails");
 }
 
 /// Our own compute these bits on every machine, whose sets of kernels cannot be compared with each other.
 #[test]
 fn our_own_have_the_same_bits_everywhere() {
-    const HASHES: [u64; 3] = [0x5200_8947_4a7a_344b, 0xcd8c_3fca_bf01_2d6b, 0x6e32_0f19_296c_2ead];
+    const HASHES: [u64; 4] = [
+        0x5200_8947_4a7a_344b,
+        0xcd8c_3fca_bf01_2d6b,
+        0x6e32_0f19_296c_2ead,
+        0x5ce2_6fa9_5ecf_3429,
+    ];
     let [k, m, n] = [300, 53, 20];
     let mut weight = vec![0; data_bytes(DType::F16, shape(&[k, m]))];
     DType::F16.encode(&numbers(k * m, 1), k, None, &mut weight);
@@ -218,7 +291,8 @@ fn our_own_have_the_same_bits_everywhere() {
         let got = [
             Tower::new([40, 3, 70], 1).compute(2, kernels),
             product(&file, [k, m, n], &numbers(k * n, 2), 2, kernels),
-            gelu(&x, kernels),
+            gelu(&x, &x, kernels),
+            swiglu(&x, &numbers(x.len(), 3), kernels),
         ];
         let got = got.map(|x| hash(&x));
         assert_eq!(got, HASHES, "{kernels}: {got:#018x?}");

@@ -1,6 +1,55 @@
 //! Activations as our products take them.
 
+use std::collections::BTreeMap;
+use std::ptr::NonNull;
+
+use llama_cpp_sys_2 as sys;
+
+use super::functions::Function;
 use super::simd::{Op, Simd};
+use crate::builder::Tensor;
+
+type Raw = NonNull<sys::ggml_tensor>;
+
+/// What a graph's builder knows of activations.
+#[derive(Default)]
+pub(crate) struct Activations {
+    /// The node that packs a node in some way.
+    packed: BTreeMap<(Raw, PackedActivations), Raw>,
+    /// What nodes are a function of.
+    functions: BTreeMap<Raw, (Function, Vec<Raw>)>,
+}
+
+impl Activations {
+    /// `x`, packed: by `make`, unless that was made before and `x` cannot have changed since.
+    pub fn packed_once<'g>(
+        &mut self,
+        x: Tensor<'g>,
+        how: PackedActivations,
+        make: impl FnOnce() -> Tensor<'g>,
+    ) -> Tensor<'g> {
+        if x.is_leaf() {
+            return make();
+        }
+        let raw = *self.packed.entry((x.raw, how)).or_insert_with(|| make().raw);
+        Tensor { raw, ..x }
+    }
+
+    /// `values` is this function of these operands.
+    pub fn note_function(&mut self, values: Tensor<'_>, function: Function, of: &[Tensor<'_>]) {
+        let operands = of.iter().map(|operand| operand.raw).collect();
+        self.functions.insert(values.raw, (function, operands));
+    }
+
+    /// What `x` is a function of, if its values may as well be computed where they are needed: nobody asked for them
+    /// as an output, and the operands cannot change.
+    pub fn function_of<'g>(&self, x: Tensor<'g>) -> Option<(Function, Vec<Tensor<'g>>)> {
+        let (function, operands) = self.functions.get(&x.raw)?;
+        let operands: Vec<_> = operands.iter().map(|raw| Tensor { raw: *raw, ..x }).collect();
+        let may_change = x.is_leaf() || operands.iter().any(|operand| operand.is_leaf());
+        (!may_change && !x.is_output()).then_some((*function, operands))
+    }
+}
 
 /// Numbers of a row that are unpacked and multiplied together: the longest block of any type.
 pub(crate) const DEPTH: usize = 256;
@@ -18,8 +67,8 @@ pub(crate) enum ActivationQuant {
 /// How a node's numbers are packed for products.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum PackedActivations {
-    /// To [`Column`]s.
-    Quantized(ActivationQuant),
+    /// To [`Column`]s, those of a function's values without the values.
+    Quantized(ActivationQuant, Option<Function>),
     /// In f32, a few columns side by side.
     Interleaved,
 }

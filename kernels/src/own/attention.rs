@@ -14,7 +14,7 @@
 
 use llama_cpp_sys_2 as sys;
 
-use super::gelu::exp;
+use super::functions::exp;
 use super::lanes::products;
 use super::simd::{Op, Simd, elements, elements_mut};
 use crate::DType;

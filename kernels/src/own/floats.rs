@@ -34,7 +34,8 @@ pub(crate) fn suits(weight: Tensor<'_>, x: Tensor<'_>) -> bool {
 pub(crate) fn mul_mat<'g, S: Simd>(s: S, weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
     let [k, rest @ ..] = x.shape();
     let n_block = rest.iter().product::<usize>().div_ceil(S::NR);
-    let columns = x.builder.packed_once(x, PackedActivations::Interleaved, || {
+    let mut activations = x.builder.activations.borrow_mut();
+    let columns = activations.packed_once(x, PackedActivations::Interleaved, || {
         // SAFETY: `interleave` is for a node of this shape, of contiguous f32.
         unsafe { custom::node(DType::F32, [S::NR, k, n_block, 1], &[x], interleave::<S>) }
     });

@@ -1,9 +1,22 @@
-//! GELU in its exact form, and the exponential that it is made of.
+//! Functions of single elements: GELU in its exact form and SwiGLU, with the exponential that both are made of.
+//!
+//! A product of packed weights that alone reads the results computes them while it quantizes its activations, so that no
+//! tensor holds them.
 
+use super::activations::DEPTH;
 use super::simd::{Op, Simd};
 use crate::DType;
 use crate::builder::Tensor;
 use crate::custom::{self, Job};
+
+/// What is computed of elements that are at the same place in one or two tensors.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Function {
+    /// `x · (1 + erf(x / √2)) / 2`
+    Gelu,
+    /// `gate / (1 + exp(-gate)) · up`
+    SwiGlu,
+}
 
 /// `(exp(r) - 1 - r) / r²` for `|r| <= ln(2) / 2`, to 3e-9: a polynomial of least largest error.
 const EXP: [f32; 5] = [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_712, 0.001_381_462_7];
@@ -54,46 +67,87 @@ fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(s.mul(x, s.splat(0.5)), factor)
 }
 
-/// GELU of contiguous f32.
-pub(crate) fn gelu_erf<S: Simd>(s: S, x: Tensor<'_>) -> Tensor<'_> {
-    // SAFETY: `compute` is for nodes of this shape, with this source.
-    unsafe { custom::node(DType::F32, x.shape(), &[x], move |job| compute(s, job)) }
+/// `gate / (1 + exp(-gate)) · up`, from `exp(-|gate|)`, which is never too large. What is not finite stays so.
+#[inline(always)]
+fn swiglu<S: Simd>(s: S, gate: S::F, up: S::F) -> S::F {
+    let (one, e) = (s.splat(1.0), exp(s, s.sub(s.zero(), s.abs(gate))));
+    let silu = s.div(s.mul(gate, s.select_positive(gate, one, e)), s.add(one, e));
+    s.mul(silu, up)
 }
 
-fn compute<S: Simd>(s: S, job: &Job) {
-    let n: usize = job.shape().iter().product();
-    let vectors = job.thread_range(n.div_ceil(S::LANES));
-    let range = vectors.start * S::LANES..n.min(vectors.end * S::LANES);
-    // SAFETY: node and source are contiguous f32 of as many elements, and each thread writes its own.
-    let (from, to) = unsafe {
-        let to = job.out::<f32>().add(range.start);
-        (&job.slice::<f32>(0, n)[range.clone()], std::slice::from_raw_parts_mut(to, range.len()))
-    };
-    s.vectorize(Gelu { from, to });
+/// A node of the function's values: of f32 tensors of one shape, whose rows have no gaps.
+pub(crate) fn node<'g, S: Simd>(s: S, function: Function, operands: &[Tensor<'g>]) -> Tensor<'g> {
+    let shape = operands[0].shape();
+    // SAFETY: `compute` is for nodes of this shape, with such sources.
+    unsafe { custom::node(DType::F32, shape, operands, move |job| compute(s, function, job)) }
 }
 
-/// Writes the GELU of all numbers.
-struct Gelu<'a> {
-    from: &'a [f32],
+fn compute<S: Simd>(s: S, function: Function, job: &Job) {
+    let [k, rest @ ..] = job.shape();
+    let n_slab = k.div_ceil(DEPTH);
+    for at in job.thread_range(n_slab * rest.iter().product::<usize>()) {
+        let (row, start) = (at / n_slab, at % n_slab * DEPTH);
+        let n = DEPTH.min(k - start);
+        // SAFETY: the node is contiguous f32, and these elements are this thread's.
+        let to =
+            unsafe { std::slice::from_raw_parts_mut(job.out::<f32>().add(row * k + start), n) };
+        apply(s, function, job, row, start, to);
+    }
+}
+
+/// Writes the function's values for elements of a row from `start` on.
+///
+/// # Panics
+/// If they are not in the row.
+pub(crate) fn apply<S: Simd>(
+    s: S,
+    function: Function,
+    job: &Job,
+    row: usize,
+    start: usize,
+    to: &mut [f32],
+) {
+    // SAFETY: `node` and `product` have the functions of f32 tensors whose rows have no gaps.
+    let of = |i| unsafe { &job.row::<f32>(i, row)[start..start + to.len()] };
+    let second = if function == Function::SwiGlu { of(1) } else { &[] };
+    let operands = [of(0), second];
+    s.vectorize(Apply { function, operands, to });
+}
+
+/// Writes the function's values of all numbers. The second operand is empty for functions of one.
+struct Apply<'a> {
+    function: Function,
+    operands: [&'a [f32]; 2],
     to: &'a mut [f32],
 }
 
-impl<S: Simd> Op<S> for Gelu<'_> {
+impl<S: Simd> Op<S> for Apply<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run(self, s: S) {
-        let (from, to) = (self.from.chunks_exact(S::LANES), self.to.chunks_exact_mut(S::LANES));
-        let (last, mut whole) = (from.remainder(), [0.0; MAX_LANES]);
-        let whole = &mut whole[..S::LANES];
-        let mut to = to;
-        for (from, to) in from.zip(&mut to) {
-            s.store(gelu(s, s.load(from)), to);
+        let Self { function, operands: [x, y], to } = self;
+        // A function, since a closure would not be inlined, and its vectors would go through memory.
+        #[inline(always)]
+        fn value<S: Simd>(s: S, function: Function, x: &[f32], y: &[f32]) -> S::F {
+            match function {
+                Function::Gelu => gelu(s, s.load(x)),
+                Function::SwiGlu => swiglu(s, s.load(x), s.load(y)),
+            }
         }
-        whole[..last.len()].copy_from_slice(last);
-        let results = gelu(s, s.load(whole));
-        s.store(results, whole);
-        to.into_remainder().copy_from_slice(&whole[..last.len()]);
+        let y = if function == Function::Gelu { x } else { y };
+        let whole = to.len() / S::LANES * S::LANES;
+        let operands = x.chunks_exact(S::LANES).zip(y.chunks_exact(S::LANES));
+        for ((x, y), to) in operands.zip(to.chunks_exact_mut(S::LANES)) {
+            s.store(value(s, function, x, y), to);
+        }
+        let (x, y, to) = (&x[whole..], &y[whole..], &mut to[whole..]);
+        let [mut a, mut b] = [[0.0; MAX_LANES]; 2];
+        a[..x.len()].copy_from_slice(x);
+        b[..y.len()].copy_from_slice(y);
+        let last = value(s, function, &a[..S::LANES], &b[..S::LANES]);
+        s.store(last, &mut a[..S::LANES]);
+        to.copy_from_slice(&a[..to.len()]);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Our own kernels for a CPU: three calls, each of which returns `None` where ggml's kernel is to be taken.
+//! Our own kernels for a CPU: four calls, each of which returns `None` where ggml's kernel is to be taken.
 //!
 //! | file | what is in it |
 //! |---|---|
@@ -11,7 +11,8 @@
 //! | `tile` | the product of a panel and some columns |
 //! | `product` | the product of a matrix: its two nodes, and what each thread does |
 //! | `lanes`, `floats` | products in f32 |
-//! | `gelu`, `attention` | the two others |
+//! | `functions` | GELU and SwiGLU |
+//! | `attention` | attention of many queries |
 
 pub(crate) mod activations;
 mod attention;
@@ -21,7 +22,7 @@ mod avx2;
 mod avx512;
 mod floats;
 mod format;
-mod gelu;
+pub(crate) mod functions;
 pub(crate) mod isa;
 mod lanes;
 #[cfg(target_arch = "aarch64")]
@@ -33,6 +34,7 @@ mod tile;
 mod unpack;
 
 use crate::builder::Tensor;
+use functions::Function;
 use isa::Task;
 use simd::Simd;
 
@@ -61,19 +63,31 @@ pub(crate) fn mul_mat<'g>(weight: Tensor<'g>, x: Tensor<'g>) -> Option<Tensor<'g
     isa.map(|isa| isa.dispatch(MulMat(weight, x)))
 }
 
-/// GELU in its exact form of contiguous f32.
+/// GELU in its exact form, of rows of f32 without gaps.
 pub(crate) fn gelu_erf(x: Tensor<'_>) -> Option<Tensor<'_>> {
-    struct Gelu<'g>(Tensor<'g>);
+    function(Function::Gelu, &[x])
+}
 
-    impl<'g> Task for Gelu<'g> {
+/// `silu(gate) · up`, of rows of f32 without gaps.
+pub(crate) fn swiglu<'g>(gate: Tensor<'g>, up: Tensor<'g>) -> Option<Tensor<'g>> {
+    function(Function::SwiGlu, &[gate, up])
+}
+
+fn function<'g>(function: Function, operands: &[Tensor<'g>]) -> Option<Tensor<'g>> {
+    struct Apply<'a, 'g>(Function, &'a [Tensor<'g>]);
+
+    impl<'g> Task for Apply<'_, 'g> {
         type Output = Tensor<'g>;
 
         fn run<S: Simd>(self, s: S) -> Tensor<'g> {
-            gelu::gelu_erf(s, self.0)
+            functions::node(s, self.0, self.1)
         }
     }
 
-    x.builder.isa().map(|isa| isa.dispatch(Gelu(x)))
+    let builder = operands[0].builder;
+    let values = builder.isa()?.dispatch(Apply(function, operands));
+    builder.activations.borrow_mut().note_function(values, function, operands);
+    Some(values)
 }
 
 /// Attention of many queries, as [`Tensor::flash_attention`] says.

@@ -4,6 +4,7 @@ use super::activations::{
     ActivationQuant, COLUMN_WORDS, Column, DEPTH, PackedActivations, Quantize,
 };
 use super::format::Format;
+use super::functions::{self, Function};
 use super::pack::Packing;
 use super::simd::{Simd, elements};
 use super::tile::{MAX_COLUMNS, Panel, Scratch};
@@ -32,10 +33,17 @@ pub(crate) fn mul_mat<'g, S: Simd>(s: S, weight: Tensor<'g>, x: Tensor<'g>) -> T
 fn of_format<'g, S: Simd, F: Format>(s: S, weight: Tensor<'g>, x: Tensor<'g>) -> Tensor<'g> {
     let [k, rest @ ..] = x.shape();
     let n: usize = rest.iter().product();
-    let quantized = x.builder.packed_once(x, PackedActivations::Quantized(F::QUANT), || {
+    let mut activations = x.builder.activations.borrow_mut();
+    let (function, sources) = match activations.function_of(x) {
+        Some((function, operands)) => (Some(function), operands),
+        None => (None, vec![x]),
+    };
+    let how = PackedActivations::Quantized(F::QUANT, function);
+    let quantized = activations.packed_once(x, how, || {
         let shape = [COLUMN_WORDS, n, k.div_ceil(DEPTH), 1];
-        // SAFETY: `quantize` is for columns of these sizes, of contiguous f32.
-        unsafe { custom::node(DType::I32, shape, &[x], move |job| quantize(s, job, F::QUANT)) }
+        let compute = move |job: &Job| quantize(s, job, F::QUANT, function);
+        // SAFETY: `quantize` is for columns of these sizes, of f32 whose rows have no gaps.
+        unsafe { custom::node(DType::I32, shape, &sources, compute) }
     });
     let shape = [weight.shape()[1], rest[0], rest[1], rest[2]];
     // SAFETY: `multiply` is for such operands.
@@ -44,14 +52,22 @@ fn of_format<'g, S: Simd, F: Format>(s: S, weight: Tensor<'g>, x: Tensor<'g>) ->
     }
 }
 
-/// Quantizes `x [k, n]` to columns `[n, slabs]`.
-fn quantize<S: Simd>(s: S, job: &Job, quant: ActivationQuant) {
+/// Quantizes `[k, n]`, a tensor or a function's values, to columns `[n, slabs]`.
+fn quantize<S: Simd>(s: S, job: &Job, quant: ActivationQuant, function: Option<Function>) {
     let ([k, ..], [_, n, n_slab, _]) = (job.source_shape(0), job.shape());
-    // SAFETY: the source is contiguous f32 `[k, n]`.
-    let x: &[f32] = unsafe { job.slice(0, k * n) };
+    let mut values = [0.0; DEPTH];
     for at in job.thread_range(n * n_slab) {
         let (slab, column) = (at / n, at % n);
-        let x = &x[column * k..][slab * DEPTH..k.min((slab + 1) * DEPTH)];
+        let range = slab * DEPTH..k.min((slab + 1) * DEPTH);
+        let x = match function {
+            Some(function) => {
+                let values = &mut values[..range.len()];
+                functions::apply(s, function, job, column, range.start, values);
+                values
+            }
+            // SAFETY: the source is f32 whose rows have no gaps.
+            None => unsafe { &job.row::<f32>(0, column)[range] },
+        };
         // SAFETY: the node has `n · n_slab` columns, of which no other thread has this one. Its bytes are
         // numbers, whatever they are.
         let to = unsafe { &mut *job.out::<Column>().add(at) };

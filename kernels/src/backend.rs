@@ -9,18 +9,20 @@ use llama_cpp_sys_2 as sys;
 use crate::device::{keep, start};
 use crate::exceptions::{openvla_free, openvla_start};
 use crate::own::isa::Isa;
+use crate::scratch::Scratch;
 use crate::usage::{Counts, Use};
 use crate::{Device, Error, Kernels, Result, Usage, threads};
 
 /// Devices that own memory and compute together. Values of this type prove that ggml has started.
 pub struct Backend {
+    /// One computation or transfer at a time: ggml's backends are not made for two. Graphs of the CPU alone use this
+    /// memory in turn.
+    gate: Mutex<Scratch>,
     /// GPUs in the order they were named, then the CPU.
     devices: Vec<OpenDevice>,
     n_threads: usize,
     /// What our own kernels compute with, if they are to.
     isa: Option<Isa>,
-    /// One computation or transfer at a time: ggml's backends are not made for two.
-    gate: Mutex<()>,
 }
 
 /// A device of a [`Backend`].
@@ -79,7 +81,7 @@ impl Backend {
             );
             return Err(Error::Device { device: "CPU".into(), why });
         }
-        let backend = Self { devices, n_threads, isa, gate: Mutex::new(()) };
+        let backend = Self { devices, n_threads, isa, gate: Mutex::default() };
         backend.set_threads();
         Ok(Arc::new(backend))
     }
@@ -171,7 +173,7 @@ impl Backend {
 
     /// Waits for the devices to be idle and keeps them so. A panic elsewhere leaves nothing broken
     /// that the next graph does not write anew, so a poisoned lock is as good as a clean one.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Scratch> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

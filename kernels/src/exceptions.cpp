@@ -34,7 +34,16 @@ extern "C" void openvla_end_at_exceptions(Said ends) noexcept {
     std::set_terminate(terminate); // after ggml's own, which prints a backtrace and aborts
 }
 
-extern "C" ggml_status openvla_compute(ggml_backend_sched_t scheduler, ggml_cgraph * graph, Said keep) noexcept {
+extern "C" ggml_status openvla_compute(ggml_backend_t backend, ggml_cgraph * graph, Said keep) noexcept {
+    try {
+        return ggml_backend_graph_compute(backend, graph);
+    } catch (...) {
+        tell(keep);
+        return GGML_STATUS_FAILED;
+    }
+}
+
+extern "C" ggml_status openvla_compute_scheduled(ggml_backend_sched_t scheduler, ggml_cgraph * graph, Said keep) noexcept {
     try {
         return ggml_backend_sched_graph_compute(scheduler, graph);
     } catch (...) {

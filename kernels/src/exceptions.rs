@@ -11,8 +11,15 @@ unsafe extern "C" {
     /// From now on, `ends`, which must not return, is called where an exception has nowhere to go.
     pub(crate) fn openvla_end_at_exceptions(ends: Said);
 
-    /// `ggml_backend_sched_graph_compute`; an exception gives `GGML_STATUS_FAILED`, its words go to `keep`.
+    /// `ggml_backend_graph_compute`; an exception gives `GGML_STATUS_FAILED`, its words go to `keep`.
     pub(crate) fn openvla_compute(
+        backend: sys::ggml_backend_t,
+        graph: *mut sys::ggml_cgraph,
+        keep: Said,
+    ) -> sys::ggml_status;
+
+    /// `ggml_backend_sched_graph_compute`, likewise.
+    pub(crate) fn openvla_compute_scheduled(
         scheduler: sys::ggml_backend_sched_t,
         graph: *mut sys::ggml_cgraph,
         keep: Said,

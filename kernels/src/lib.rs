@@ -48,6 +48,8 @@ mod observer;
 mod openmp;
 mod own;
 mod repack;
+mod scheduler;
+mod scratch;
 mod state;
 mod tensor;
 mod threads;

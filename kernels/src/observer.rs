@@ -65,10 +65,9 @@ impl Observed {
         Self { x, n_in, n_row: rows.iter().product(), sink }
     }
 
-    /// Whether the graph, now that it is allocated, computes the input at all.
-    pub fn is_computed(&self) -> bool {
-        // SAFETY: the graph keeps the tensor alive.
-        !unsafe { self.x.as_ref() }.data.is_null()
+    /// The input's node.
+    pub fn raw(&self) -> *mut sys::ggml_tensor {
+        self.x.as_ptr()
     }
 
     /// Adds what the graph, which has just run, multiplied the weight by. Under the backend's lock.

@@ -20,7 +20,7 @@ pub struct Usage {
     pub weights: usize,
     /// Inputs, what stages hand on, and the KV cache.
     pub states: usize,
-    /// Intermediate tensors of graphs.
+    /// Intermediate tensors of graphs; on the CPU alone, of the largest, whose memory the others use too.
     pub graphs: usize,
 }
 

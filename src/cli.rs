@@ -1,5 +1,6 @@
 //! What this project's programs share: the flags that say where to compute, and how they fail.
 
+pub mod memory;
 mod misnamed;
 pub mod signature;
 

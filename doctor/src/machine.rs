@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use openvla::cli::{processor, value_of};
+use openvla::cli::{memory, processor};
 use openvla::{Config, Device, Kernels, OftConfig, Options};
 use openvla_kernels::{Backend, DType, Gguf, Graph, State, TensorInfo, shape};
 use serde::Serialize;
@@ -81,7 +81,7 @@ pub fn examine(file: &Gguf, config: &Config, options: &Options) -> Result<Machin
         cores_granted: std::thread::available_parallelism().map_or(1, usize::from),
         threads: options.n_threads,
         load: read("/proc/loadavg").and_then(|text| text.split(' ').next()?.parse().ok()),
-        memory_free: memory_free(),
+        memory_free: memory::free().map(|bytes| bytes as u64),
         memory_needed: file.tensors().iter().map(|tensor| tensor.range.len() as u64).sum(),
         huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled").map(|text| chosen(&text)),
         devices: devices.iter().map(describe).collect(),
@@ -207,15 +207,6 @@ fn chosen(text: &str) -> String {
 fn online_cores() -> usize {
     let lines = read("/proc/cpuinfo").unwrap_or_default();
     lines.lines().filter(|line| line.starts_with("processor")).count().max(1)
-}
-
-/// What the system could give, and what the cgroup lets it give.
-fn memory_free() -> Option<u64> {
-    let kilobytes = |text: String| text.strip_suffix(" kB")?.trim().parse::<u64>().ok();
-    let system = kilobytes(value_of("/proc/meminfo", "MemAvailable")?)? * 1024;
-    let number = |name: &str| read(&format!("/sys/fs/cgroup/{name}"))?.trim().parse::<u64>().ok();
-    let limit = number("memory.max").zip(number("memory.current"));
-    Some(limit.map_or(system, |(most, now)| system.min(most.saturating_sub(now))))
 }
 
 /// Numbers that are copied: 64 MiB, more than most caches hold.

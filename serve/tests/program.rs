@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -45,8 +45,13 @@ struct Server {
 
 impl Server {
     fn start(args: &[&str]) -> Self {
+        Self::start_by(&[SERVE], args)
+    }
+
+    /// By a program that becomes what its last arguments say.
+    fn start_by(by: &[&str], args: &[&str]) -> Self {
         let fixed = ["--port", "0", "--log-json", "--threads", "1"];
-        let mut child = command(SERVE, &[&fixed, args].concat()).spawn().unwrap();
+        let mut child = command(by[0], &[&by[1..], &fixed, args].concat()).spawn().unwrap();
         let log = child.stderr.take().map(BufReader::new);
         let mut server = Self { child, url: String::new(), log, said: String::new() };
         server.reads("ready");
@@ -290,4 +295,87 @@ fn a_served_model_does_not_hang_on_its_file() {
         server.terminate();
         assert!(server.ended().0);
     }
+}
+
+/// A control group of its own, of either version.
+struct Group {
+    folder: PathBuf,
+    limit: &'static str,
+    taken: &'static str,
+}
+
+impl Group {
+    fn new() -> Self {
+        let name = format!("openvla-test-{}", std::process::id());
+        let second = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+        let group = if second.is_ok_and(|all| all.contains("memory")) {
+            let folder = Path::new("/sys/fs/cgroup").join(name);
+            Self { folder, limit: "memory.max", taken: "memory.current" }
+        } else {
+            let folder = Path::new("/sys/fs/cgroup/memory").join(name);
+            Self { folder, limit: "memory.limit_in_bytes", taken: "memory.usage_in_bytes" }
+        };
+        std::fs::create_dir(&group.folder).unwrap();
+        group
+    }
+
+    /// Bytes that are taken, without pages of files, which it could give back.
+    fn taken(&self) -> usize {
+        let read = |file: &str| std::fs::read_to_string(self.folder.join(file)).unwrap();
+        let stat = read("memory.stat");
+        let files = stat.lines().filter_map(|line| line.split_once("active_file "));
+        let files = files.filter(|(before, _)| ["", "in"].contains(before));
+        let files: usize = files.map(|(_, bytes)| bytes.parse::<usize>().unwrap()).sum();
+        read(self.taken).trim().parse::<usize>().unwrap() - files
+    }
+
+    fn allow(&self, bytes: usize) {
+        std::fs::write(self.folder.join(self.limit), bytes.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.folder); // once it is empty
+    }
+}
+
+/// The second model would not fit into what a container may take, though the machine has room.
+#[test]
+#[ignore = "needs root, and a system that lets it make a control group"]
+fn a_reload_for_which_a_control_group_has_no_room_is_refused_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model.gguf");
+    let tabletop = Path::new(env!("CARGO_MANIFEST_DIR")).join("../example/tabletop.gguf");
+    std::fs::copy(tabletop, &model).unwrap();
+    let group = Group::new();
+    let enter = "echo $$ > \"$0/cgroup.procs\"; exec \"$@\"";
+    let by = ["sh", "-c", enter, group.folder.to_str().unwrap(), SERVE];
+    let server = Server::start_by(&by, &["-m", model.to_str().unwrap()]);
+    let post = |path: &str, body: &str| {
+        let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+        let agent = ureq::Agent::new_with_config(config);
+        let request = agent.post(format!("{}{path}", server.url)).content_type("application/json");
+        let mut answer = request.send(body).unwrap();
+        let text = answer.body_mut().read_to_string().unwrap();
+        (answer.status().as_u16(), serde_json::from_str::<Value>(&text).unwrap())
+    };
+    let before = post("/v1/act", &body());
+    assert_eq!(before.0, 200, "{before:?}");
+
+    group.allow(group.taken() + (800 << 10));
+    let (status, refused) = post("/v1/reload", "");
+    assert_eq!(status, 422, "{refused}");
+    let message = refused["message"].as_str().unwrap();
+    assert!(
+        message.contains("the model stays: both models must be in memory at once"),
+        "{message}"
+    );
+    assert_eq!(post("/v1/act", &body()).1["action"], before.1["action"]);
+
+    group.allow(group.taken() + (64 << 20));
+    let (status, reloaded) = post("/v1/reload", "");
+    assert_eq!(status, 200, "{reloaded}");
+    assert_eq!(post("/v1/act", &body()).1["action"], before.1["action"]);
+    drop(server);
 }

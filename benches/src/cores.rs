@@ -11,7 +11,6 @@
 //! one of the n did, but for the last term. `wall(1)` is predicted like the others, and measured: how far it is off is
 //! how much of this can be believed.
 
-use std::hint::black_box;
 use std::path::Path;
 use std::time::Instant;
 
@@ -22,8 +21,8 @@ use openvla_convert::inspect::inspect;
 
 use crate::machine::{cpu_ms, limits};
 use crate::report::{row, significant};
-use crate::subject::{Part, Subject};
-use crate::workload::{INSTRUCTION, OftWorkload, Workload};
+use crate::subject::{Part, Run, Subject};
+use crate::workload::INSTRUCTION;
 
 /// Threads to project.
 const PROJECTED: [usize; 5] = [4, 8, 16, 32, 64];
@@ -37,7 +36,7 @@ struct Cost {
 }
 
 impl Cost {
-    fn of(repetitions: usize, mut stage: impl FnMut() -> openvla::Result<()>) -> Result<Self> {
+    fn of(repetitions: usize, stage: Run<'_>) -> Result<Self> {
         stage()?; // graphs are built
         let mut least = Self { wall: f64::INFINITY, cpu: f64::INFINITY };
         for _ in 0..repetitions {
@@ -98,10 +97,12 @@ pub fn tables(
         options.n_threads = *n_threads;
         let mut subject = Subject::open(model, &options, INSTRUCTION)?;
         parts = subject.stages(&file);
-        measured.push(match &mut subject {
-            Subject::OpenVla(workload) => openvla(workload, repetitions)?,
-            Subject::Oft(workload) => oft(workload, repetitions)?,
-        });
+        let mut costs: Vec<(&str, Cost)> = Vec::new();
+        subject.each_stage(|name, run| {
+            costs.push((name, Cost::of(repetitions, run)?));
+            Ok(())
+        })?;
+        measured.push(costs);
         progress.inc(1);
     }
     let bandwidth = match bandwidth {
@@ -130,70 +131,6 @@ struct Stage {
     costs: Vec<Cost>,
     /// Milliseconds that memory takes to give its weights.
     least: f64,
-}
-
-type Costs = Vec<(&'static str, Cost)>;
-
-fn openvla(workload: &mut Workload, n: usize) -> Result<Costs> {
-    let n_step = workload.n_step();
-    let Workload { policy, image, ids, .. } = workload;
-    let config = policy.config().clone();
-    let token = config.actions.ids().start;
-    let planes = config.preprocess.planes(image)?;
-    let preprocess = Cost::of(n, || {
-        black_box(config.preprocess.planes(image)?);
-        Ok(())
-    })?;
-    let network = policy.network();
-    let vision = Cost::of(n, || network.encode(&planes).map(drop))?;
-    let features = network.encode(&planes)?;
-    let projector = Cost::of(n, || network.project(&features).map(drop))?;
-    let soft = network.project(&features)?;
-    let prefill = Cost::of(n, || network.prefill(ids, &soft).map(drop))?;
-    let mut sequence = network.prefill(ids, &soft)?;
-    let decode = Cost::of(n, || {
-        for _ in 0..n_step {
-            sequence.step(token)?;
-        }
-        sequence.forget(n_step);
-        Ok(())
-    })?;
-    Ok(vec![
-        ("preprocess", preprocess),
-        ("vision", vision),
-        ("projector", projector),
-        ("prefill", prefill),
-        ("decode", decode),
-    ])
-}
-
-fn oft(workload: &mut OftWorkload, n: usize) -> Result<Costs> {
-    let OftWorkload { policy, images, ids, .. } = workload;
-    let config = policy.config().clone();
-    let state = vec![0.0; policy.oft().n_state];
-    let mut planes = Vec::new();
-    let preprocess = Cost::of(n, || {
-        planes.clear();
-        for image in images.iter() {
-            planes.extend(config.preprocess.planes(image)?);
-        }
-        Ok(())
-    })?;
-    let network = policy.network();
-    let vision = Cost::of(n, || network.encode(&planes, ids).map(drop))?;
-    let features = network.encode(&planes, ids)?;
-    let projector = Cost::of(n, || network.project(&features).map(drop))?;
-    let soft = network.project(&features)?;
-    let forward = Cost::of(n, || network.forward(ids, &soft, &state).map(drop))?;
-    let hidden = network.forward(ids, &soft, &state)?;
-    let head = Cost::of(n, || network.actions(&hidden).map(drop))?;
-    Ok(vec![
-        ("preprocess", preprocess),
-        ("vision", vision),
-        ("projector", projector),
-        ("forward", forward),
-        ("head", head),
-    ])
 }
 
 fn report(counts: &[usize], stages: &[Stage], bandwidth: f64) -> String {

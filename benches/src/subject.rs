@@ -38,6 +38,9 @@ pub struct Part {
     pub work: Work,
 }
 
+/// Runs a stage once.
+pub type Run<'a> = &'a mut dyn FnMut() -> openvla::Result<()>;
+
 impl Subject {
     /// Opens a model file.
     ///
@@ -68,6 +71,62 @@ impl Subject {
                 let t = chunk.timing_ms;
                 let ms = [t.preprocess, t.vision, t.projector, t.llama, t.head, t.total];
                 Ok(Sample { given: chunk.normalized.concat(), ms: ms.into() })
+            }
+        }
+    }
+
+    /// Hands each stage of a step to `measure`, in order, with the name that [`Subject::stages`] has for it: to be run as
+    /// often as one likes, on what the stage before left.
+    ///
+    /// # Errors
+    /// What the model says, or `measure`.
+    pub fn each_stage(
+        &mut self,
+        mut measure: impl FnMut(&'static str, Run<'_>) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Self::OpenVla(workload) => {
+                let n_step = workload.n_step();
+                let Workload { policy, image, ids, .. } = workload;
+                let config = policy.config().clone();
+                let token = config.actions.ids().start;
+                measure("preprocess", &mut || config.preprocess.planes(image).map(drop))?;
+                let planes = config.preprocess.planes(image)?;
+                let network = policy.network();
+                measure("vision", &mut || network.encode(&planes).map(drop))?;
+                let features = network.encode(&planes)?;
+                measure("projector", &mut || network.project(&features).map(drop))?;
+                let soft = network.project(&features)?;
+                measure("prefill", &mut || network.prefill(ids, &soft).map(drop))?;
+                let mut sequence = network.prefill(ids, &soft)?;
+                measure("decode", &mut || {
+                    for _ in 0..n_step {
+                        sequence.step(token)?;
+                    }
+                    sequence.forget(n_step);
+                    Ok(())
+                })
+            }
+            Self::Oft(workload) => {
+                let OftWorkload { policy, images, ids, .. } = workload;
+                let config = policy.config().clone();
+                let state = vec![0.0; policy.oft().n_state];
+                let mut planes = Vec::new();
+                measure("preprocess", &mut || {
+                    planes.clear();
+                    for image in images.iter() {
+                        planes.extend(config.preprocess.planes(image)?);
+                    }
+                    Ok(())
+                })?;
+                let network = policy.network();
+                measure("vision", &mut || network.encode(&planes, ids).map(drop))?;
+                let features = network.encode(&planes, ids)?;
+                measure("projector", &mut || network.project(&features).map(drop))?;
+                let soft = network.project(&features)?;
+                measure("forward", &mut || network.forward(ids, &soft, &state).map(drop))?;
+                let hidden = network.forward(ids, &soft, &state)?;
+                measure("head", &mut || network.actions(&hidden).map(drop))
             }
         }
     }

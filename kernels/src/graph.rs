@@ -96,8 +96,9 @@ impl Graph {
     /// Runs the graph and waits for it.
     ///
     /// # Errors
-    /// [`Error::Device`] if a device fails, [`Error::Memory`] if it has no room any more, [`Error::NotFinite`] if ggml's kernels multiplied a quantized
-    /// weight by a number that is not finite, which they would round to some number.
+    /// [`Error::Device`] if a device fails, [`Error::Memory`] if it has no room any more, [`Error::NotFinite`] if
+    /// ggml's kernels multiplied a quantized weight by a number that is not finite, which they would round to some
+    /// number.
     pub fn compute(&mut self) -> Result<()> {
         let mut scratch = self.backend.lock();
         // SAFETY: the graph is live and planned for these devices, its shapes were asserted node by node,

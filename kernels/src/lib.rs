@@ -21,7 +21,8 @@
 //! conditions first, in Rust, and no value from a file reaches ggml before [`Gguf`] has checked it
 //! against the file's length. Memory is kept alive by reference counts: a graph holds on to
 //! the weights and states it names, those to their buffer, the buffer to its file and its backend.
-//! A backend runs one thing at a time, behind a lock, so handles may be used from any thread.
+//! A backend runs one thing at a time, behind a lock, so handles may be used from any thread; graphs on the CPU
+//! alone, which are told where their tensors lie before they run, use one piece of its memory.
 
 mod backend;
 mod buffer;

@@ -95,12 +95,14 @@ impl Offsets {
         // the tensors' memory after that: they have none until `compute` gives them some.
         unsafe {
             let sources = nodes.iter().flat_map(|node| (**node).src).filter_map(NonNull::new);
-            let all = nodes.iter().filter_map(|node| NonNull::new(*node)).chain(sources);
-            let left: BTreeSet<_> = all.filter(|tensor| tensor.as_ref().data.is_null()).collect();
+            let tensors = nodes.iter().filter_map(|node| NonNull::new(*node)).chain(sources);
+            let left: BTreeSet<_> = tensors.filter(|x| x.as_ref().data.is_null()).collect();
             let buffers = sys::ggml_backend_get_default_buffer_type(backend.raw(backend.host()));
             let allocator = sys::ggml_gallocr_new(buffers);
-            let is_planned = sys::ggml_gallocr_alloc_graph(allocator, graph.as_ptr());
-            let bytes = sys::ggml_gallocr_get_buffer_size(allocator, 0);
+            let (raw, same, mut bytes) = (graph.as_ptr(), std::ptr::null(), 0);
+            sys::ggml_gallocr_reserve_n_size(allocator, raw, same, same, &raw mut bytes);
+            let is_planned = sys::ggml_gallocr_reserve(allocator, raw)
+                && sys::ggml_gallocr_alloc_graph(allocator, raw);
             let offset = |tensor: NonNull<sys::ggml_tensor>| {
                 let base = sys::ggml_backend_buffer_get_base(tensor.as_ref().buffer);
                 (tensor, tensor.as_ref().data as usize - base as usize)

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::numbers;
-use openvla_kernels::{Backend, DType, Graph, Kernels, State, shape};
+use openvla_kernels::{Backend, DType, Error, Graph, Kernels, State, shape};
 
 /// Sums of a state's columns with their norms, again and again, so that several tensors live at once.
 struct Chain {
@@ -84,4 +84,27 @@ fn they_take_turns_when_threads_run_them() {
             });
         }
     });
+}
+
+/// 16 TiB, of products that are all needed at the end. Where Linux promises all that is asked for, it has them.
+#[test]
+fn what_no_memory_holds_is_an_error_that_leaves_the_others() {
+    let promises = std::fs::read_to_string("/proc/sys/vm/overcommit_memory");
+    if promises.is_ok_and(|mode| mode.trim() == "1") {
+        return;
+    }
+    let backend = cpu();
+    let mut chain = Chain::new(&backend, 5);
+    let (n, n_product) = (46_340, 2048); // a product of 8 GiB
+    let zeros = |dims: &[usize]| State::zeros(&backend, DType::F32, shape(dims)).unwrap();
+    let (x, y) = (zeros(&[1, n]), zeros(&[n]));
+    let graph = Graph::build(&backend, 4 * n_product, |g| {
+        let products: Vec<_> =
+            (0..n_product).map(|_| g.state(&x).mul_mat(g.state(&x)).slice(1, 3, 1)).collect();
+        g.store(products.into_iter().reduce(|sum, x| x + sum).unwrap(), &y);
+    });
+    let error = graph.err().expect("it has no room");
+    let wanted = n_product * n * n * 4;
+    assert!(matches!(error, Error::Memory { bytes, .. } if bytes >= wanted), "{error}");
+    assert_eq!(chain.compute(3), alone(5, 3));
 }

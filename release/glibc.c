@@ -21,3 +21,8 @@ FIRST(pow, (double x, double y), (x, y))
 #include <unistd.h>
 
 OWN pid_t gettid(void) { return syscall(SYS_gettid); }
+
+/* New in 2.29. Rust's library asks whether it is there, and starts programs in another folder without it. This says no. */
+#define ABSENT(name) __asm__(".weak " #name "\n.hidden " #name "\n.set " #name ", 0\n");
+
+ABSENT(posix_spawn_file_actions_addchdir_np)

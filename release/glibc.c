@@ -2,6 +2,7 @@
 
    Weak, since each -lm on a linker's line brings this file; hidden, so that it is nobody else's. */
 
+#define _GNU_SOURCE
 #define OWN __attribute__((weak, visibility("hidden")))
 
 /* In 2.29 these got second versions, which report errors in another way. Here is a way to the first ones. */
@@ -22,10 +23,14 @@ FIRST(pow, (double x, double y), (x, y))
 
 OWN pid_t gettid(void) { return syscall(SYS_gettid); }
 
-/* New in 2.29: how a program is started in another folder. No program here does that. */
+/* New in 2.29: how a program is started in another folder. No program of the archives does that, but a tool that is
+   built here does. */
+#include <dlfcn.h>
 #include <errno.h>
 #include <spawn.h>
 
 OWN int posix_spawn_file_actions_addchdir_np(posix_spawn_file_actions_t *actions, const char *folder) {
-    return ENOSYS;
+    int (*newer)(posix_spawn_file_actions_t *, const char *) =
+        (int (*)(posix_spawn_file_actions_t *, const char *))dlsym(RTLD_NEXT, "posix_spawn_file_actions_addchdir_np");
+    return newer ? newer(actions, folder) : ENOSYS;
 }

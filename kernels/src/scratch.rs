@@ -90,6 +90,9 @@ impl Offsets {
         graph: NonNull<sys::ggml_cgraph>,
         nodes: &[*mut sys::ggml_tensor],
     ) -> Result<Self> {
+        if nodes.is_empty() {
+            return Ok(Self { tensors: vec![], bytes: 0, generation: 0 }); // ggml's allocator would pass null to memset
+        }
         let mut scratch = backend.lock();
         // SAFETY: nodes and their sources are live, as is the backend, and the allocator is freed once. Nothing reads
         // the tensors' memory after that: they have none until `compute` gives them some.

@@ -332,6 +332,8 @@ mod tests {
         {
             assert!(files(Some(text), None).1.is_err(), "{text:?}");
         }
+        // White space, but not ASCII's.
+        assert!(files(Some(&format!("{TOKEN}\u{85}")), None).1.is_err());
         let (_dir, tokens) = files(Some(&format!("  {TOKEN}\n")), None);
         assert!(tokens.unwrap().check(&headers(&format!("Bearer {TOKEN}"))).is_ok());
         assert!(Tokens::read(Some(Path::new("/nowhere/token")), None).is_err());
@@ -368,6 +370,7 @@ mod tests {
             ("# nobody\n".to_owned(), "names 0 clients"),
             (format!("\narm {secret}\n"), "line 2: 2 words"),
             (format!("arm act {secret} # mine"), "line 1: 5 words"),
+            (format!("arm act\u{a0}{secret}"), "line 1: 2 words"),
             (format!("{secret}-{secret}-{secret}-{secret} act arm"), "the name"),
             (format!("arm/1 act {secret}"), "the name"),
             (format!("arm {secret} act"), "the scopes are"),

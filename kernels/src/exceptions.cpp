@@ -34,31 +34,27 @@ extern "C" void openvla_end_at_exceptions(Said ends) noexcept {
     std::set_terminate(terminate); // after ggml's own, which prints a backtrace and aborts
 }
 
-extern "C" ggml_status openvla_compute(ggml_backend_t backend, ggml_cgraph * graph, Said keep) noexcept {
+// What `call` gives; if it throws, `failed`, and the words go to `keep`.
+template <typename Result, typename Call>
+static Result guarded(Result failed, Said keep, Call call) noexcept {
     try {
-        return ggml_backend_graph_compute(backend, graph);
+        return call();
     } catch (...) {
         tell(keep);
-        return GGML_STATUS_FAILED;
+        return failed;
     }
+}
+
+extern "C" ggml_status openvla_compute(ggml_backend_t backend, ggml_cgraph * graph, Said keep) noexcept {
+    return guarded(GGML_STATUS_FAILED, keep, [&] { return ggml_backend_graph_compute(backend, graph); });
 }
 
 extern "C" ggml_status openvla_compute_scheduled(ggml_backend_sched_t scheduler, ggml_cgraph * graph, Said keep) noexcept {
-    try {
-        return ggml_backend_sched_graph_compute(scheduler, graph);
-    } catch (...) {
-        tell(keep);
-        return GGML_STATUS_FAILED;
-    }
+    return guarded(GGML_STATUS_FAILED, keep, [&] { return ggml_backend_sched_graph_compute(scheduler, graph); });
 }
 
 extern "C" ggml_backend_t openvla_start(ggml_backend_dev_t device, Said keep) noexcept {
-    try {
-        return ggml_backend_dev_init(device, nullptr);
-    } catch (...) {
-        tell(keep);
-        return nullptr;
-    }
+    return guarded(ggml_backend_t(), keep, [&] { return ggml_backend_dev_init(device, nullptr); });
 }
 
 // What throws through one of these ends the program by std::terminate.

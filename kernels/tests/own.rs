@@ -5,8 +5,12 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{cases, data_bytes, hash, numbers, read};
-use openvla_kernels::{Backend, DType, Graph, Header, Kernels, State, Tensor, Weights, shape};
+use openvla_kernels::{
+    Backend, DType, Graph, Header, Kernels, State, Tensor, Weight, Weights, shape,
+};
 use proptest::prelude::*;
 
 /// Queries, keys and values as a tower has them: `[d, n_head, 3, n]`.
@@ -98,6 +102,20 @@ proptest! {
     }
 }
 
+/// A file with a matrix `w [k, m]` of a type.
+fn matrix(dtype: DType, [k, m]: [usize; 2], seed: u64) -> Vec<u8> {
+    let mut header = Header::default();
+    header.tensor("w", dtype, shape(&[k, m]));
+    let mut data = vec![0; data_bytes(dtype, shape(&[k, m]))];
+    dtype.encode(&numbers(k * m, seed), k, None, &mut data);
+    [header.encode(), data].concat()
+}
+
+fn take(file: &[u8], sizes: [usize; 2], backend: &Arc<Backend>) -> Weight {
+    let mut weights = Weights::placed(&read(file).unwrap(), backend, &[], &|_| 0).unwrap();
+    weights.take("w", shape(&sizes)).unwrap()
+}
+
 /// `w [k, m]` of a type, times `x [k, n]`: two products of one input, the second of which must be the same.
 fn product(
     file: &[u8],
@@ -107,9 +125,7 @@ fn product(
     kernels: Kernels,
 ) -> Vec<f32> {
     let backend = Backend::open(&[], n_threads, kernels).unwrap();
-    let file = read(file).unwrap();
-    let weight = Weights::placed(&file, &backend, &[], &|_| 0).unwrap().take("w", shape(&[k, m]));
-    let weight = weight.unwrap();
+    let weight = take(file, [k, m], &backend);
     let zeros = |dims: &[usize]| State::zeros(&backend, DType::F32, shape(dims)).unwrap();
     let (input, first, second) = (zeros(&[k, n]), zeros(&[m, n]), zeros(&[m, n]));
     input.write(x);
@@ -136,12 +152,9 @@ proptest! {
         n_threads in 2_usize..6,
         seed in any::<u64>(),
     ) {
-        let mut weight = vec![0; data_bytes(dtype, shape(&[k, m]))];
-        dtype.encode(&numbers(k * m, seed), k, None, &mut weight);
-        let (w, x) = (dtype.decode(&weight), numbers(k * n, !seed));
-        let mut header = Header::default();
-        header.tensor("w", dtype, shape(&[k, m]));
-        let file = [header.encode(), weight].concat();
+        let file = matrix(dtype, [k, m], seed);
+        let data = file.len() - data_bytes(dtype, shape(&[k, m]));
+        let (w, x) = (dtype.decode(&file[data..]), numbers(k * n, !seed));
         let got = product(&file, [k, m, n], &x, 1, Kernels::Fastest);
         // Where there are few columns, ggml rounds them to the matrix's type.
         let limit = if dtype == DType::F32 { 1e-6 } else { 1e-2 };
@@ -245,13 +258,7 @@ fn products_of_functions_are_those_of_their_values() {
     for (kernels, f) in Kernels::available().into_iter().flat_map(|k| functions.map(|f| (k, f))) {
         for (dtype, [k, m, n]) in [(DType::Q4_K, [512, 40, 1]), (DType::Q8_0, [288, 33, 7])] {
             let backend = Backend::open(&[], 2, kernels).unwrap();
-            let mut header = Header::default();
-            header.tensor("w", dtype, shape(&[k, m]));
-            let mut weight = vec![0; data_bytes(dtype, shape(&[k, m]))];
-            dtype.encode(&numbers(k * m, 1), k, None, &mut weight);
-            let file = read(&[header.encode(), weight].concat()).unwrap();
-            let mut weights = Weights::placed(&file, &backend, &[], &|_| 0).unwrap();
-            let weight = weights.take("w", shape(&[k, m])).unwrap();
+            let weight = take(&matrix(dtype, [k, m], 1), [k, m], &backend);
             let zeros = |dims: &[usize]| State::zeros(&backend, DType::F32, shape(dims)).unwrap();
             let ([x, y], values) = ([0, 1].map(|_| zeros(&[k, n])), zeros(&[k, n]));
             let [of_function, of_values] = [0, 1].map(|_| zeros(&[m, n]));
@@ -281,11 +288,7 @@ fn our_own_have_the_same_bits_everywhere() {
         0x5ce2_6fa9_5ecf_3429,
     ];
     let [k, m, n] = [300, 53, 20];
-    let mut weight = vec![0; data_bytes(DType::F16, shape(&[k, m]))];
-    DType::F16.encode(&numbers(k * m, 1), k, None, &mut weight);
-    let mut header = Header::default();
-    header.tensor("w", DType::F16, shape(&[k, m]));
-    let file = [header.encode(), weight].concat();
+    let file = matrix(DType::F16, [k, m], 1);
     let x: Vec<f32> = (-2000..2000).map(|i| i as f32 * 5e-3).collect();
     for kernels in Kernels::available().into_iter().filter(|k| *k != Kernels::Ggml) {
         let got = [

@@ -1,7 +1,7 @@
 //! Functions of single elements: GELU in its exact form and SwiGLU, with the exponential that both are made of.
 //!
-//! A product of packed weights that alone reads the results computes them while it quantizes its activations, so that no
-//! tensor holds them.
+//! A product of packed weights computes the results that it is multiplied by while it quantizes them; where nothing
+//! else reads them, no tensor holds them.
 
 use super::activations::DEPTH;
 use super::simd::{Op, Simd};
@@ -109,12 +109,14 @@ pub(crate) fn apply<S: Simd>(
 ) {
     // SAFETY: `node` and `product` have the functions of f32 tensors whose rows have no gaps.
     let of = |i| unsafe { &job.row::<f32>(i, row)[start..start + to.len()] };
-    let second = if function == Function::SwiGlu { of(1) } else { &[] };
-    let operands = [of(0), second];
-    s.vectorize(Apply { function, operands, to });
+    let last = match function {
+        Function::Gelu => 0,
+        Function::SwiGlu => 1,
+    };
+    s.vectorize(Apply { function, operands: [of(0), of(last)], to });
 }
 
-/// Writes the function's values of all numbers. The second operand is empty for functions of one.
+/// Writes the function's values of all numbers. A function of one operand has it twice.
 struct Apply<'a> {
     function: Function,
     operands: [&'a [f32]; 2],
@@ -135,7 +137,6 @@ impl<S: Simd> Op<S> for Apply<'_> {
                 Function::SwiGlu => swiglu(s, s.load(x), s.load(y)),
             }
         }
-        let y = if function == Function::Gelu { x } else { y };
         let whole = to.len() / S::LANES * S::LANES;
         let operands = x.chunks_exact(S::LANES).zip(y.chunks_exact(S::LANES));
         for ((x, y), to) in operands.zip(to.chunks_exact_mut(S::LANES)) {
